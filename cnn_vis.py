@@ -31,7 +31,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 
 import numpy as np
 
@@ -290,6 +289,95 @@ class Objective:
         return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
 
 
+# ---- Network: which one -------------------------------------------------------------------------------------------------
+
+ILSVRC_MEAN = "imagenet/ilsvrc_2012_mean.npy"
+GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network known by name. `mean` is taken off its input; None: the mean of Caffe's ilsvrc mean image."""
+
+    name: str
+    mean: float | None = None
+    other_weights: tuple = ()  # where else they may lie below $CAFFE_ROOT
+
+    def weights_places(self):
+        """The paths at which the weights may lie, the first one that exists to be used."""
+        below = f"{self.name}/{self.name}.caffemodel"
+        root = os.environ.get("CAFFE_ROOT")
+        places = [os.path.join(root, "models", path) for path in (below, *self.other_weights)] if root else []
+        return [*places, os.path.join(cache_folder(), below), os.path.join(HERE, "models", below)]
+
+    def find_weights(self):
+        """The path of the weights, or None where they are not installed."""
+        return next(filter(os.path.isfile, self.weights_places()), None)
+
+    def find_deploy(self):
+        """The path of the network's description, or None. One prototxt serves every full GoogLeNet."""
+        own = os.path.join(HERE, "models", self.name, "deploy.prototxt")
+        return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MODELS = {
+    model.name: model
+    for model in (
+        Model("googlenet_mini"),
+        Model("bvlc_googlenet"),
+        Model("googlenet_places205", mean=np.mean([105.417, 113.753, 116.047]),
+              other_weights=("googlenet_places/googlelet_places205_train_iter_2400000.caffemodel",)),
+        Model("googlenet_places365", mean=np.mean([104.051, 112.514, 116.676])),
+    )
+}  # fmt: skip
+
+
+def cache_folder():
+    """Where this user's networks are kept: $CNN_VIS_MODELS, or cnn-vis in the cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("CNN_VIS_MODELS") or os.path.join(cache, "cnn-vis")
+
+
+def find_in_caffe(below_root, below_package):
+    """A file of Caffe's: below $CAFFE_ROOT, or else inside the installed Python package. None where there is neither."""
+    places = [os.path.join(os.environ["CAFFE_ROOT"], below_root)] if os.environ.get("CAFFE_ROOT") else []
+    package = importlib.util.find_spec("caffe")
+    if package is not None and package.submodule_search_locations:
+        places.append(os.path.join(package.submodule_search_locations[0], below_package))
+    return next(filter(os.path.isfile, places), None)
+
+
+def choose_model(name, given_files):
+    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small network that comes
+    along where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place."""
+    model = MODELS[name or "bvlc_googlenet"]
+    if name is None and not given_files and model.find_weights() is None and MODELS["googlenet_mini"].find_weights():
+        print("BVLC GoogLeNet is not installed: using googlenet_mini.", file=sys.stderr)
+        return MODELS["googlenet_mini"]
+    return model
+
+
+def find_file(option, value):
+    """The file that an option names, with ~ and variables expanded. Raises BadRequest."""
+    path = os.path.expanduser(os.path.expandvars(value))
+    if not os.path.isfile(path):
+        reason = "is a folder, not a file" if os.path.isdir(path) else "no such file"
+        raise BadRequest(f"--{option} {path}: {reason}; give another path")
+    return path
+
+
+def read_mean(path):
+    """The mean of the mean image (.npy), in the file's own dtype. Raises BadRequest."""
+    try:
+        mean = float(np.load(path).mean())
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise BadRequest(f"--mean_image {path}: cannot be read as an array ({one_line(error)}); give a .npy file") from None
+    if not math.isfinite(mean):
+        raise BadRequest(f"--mean_image {path}: its mean is {mean}; give another file")
+    return mean
+
+
 # ---- Network ------------------------------------------------------------------------------------------------------------
 # Runs in the workers only, so that Caffe, which ends its process at any error, never ends the program.
 
@@ -302,7 +390,7 @@ class NetworkSpec:
     weights: str
     target: str
     objective: Objective
-    use_gpu: bool
+    use_gpu: bool = False
 
 
 def import_caffe():
@@ -638,21 +726,20 @@ class Dream:
     def __init__(self, options, picture, mean, workers):
         self.options, self.picture, self.mean, self.workers = options, picture, mean, workers
         self.sizes = plan_sizes(options, picture, workers.tile_size)
-        self.size_index = -1
         self.image = None
 
     def run(self, wants_stats=lambda step: False):
         """Does the run, yielding a Progress after every step; wants_stats(step) tells which ones are to be measured."""
-        for self.size_index in range(len(self.sizes)):
-            self._begin_size()
+        for size_index in range(len(self.sizes)):
+            self._begin_size(size_index)
             for step in range(self.options.num_steps):
                 stats = self._step(wants_stats(step))
                 self._advance_schedules(step)
-                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, stats)
+                yield Progress(self.sizes, size_index, step, self.options.num_steps, self.image, stats)
 
-    def _begin_size(self):
+    def _begin_size(self, size_index):
         """Brings the picture to its next size and starts caches and schedules over."""
-        size, options = self.sizes[self.size_index], self.options
+        size, options = self.sizes[size_index], self.options
         self.start = None
         if self.picture is not None:
             self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
@@ -907,6 +994,14 @@ class Parser(argparse.ArgumentParser):
         raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds an option's default to its help where there is one and the text does not tell it."""
+
+    def _get_help_string(self, action):
+        has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+
 def number(kind, low=None, high=None, above=None):
     """A type for argparse: an int or float between bounds; `above` is an open lower bound."""
 
@@ -941,23 +1036,24 @@ def build_parser():
         description="Inceptionism pictures on real Caffe: amplifies what one layer of a network sees in a picture, or in noise.",
         epilog="Names may be written with dashes. Sizes are height x width: HxW in pixels, or xF times the base size "
         "(the start picture's, or the network's input for noise).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
+    # fmt: off
     parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
 
     group = parser.add_argument_group("network")
     add = group.add_argument
-    add("--deploy_txt", metavar="FILE", default="$CAFFE_ROOT/models/bvlc_googlenet/deploy.prototxt",
-        help="network description; without $CAFFE_ROOT, the one that comes with pycaffe")
-    add("--caffe_model", metavar="FILE", default="$CAFFE_ROOT/models/bvlc_googlenet/bvlc_googlenet.caffemodel",
-        help="the network's weights")
-    add("--mean_image", metavar="FILE", default="$CAFFE_ROOT/python/caffe/imagenet/ilsvrc_2012_mean.npy",
-        help="mean image (.npy), whose mean is taken off every pixel; without $CAFFE_ROOT, the one that comes with pycaffe")
+    add("--model", choices=tuple(MODELS), help="network to use; its three files are looked for in "
+        "$CAFFE_ROOT, then in ~/.cache/cnn-vis or $CNN_VIS_MODELS (default: bvlc_googlenet if installed, else googlenet_mini)")
+    add("--deploy_txt", metavar="FILE", help="network description (default: the model's)")
+    add("--caffe_model", metavar="FILE", help="the network's weights (default: the model's)")
+    add("--mean_image", metavar="FILE",
+        help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
     add("--gpu", metavar="N", type=int, help="GPU to run on, counted from 0; negative: CPU (default: GPU 0 where Caffe can "
-        "use one, else CPU)", default=argparse.SUPPRESS)
+        "use one, else CPU)")
     add("--batch_size", metavar="N", type=number(int, 1), default=1, help="tiles that go through the network at once")
     add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
-        "core)", default=argparse.SUPPRESS)
+        "core)")
 
     group = parser.add_argument_group("what is amplified")
     add = group.add_argument
@@ -974,17 +1070,15 @@ def build_parser():
 
     group = parser.add_argument_group("start picture")
     add = group.add_argument
-    add("--initial_image", "--image", metavar="FILE", help="picture to start from (default: noise)", default=argparse.SUPPRESS)
+    add("--initial_image", "--image", metavar="FILE", help="picture to start from (default: noise)")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
     add("--initialization_blur", metavar="S", type=number(float, 0), default=0.0, help="noise: sigma of a blur in pixels")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: it differs)",
-        default=argparse.SUPPRESS)
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: it differs)")
 
     group = parser.add_argument_group("sizes")
     add = group.add_argument
-    add("--initial_size", metavar="SIZE", help="first size, HxW or xF (default: the base size)", default=argparse.SUPPRESS)
-    add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)",
-        default=argparse.SUPPRESS)
+    add("--initial_size", metavar="SIZE", help="first size, HxW or xF (default: the base size)")
+    add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
     add("--num_sizes", metavar="N", type=number(int, 1), default=1, help="number of sizes; 1: only the first")
     add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
 
@@ -1025,8 +1119,7 @@ def build_parser():
     add("--show_height", metavar="H", type=number(float, above=0), default=5.0, help="of the window of show, in inches")
     add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
 
-    unset = ("gpu", "workers", "initial_image", "seed", "initial_size", "final_size")
-    parser.set_defaults(**dict.fromkeys(unset))
+    # fmt: on
     return parser
 
 
@@ -1035,42 +1128,28 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def find_file(option, value, default, packaged=None):
-    """The file that an option names, variables expanded; for the default without $CAFFE_ROOT the one inside the installed
-    Caffe package, at the path `packaged` there. Raises BadRequest."""
-    path = os.path.expanduser(os.path.expandvars(value))
-    if value == default and not os.path.isfile(path) and packaged:
-        caffe = importlib.util.find_spec("caffe")
-        if caffe is not None and caffe.submodule_search_locations:
-            inside = os.path.join(caffe.submodule_search_locations[0], packaged)
-            path = inside if os.path.isfile(inside) else path
-    if not os.path.isfile(path):
-        reason = "is a folder, not a file" if os.path.isdir(path) else "no such file"
-        remedy = "; set CAFFE_ROOT to your Caffe folder" if "$CAFFE_ROOT" in path else "; give another path"
-        raise BadRequest(f"--{option} {path}: {reason}{remedy}")
-    return path
-
-
-def find_network(options, parser):
-    """The NetworkSpec (for the CPU) that the options name. Raises BadRequest."""
-    deploy, weights = (
-        find_file(name, getattr(options, name), parser.get_default(name), packaged)
-        for name, packaged in (("deploy_txt", "models/bvlc_googlenet/deploy.prototxt"), ("caffe_model", None))
-    )
+def find_network(options):
+    """(NetworkSpec, name of the model, scalar mean) for the options. Raises BadRequest."""
+    given = options.deploy_txt or options.caffe_model
+    model = choose_model(options.model, given)
+    name = "network" if options.deploy_txt and options.caffe_model else model.name
+    weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
+    deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
+    if weights is None:
+        places = " or ".join(model.weights_places()[:-1])
+        raise BadRequest(f"--model {model.name}: not installed; put its weights at {places}, or name them with --caffe_model")
+    if deploy is None:
+        raise BadRequest(f"--model {model.name}: no deploy.prototxt found; pip install ./pycaffe, or name one with --deploy_txt")
+    if options.mean_image or model.mean is None:
+        packaged = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
+        if packaged is None:
+            raise BadRequest("--mean_image: Caffe's ilsvrc_2012_mean.npy was not found; pip install ./pycaffe, or name the file")
+        mean = read_mean(find_file("mean_image", packaged))
+    else:
+        mean = model.mean
     neuron = options.target_neuron if options.image_type == "amplify_neuron" else None
     objective = Objective(neuron, options.amplify_l1_weight, options.amplify_l2_weight, options.amplify_grad_clip)
-    return NetworkSpec(deploy, weights, options.target_layer, objective, use_gpu=False)
-
-
-def read_mean(path):
-    """The mean of the mean image, in the file's own dtype. Raises BadRequest."""
-    try:
-        mean = float(np.load(path).mean())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadRequest(f"--mean_image {path}: cannot be read as an array ({one_line(error)}); give a .npy file") from None
-    if not math.isfinite(mean):
-        raise BadRequest(f"--mean_image {path}: its mean is {mean}; give another file")
-    return mean
+    return NetworkSpec(deploy, weights, options.target_layer, objective), name, mean
 
 
 def choose_gpus(gpu):
@@ -1096,13 +1175,11 @@ def choose_gpus(gpu):
     return [gpu]
 
 
-def run(options, parser):
+def run(options):
     """Does what the options ask for."""
     check_output(options.output_file)
     picture = None if options.initial_image is None else read_picture(os.path.expanduser(options.initial_image))
-    spec = find_network(options, parser)
-    mean_file = find_file("mean_image", options.mean_image, parser.get_default("mean_image"), "imagenet/ilsvrc_2012_mean.npy")
-    mean = read_mean(mean_file)
+    spec, network_name, mean = find_network(options)
     behavior = options.iter_behavior
     show = Show(options.show_width, options.show_height) if "show" in behavior else None
     plot_pix = PlotPix() if "plot_pix" in behavior else None
@@ -1114,7 +1191,7 @@ def run(options, parser):
         dream = Dream(options, picture, mean, workers)
         device = f"GPU {gpus[0]}" if gpus else f"CPU, {workers.number} worker{'s' * (workers.number > 1)}"
         print(
-            f"{os.path.basename(spec.weights)}, {spec.target} {'x'.join(map(str, workers.target_shape))}, {device}, "
+            f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {device}, "
             f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}",
             file=sys.stderr,
         )
@@ -1143,7 +1220,7 @@ def main(argv=None):
     """Runs the command line; returns the exit status."""
     try:
         parser = build_parser()
-        run(parser.parse_args(argv), parser)
+        run(parser.parse_args(argv))
     except (BadRequest, RunFailed) as error:
         print(f"cnn_vis.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1

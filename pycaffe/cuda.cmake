@@ -1,0 +1,50 @@
+# Included by CMakeLists.txt for PYCAFFE_CUDA=1: Caffe's kernels, cuBLAS and cuRAND. No cuDNN: Caffe's code needs version 7.
+set(PYCAFFE_CUDA_ARCH "$ENV{PYCAFFE_CUDA_ARCH}" CACHE STRING "CUDA architectures, as CMake names them")
+if(NOT PYCAFFE_CUDA_ARCH)
+  # The machine's own GPU where there is one; else every architecture that this nvcc knows, so that none is left without.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  RESULT_VARIABLE no_gpu OUTPUT_QUIET ERROR_QUIET)
+  if(no_gpu)
+    set(PYCAFFE_CUDA_ARCH all)
+  else()
+    set(PYCAFFE_CUDA_ARCH native)
+  endif()
+endif()
+set(CMAKE_CUDA_ARCHITECTURES ${PYCAFFE_CUDA_ARCH})
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+
+# cuBLAS and cuRAND: the toolkit's own, or else those of the packages nvidia-cublas and nvidia-curand, loaded from
+# site-packages at run time (pip install './pycaffe[cuda]').
+python_says(site_packages "import importlib.metadata as m, pathlib
+try: print(m.distribution('nvidia-cublas').locate_file('nvidia/cu${CUDAToolkit_VERSION_MAJOR}'))
+except m.PackageNotFoundError: print('')")
+foreach(name cublas curand)
+  find_library(${name}_library NAMES ${name} lib${name}.so.${CUDAToolkit_VERSION_MAJOR} lib${name}.so.10
+               PATHS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/lib NO_DEFAULT_PATH)
+  find_path(${name}_include NAMES ${name}.h PATHS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/include NO_DEFAULT_PATH)
+  if(NOT ${name}_library OR NOT ${name}_include)
+    message(FATAL_ERROR "${name} is neither in ${CUDAToolkit_LIBRARY_DIR} nor installed as a package; for CUDA 13: "
+                        "PYCAFFE_CUDA=1 pip install ./pycaffe[cuda]")
+  endif()
+endforeach()
+set(cuda_rpath "${CUDAToolkit_LIBRARY_DIR};$ORIGIN/../nvidia/cu${CUDAToolkit_VERSION_MAJOR}/lib")
+
+file(GLOB kernels CONFIGURE_DEPENDS ${source}/layers/*.cu ${source}/solvers/*.cu ${source}/util/*.cu)
+target_sources(caffe PRIVATE ${kernels})
+target_compile_options(caffe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-w>)
+set_target_properties(caffe PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_ARCHITECTURES "${PYCAFFE_CUDA_ARCH}")
+target_include_directories(caffe SYSTEM PUBLIC ${CUDAToolkit_INCLUDE_DIRS} ${cublas_include} ${curand_include})
+target_link_libraries(caffe PUBLIC CUDA::cudart_static ${cublas_library} ${curand_library})
+
+# CUDA 13 dropped three fields of cudaDeviceProp, which Caffe only prints: build common.cpp without those lines.
+if(CUDAToolkit_VERSION_MAJOR GREATER_EQUAL 13)
+  file(READ ${source}/common.cpp common)
+  string(REGEX REPLACE "  LOG\\(INFO\\) << \"[A-Za-z ]+: *\"[ \n]*<< [(]?prop\\.(clockRate|deviceOverlap|kernelExecTimeoutEnabled)[^;]*;\n"
+         "" common "${common}")
+  file(WRITE ${CMAKE_BINARY_DIR}/common.cpp "${common}")
+  get_target_property(all_sources caffe SOURCES)
+  list(REMOVE_ITEM all_sources ${source}/common.cpp)
+  set_target_properties(caffe PROPERTIES SOURCES "${all_sources};${CMAKE_BINARY_DIR}/common.cpp")
+endif()

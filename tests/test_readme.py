@@ -1,0 +1,62 @@
+"""Every command of the README is run, with a picture in.jpg at hand, few steps and the network that comes along."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, cnn_vis
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [line for line in LINES if line and not line.startswith("#")]
+PROGRAM = [line for line in COMMANDS if line.startswith("python cnn_vis.py")]
+
+
+def test_the_set_up_commands_are_two():
+    """What is not a run of the program is set-up: the two commands, one of which runs these very tests, and the environment."""
+    others = [line for line in COMMANDS if line not in PROGRAM]
+    assert others == ["make example", "make test", ". .venv/bin/activate"]
+
+
+@pytest.mark.parametrize("command", PROGRAM, ids=lambda command: " ".join(command.split()[2:6]))
+def test_program_commands(command, photographs, tmp_path):
+    arguments = shlex.split(command)[2:]
+    (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    done = cnn_vis(*arguments, "--num_steps=1", "--model=googlenet_mini", "--gpu=-1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    if "--help" not in arguments:
+        output = arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
+        Image.open(tmp_path / output).verify()
+
+
+def test_make_example(tmp_path):
+    """What `make example` runs, in an environment that is already installed."""
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    script = ROOT / "examples" / "example.sh"
+    done = subprocess.run([script, "out.png", "--num_steps=1", "--gpu=-1"], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0
+    assert Image.open(tmp_path / "out.png").size == (631, 420)
+
+
+def test_make_example_runs_that_script():
+    done = subprocess.run(["make", "-n", "example"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "examples/example.sh example.png" in done.stdout
+
+
+def test_options_in_the_readme_exist():
+    import cnn_vis as program
+
+    known = {name for action in program.build_parser()._actions for name in action.option_strings}
+    mentioned = set(re.findall(r"`(--\w+)", README)) | {word for line in PROGRAM for word in line.split() if word[:2] == "--"}
+    assert mentioned <= known
+
+
+def test_links_in_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
