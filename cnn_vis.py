@@ -918,13 +918,12 @@ def import_pyplot(behavior):
     except ImportError as error:
         raise BadRequest(f"--iter_behavior {behavior}: needs matplotlib ({one_line(error)}); pip install matplotlib") from None
     try:
-        pyplot.figure()
-        pyplot.close()
+        figure = pyplot.figure()
     except Exception as error:  # each toolkit fails in its own way without a display
         raise BadRequest(f"--iter_behavior {behavior}: no window can be opened ({one_line(error)}); {remedy}") from None
-    import matplotlib
-
-    if matplotlib.get_backend().lower() not in {name.lower() for name in matplotlib.rcsetup.interactive_bk}:
+    windowed = figure.canvas.required_interactive_framework is not None
+    pyplot.close(figure)
+    if not windowed:
         raise BadRequest(f"--iter_behavior {behavior}: there is no display to open a window on; {remedy}")
     return pyplot
 

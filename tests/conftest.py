@@ -18,10 +18,12 @@ TINY = [f"--deploy_txt={GOLDEN}/deploy.prototxt", f"--caffe_model={GOLDEN}/tiny_
 
 
 def cnn_vis(*arguments, cwd, timeout=110, **environment):
-    """Runs the script in a process of its own; returns the finished process with its stdout and stderr as text."""
+    """Runs the script in a process of its own, in this environment with changes (None: without that variable); returns the
+    finished process with its stdout and stderr as text."""
+    environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
     return subprocess.run(
         [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True, env=os.environ | environment, stdin=subprocess.DEVNULL,
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
