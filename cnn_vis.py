@@ -23,14 +23,17 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import multiprocessing.shared_memory
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import zlib
 
 import numpy as np
 
@@ -297,10 +300,17 @@ GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network known by name. `mean` is taken off its input; None: the mean of Caffe's ilsvrc mean image."""
+    """A network known by name.
+
+    `mean` is taken off its input; None: the mean of Caffe's ilsvrc mean image. `url` is where the weights are to be had, or
+    an archive with a file `member` in it; `hashes` ("sha1:..." or "sha256:...") are those of the right weights or archive.
+    """
 
     name: str
+    url: str | None = None
+    hashes: tuple = ()
     mean: float | None = None
+    member: str | None = None
     other_weights: tuple = ()  # where else they may lie below $CAFFE_ROOT
 
     def weights_places(self):
@@ -308,7 +318,11 @@ class Model:
         below = f"{self.name}/{self.name}.caffemodel"
         root = os.environ.get("CAFFE_ROOT")
         places = [os.path.join(root, "models", path) for path in (below, *self.other_weights)] if root else []
-        return [*places, os.path.join(cache_folder(), below), os.path.join(HERE, "models", below)]
+        return [*places, self.cache_place(), os.path.join(HERE, "models", below)]
+
+    def cache_place(self):
+        """The path to which the weights are downloaded."""
+        return os.path.join(cache_folder(), self.name, f"{self.name}.caffemodel")
 
     def find_weights(self):
         """The path of the weights, or None where they are not installed."""
@@ -324,11 +338,16 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = {
     model.name: model
     for model in (
-        Model("googlenet_mini"),
-        Model("bvlc_googlenet"),
-        Model("googlenet_places205", mean=np.mean([105.417, 113.753, 116.047]),
+        Model("googlenet_mini", hashes=("sha256:a8bbb582c8269f3628181e4b45107f1f4a6caa3b4f26eea638a092fc2cf5263f",)),
+        Model("bvlc_googlenet", "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
+              ("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",)),
+        # The published sha1 of Places205 does not say whether it is the archive's or the weights'.
+        Model("googlenet_places205", "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
+              ("sha1:d767debf686fa15df1e05fbc9b4598076127134a",), mean=np.mean([105.417, 113.753, 116.047]),
+              member="googlelet_places205_train_iter_2400000.caffemodel",
               other_weights=("googlenet_places/googlelet_places205_train_iter_2400000.caffemodel",)),
-        Model("googlenet_places365", mean=np.mean([104.051, 112.514, 116.676])),
+        Model("googlenet_places365", "http://places2.csail.mit.edu/models_places365/googlenet_places365.caffemodel",
+              mean=np.mean([104.051, 112.514, 116.676])),
     )
 }  # fmt: skip
 
@@ -353,7 +372,11 @@ def choose_model(name, given_files):
     along where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place."""
     model = MODELS[name or "bvlc_googlenet"]
     if name is None and not given_files and model.find_weights() is None and MODELS["googlenet_mini"].find_weights():
-        print("BVLC GoogLeNet is not installed: using googlenet_mini.", file=sys.stderr)
+        print(
+            "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
+            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet",
+            file=sys.stderr,
+        )
         return MODELS["googlenet_mini"]
     return model
 
@@ -378,6 +401,105 @@ def read_mean(path):
     return mean
 
 
+# ---- Network: fetching one ----------------------------------------------------------------------------------------------
+
+TIMEOUT = 30  # seconds without a word from the server
+
+
+def file_hash(path, algorithm):
+    """The hash of a file as "algorithm:hex"."""
+    import pooch
+
+    return f"{algorithm}:{pooch.file_hash(path, alg=algorithm)}"
+
+
+def has_known_hash(path, model):
+    """Whether the file is one of those that the model's hashes tell."""
+    return any(file_hash(path, known.partition(":")[0]) == known for known in model.hashes)
+
+
+def standing(path, model):
+    """How far the weights `path` can be trusted to be the model's, in a few words."""
+    if has_known_hash(path, model):
+        return "verified"
+    with contextlib.suppress(OSError), open(f"{path}.checked") as file:
+        remembered = file.read().strip()
+        return "structure checked" if file_hash(path, "sha256") == remembered else "changed since it was downloaded"
+    return "not verified"
+
+
+def fetch(url, path):
+    """Downloads `url` to `path`, with a progress bar. Raises RunFailed."""
+    import pooch
+    import requests
+
+    folder, name = os.path.split(path)
+    pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT)
+    try:
+        pooch.retrieve(url, known_hash=None, fname=name, path=folder, downloader=downloader)
+    except requests.exceptions.HTTPError as error:
+        raise RunFailed(f"{url}: the server says {error.response.status_code} {error.response.reason}; try --model_url") from None
+    except requests.exceptions.Timeout:
+        raise RunFailed(f"{url}: no word from the server for {TIMEOUT} seconds; try again, or --model_url") from None
+    except requests.exceptions.ChunkedEncodingError:
+        raise RunFailed(f"{url}: the download broke off; try again") from None
+    except requests.exceptions.ConnectionError:
+        raise RunFailed(f"{url}: no connection; is this machine online? A mirror can be named with --model_url") from None
+    except (requests.exceptions.RequestException, ValueError) as error:
+        raise RunFailed(f"{url}: cannot be downloaded ({one_line(error)})") from None
+
+
+def unpack(archive, member, path):
+    """Writes the one file called `member`, in whatever folder of the tar archive, to `path`. Raises RunFailed."""
+    import tarfile
+
+    try:
+        with tarfile.open(archive) as tar:
+            found = next((item for item in tar if item.isfile() and os.path.basename(item.name) == member), None)
+            if found is None:
+                raise RunFailed(f"the archive holds no {member}")
+            with tar.extractfile(found) as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise RunFailed(f"the archive cannot be read ({one_line(error)})") from None
+
+
+def download(model, url, check_structure):
+    """Downloads the model's weights to where they are looked for. Nothing lies there before it is known to be right: by its
+    hash, or else because check_structure(path), which returns what is wrong or None, finds nothing. Raises RunFailed."""
+    place = model.cache_place()
+    folder = os.path.dirname(place)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            fetched = weights = os.path.join(temporary, "fetched")
+            fetch(url, fetched)
+            with open(fetched, "rb") as file:
+                start = file.read(512).lstrip().lower()
+            if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+                raise RunFailed(f"{url}: a web page came instead of the network; is there a login page on this connection?")
+            verified = has_known_hash(fetched, model)
+            if model.member is not None:
+                weights = os.path.join(temporary, "weights")
+                unpack(fetched, model.member, weights)
+                verified = verified or has_known_hash(weights, model)
+            elif model.hashes and not verified:
+                raise RunFailed(f"{url}: not the right file: its {file_hash(fetched, 'sha1')} is not {model.hashes[0]}; removed")
+            if not verified:
+                error = check_structure(weights)
+                if error is not None:
+                    raise RunFailed(f"{url}: not a {model.name}: {error}; removed")
+                with open(f"{weights}.checked", "w") as file:
+                    file.write(f"{file_hash(weights, 'sha256')}\n")
+                os.replace(f"{weights}.checked", f"{place}.checked")
+            os.replace(weights, place)
+    except OSError as error:
+        raise RunFailed(
+            f"{folder}: {error.strerror or error}; free some space, or name another folder in CNN_VIS_MODELS"
+        ) from None
+
+
 # ---- Network ------------------------------------------------------------------------------------------------------------
 # Runs in the workers only, so that Caffe, which ends its process at any error, never ends the program.
 
@@ -390,6 +512,7 @@ class NetworkSpec:
     weights: str
     target: str
     objective: Objective
+    fit_classifier: bool = False  # whether the classifier takes its width from the weights
     use_gpu: bool = False
 
 
@@ -421,7 +544,7 @@ def read_prototxt(path):
 
 
 def read_weights(path):
-    """The layers of the caffemodel `path` as {name: number of blobs}. Raises BadRequest."""
+    """The layers of the caffemodel `path` as {name: shapes of its blobs}. Raises BadRequest."""
     import_caffe()
     from caffe.proto import caffe_pb2
     from google.protobuf.message import DecodeError
@@ -431,7 +554,55 @@ def read_weights(path):
             net = caffe_pb2.NetParameter.FromString(file.read())
     except (OSError, DecodeError) as error:
         raise BadRequest(f"--caffe_model {path}: cannot be read as Caffe weights ({one_line(error)})") from None
-    return {layer.name: len(layer.blobs) for layer in (net.layer or net.layers)}
+    return {layer.name: [blob_shape(blob) for blob in layer.blobs] for layer in (net.layer or net.layers)}
+
+
+def blob_shape(blob):
+    """A BlobProto's shape, without the leading ones that the older format filled up to four axes with."""
+    shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
+    return tuple(itertools.dropwhile(lambda side: side == 1, shape))
+
+
+def fit_classifier(net, weights):
+    """Gives the classifier of the NetParameter `net` the width that `weights` (of read_weights) have: one GoogLeNet
+    prototxt serves all data sets. Changes `net` in place."""
+    for layer in net.layer:
+        if layer.type == "InnerProduct" and weights.get(layer.name):
+            layer.inner_product_param.num_output = weights[layer.name][-1][-1]  # as many biases as outputs
+
+
+@contextlib.contextmanager
+def caffe_net(net):
+    """The NetParameter as a caffe.Net in TEST phase, without weights."""
+    with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
+        file.write(str(net))
+        file.flush()
+        yield import_caffe().Net(file.name, import_caffe().TEST)
+
+
+def structure_error(deploy, path):
+    """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every layer must have its
+    blobs, of its shapes. Caffe has then read the file too."""
+    weights = read_weights(path)
+    net = read_prototxt(deploy)
+    fit_classifier(net, weights)
+    with caffe_net(net) as caffe_net_:
+        for name, blobs in caffe_net_.params.items():
+            expected = [tuple(itertools.dropwhile(lambda side: side == 1, blob.data.shape)) for blob in blobs]
+            if weights.get(name) != expected:
+                return f"layer {name} has weights of shape {weights.get(name)}, not {expected}"
+        caffe_net_.copy_from(path)
+    return None
+
+
+def layer_shapes(deploy, weights):
+    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets. With `weights` (a path or
+    None) the classifier has their width."""
+    net = read_prototxt(deploy)
+    if weights is not None:
+        fit_classifier(net, read_weights(weights))
+    with caffe_net(net) as caffe_net_:
+        return [(name, tuple(caffe_net_.blobs[name].shape)[1:]) for name in targets(net)]
 
 
 def runs_in_test(layer):
@@ -485,6 +656,18 @@ def cut(net, target, blob_counts):
             del net.layer[index]
 
 
+def use_fast_layers(net):
+    """Changes the NetParameter `net` to use the layers that this program's build of Caffe has and computes the same with, in
+    less time. Another Caffe keeps its own."""
+    from caffe import layer_type_list
+    from caffe.proto.caffe_pb2 import PoolingParameter
+
+    if "MaxPooling" in list(layer_type_list()):
+        for layer in net.layer:
+            if layer.type == "Pooling" and layer.pooling_param.pool == PoolingParameter.MAX:
+                layer.type = "MaxPooling"
+
+
 class Network:
     """A Caffe net from its input to the target layer. Raises BadRequest where `spec` cannot be loaded.
 
@@ -500,15 +683,15 @@ class Network:
             caffe.set_device(0)  # the only one that this worker sees
         else:
             caffe.set_mode_cpu()
-        blob_counts = read_weights(spec.weights)
+        weights = read_weights(spec.weights)
         net = read_prototxt(spec.deploy)
-        self._check(spec, net, blob_counts)
-        cut(net, spec.target, blob_counts)
-        with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
-            file.write(str(net))
-            file.flush()
-            self._net = caffe.Net(file.name, caffe.TEST)
-        self._net.copy_from(spec.weights)
+        if spec.fit_classifier:
+            fit_classifier(net, weights)
+        self._check(spec, net, weights)
+        cut(net, spec.target, {name: len(shapes) for name, shapes in weights.items()})
+        use_fast_layers(net)
+        with caffe_net(net) as self._net:
+            self._net.copy_from(spec.weights)
         self._spec = spec
         self._input = self._net.blobs["data" if "data" in self._net.inputs else self._net.inputs[0]]
         shape = tuple(self._input.shape)
@@ -522,14 +705,14 @@ class Network:
             )
 
     @staticmethod
-    def _check(spec, net, blob_counts):
+    def _check(spec, net, weights):
         names = targets(net)
         if spec.target not in names:
             close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names)}"
             raise BadRequest(f"--layer {spec.target}: {spec.deploy} has no such layer; {hint}")
         layers = net.layer or net.layers
-        if layers and not any(blob_counts.get(layer.name) for layer in layers):
+        if layers and not any(weights.get(layer.name) for layer in layers):
             raise BadRequest(f"--caffe_model {spec.weights}: holds weights for none of the layers in {spec.deploy}")
 
     def gradients(self, batch):
@@ -993,6 +1176,14 @@ class Parser(argparse.ArgumentParser):
         raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
 
 
+def say(text):
+    """Prints a line; if nobody reads any more (| head) this and all later ones go nowhere, and the run goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Adds an option's default to its help where there is one and the text does not tell it."""
 
@@ -1044,6 +1235,11 @@ def build_parser():
     add = group.add_argument
     add("--model", choices=tuple(MODELS), help="network to use; its three files are looked for in "
         "$CAFFE_ROOT, then in ~/.cache/cnn-vis or $CNN_VIS_MODELS (default: bvlc_googlenet if installed, else googlenet_mini)")
+    add("--list_models", action="store_true", help="list these networks, and which are installed, and stop")
+    add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
+    add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
+        help="download a network (%(choices)s), check it, and stop")
+    add("--model_url", metavar="URL", help="where to download it from, for a mirror (default: the official place)")
     add("--deploy_txt", metavar="FILE", help="network description (default: the model's)")
     add("--caffe_model", metavar="FILE", help="the network's weights (default: the model's)")
     add("--mean_image", metavar="FILE",
@@ -1127,18 +1323,24 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def find_network(options):
-    """(NetworkSpec, name of the model, scalar mean) for the options. Raises BadRequest."""
-    given = options.deploy_txt or options.caffe_model
-    model = choose_model(options.model, given)
-    name = "network" if options.deploy_txt and options.caffe_model else model.name
+def find_files(options):
+    """(deploy, weights or None, whether the classifier is to be fitted, Model) for the options. Raises BadRequest."""
+    model = choose_model(options.model, options.deploy_txt or options.caffe_model)
     weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
     deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
-    if weights is None:
-        places = " or ".join(model.weights_places()[:-1])
-        raise BadRequest(f"--model {model.name}: not installed; put its weights at {places}, or name them with --caffe_model")
     if deploy is None:
         raise BadRequest(f"--model {model.name}: no deploy.prototxt found; pip install ./pycaffe, or name one with --deploy_txt")
+    return deploy, weights, not options.deploy_txt, model
+
+
+def find_network(options):
+    """(NetworkSpec, name of the network, scalar mean) for the options. Raises BadRequest."""
+    deploy, weights, fit, model = find_files(options)
+    if weights is None:
+        raise BadRequest(
+            f"--model {model.name}: not installed at {' or '.join(model.weights_places()[:-1])}; "
+            f"get it with --download_model {model.name}, or name its weights with --caffe_model"
+        )
     if options.mean_image or model.mean is None:
         packaged = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
         if packaged is None:
@@ -1148,7 +1350,8 @@ def find_network(options):
         mean = model.mean
     neuron = options.target_neuron if options.image_type == "amplify_neuron" else None
     objective = Objective(neuron, options.amplify_l1_weight, options.amplify_l2_weight, options.amplify_grad_clip)
-    return NetworkSpec(deploy, weights, options.target_layer, objective), name, mean
+    name = "network" if options.deploy_txt or options.caffe_model else model.name
+    return NetworkSpec(deploy, weights, options.target_layer, objective, fit), name, mean
 
 
 def choose_gpus(gpu):
@@ -1156,11 +1359,7 @@ def choose_gpus(gpu):
     if gpu is not None and gpu < 0:
         return []
     present = count_gpus()
-    context = multiprocessing.get_context("spawn")
-    cuda = False
-    if present or gpu is not None:
-        with concurrent.futures.ProcessPoolExecutor(1, context) as executor:
-            cuda = executor.submit(can_use_gpu).result()
+    cuda = (present or gpu is not None) and in_a_worker(can_use_gpu)
     if gpu is None:
         if present and cuda:
             return [0]
@@ -1172,6 +1371,48 @@ def choose_gpus(gpu):
     if gpu >= present:
         raise BadRequest(f"--gpu {gpu}: there is no such GPU, of {present}; use a lower number, or -1 for the CPU")
     return [gpu]
+
+
+def in_a_worker(task, *arguments):
+    """Runs a task that needs Caffe in a process of its own. Raises what the task raises; RunFailed where Caffe stops."""
+    with tempfile.TemporaryDirectory(prefix="cnn_vis-") as folder:
+        log = os.path.join(folder, "caffe.log")
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context, start_worker, (log, None)) as executor:
+            try:
+                return executor.submit(task, *arguments).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise RunFailed(f"Caffe stopped: {caffe_reason(log)}") from None
+
+
+def list_models():
+    """Prints the networks known by name: where found, size, how far verified."""
+    for model in MODELS.values():
+        path = model.find_weights()
+        if path is None:
+            say(f"{model.name:20} not installed; python cnn_vis.py --download_model {model.name}")
+        else:
+            say(f"{model.name:20} {os.path.getsize(path) / 1e6:5.1f} MB, {standing(path, model)}: {path}")
+
+
+def list_layers(options):
+    """Prints the layers that can be amplified, in order, each with its shape for one tile."""
+    deploy, weights, fit, _ = find_files(options)
+    for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
+        say(f"{name:32} {'x'.join(map(str, shape))}")
+
+
+def download_model(options):
+    """Does --download_model."""
+    model = MODELS[options.download_model]
+    if model.url is None:
+        raise BadRequest(f"--download_model {model.name}: it comes with this program; there is nothing to download")
+    deploy = model.find_deploy()
+    if deploy is None:
+        raise BadRequest(f"--download_model {model.name}: Caffe is needed to check it; pip install ./pycaffe")
+    download(model, options.model_url or model.url, functools.partial(in_a_worker, structure_error, deploy))
+    place = model.cache_place()
+    print(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
 
 
 def run(options):
@@ -1205,7 +1446,7 @@ def run(options):
                 continue
             seen = functools.partial(to_uint8, progress.image, mean, options.rescale_image)
             if "print" in behavior:
-                print(format_stats(progress), flush=True)
+                say(format_stats(progress))
             if "save" in behavior:
                 write_picture(seen(), numbered(options.output_file, progress.size_index, progress.step))
             if show is not None:
@@ -1218,8 +1459,15 @@ def run(options):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     try:
-        parser = build_parser()
-        run(parser.parse_args(argv))
+        options = build_parser().parse_args(argv)
+        if options.list_models:
+            list_models()
+        elif options.list_layers:
+            list_layers(options)
+        elif options.download_model:
+            download_model(options)
+        else:
+            run(options)
     except (BadRequest, RunFailed) as error:
         print(f"cnn_vis.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1

@@ -15,7 +15,7 @@ for package in $wanted; do
 done
 [ -n "$missing" ] || exit 0
 
-install="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends$missing"
+install="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends$missing >/dev/null"
 echo "Installing system packages:$missing" >&2
 if [ "$(id -u)" = 0 ]; then
     sh -c "$install" >&2
