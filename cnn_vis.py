@@ -583,15 +583,18 @@ def caffe_net(net):
 def structure_error(deploy, path):
     """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every layer must have its
     blobs, of its shapes. Caffe has then read the file too."""
-    weights = read_weights(path)
+    try:
+        weights = read_weights(path)
+    except BadRequest:
+        return "it cannot be read as Caffe weights"
     net = read_prototxt(deploy)
     fit_classifier(net, weights)
-    with caffe_net(net) as caffe_net_:
-        for name, blobs in caffe_net_.params.items():
+    with caffe_net(net) as loaded:
+        for name, blobs in loaded.params.items():
             expected = [tuple(itertools.dropwhile(lambda side: side == 1, blob.data.shape)) for blob in blobs]
             if weights.get(name) != expected:
                 return f"layer {name} has weights of shape {weights.get(name)}, not {expected}"
-        caffe_net_.copy_from(path)
+        loaded.copy_from(path)
     return None
 
 
@@ -601,8 +604,8 @@ def layer_shapes(deploy, weights):
     net = read_prototxt(deploy)
     if weights is not None:
         fit_classifier(net, read_weights(weights))
-    with caffe_net(net) as caffe_net_:
-        return [(name, tuple(caffe_net_.blobs[name].shape)[1:]) for name in targets(net)]
+    with caffe_net(net) as loaded:
+        return [(name, tuple(loaded.blobs[name].shape)[1:]) for name in targets(net)]
 
 
 def runs_in_test(layer):
