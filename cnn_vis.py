@@ -1372,7 +1372,8 @@ def choose_gpus(gpu):
     if not cuda:
         raise BadRequest(f"--gpu {gpu}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
     if gpu >= present:
-        raise BadRequest(f"--gpu {gpu}: there is no such GPU, of {present}; use a lower number, or -1 for the CPU")
+        found = f"only {present} found, counted from 0" if present else "none found"
+        raise BadRequest(f"--gpu {gpu}: there is no such GPU, {found}; use another number, or -1 for the CPU")
     return [gpu]
 
 
