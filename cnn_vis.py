@@ -42,10 +42,10 @@ __version__ = "1.0.0"
 FLOOR = 1e-3  # under the squared gradient in total variation
 EPSILON = 1e-8  # under RMSProp's square root
 GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
-TV_KERNELS = {
-    "naive": ([[1, -1], [0, 0]], [[1, 0], [-1, 0]]),
-    "sobel": ([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], [[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
-    "sobel_squish": ([[-1, 1, 0], [-2, 2, 0], [-1, 1, 0]], [[-1, -2, -1], [1, 2, 1], [0, 0, 0]]),
+TV_OPERATORS = {  # slopes: (difference along the axis, smoothing across it), both as correlation kernels
+    "naive": ((1, -1), (1, 0)),
+    "sobel": ((-1, 0, 1), (1, 2, 1)),
+    "sobel_squish": ((-1, 1, 0), (1, 2, 1)),
 }
 
 
@@ -181,49 +181,62 @@ def p_norm_loss(x, p, scale):
     return float(power(np.abs(x) / scale, p).sum())
 
 
-def p_norm_gradient(x, p, scale):
-    """Of p_norm_loss by x: p / scale * sign(x) * |x / scale|^(p - 1)."""
-    scaled = x / scale if scale != 1 else x
+def p_norm_gradient(x, p, scale, weight=1.0):
+    """Of weight * p_norm_loss by x: weight * p / scale * sign(x) * |x / scale|^(p - 1)."""
+    scaled = x if scale == 1 else x / scale
     if p == 2:
-        return scaled * (2 / scale)
+        return scaled * (weight * 2 / scale)
     if p % 2 == 0:  # an odd power keeps the sign
-        gradient = power(scaled * scaled, (p - 2) / 2) * scaled
+        gradient = power(scaled * scaled, (p - 2) / 2)
+        gradient *= scaled
     else:
-        gradient = np.copysign(power(np.abs(scaled), p - 1), scaled) * (scaled != 0)
-    gradient *= p / scale
+        gradient = power(np.abs(scaled), p - 1)
+        gradient *= np.sign(scaled)
+    gradient *= weight * p / scale
     return gradient
 
 
-def _correlate(x, kernel):
-    """Correlation of the last two axes with a small square kernel, where it fits."""
-    n = len(kernel) - 1
-    height, width = x.shape[2] - n, x.shape[3] - n
-    result = np.zeros((*x.shape[:2], height, width))
-    for i, j in np.argwhere(kernel):
-        _add(result, kernel[i][j], x[:, :, i : i + height, j : j + width])
-    return result
+def _window(x, axis, start, length):
+    """The `length` entries of x from `start` along axis 2 or 3."""
+    return x[:, :, start : start + length] if axis == 2 else x[..., start : start + length]
 
 
-def _correlate_transpose(x, y, kernel):
-    """Adds to x the transpose of _correlate applied to y."""
-    height, width = y.shape[2:]
-    for i, j in np.argwhere(kernel):
-        _add(x[:, :, i : i + height, j : j + width], kernel[i][j], y)
+def _slope(x, operator, axis):
+    """The slopes of x along axis 2 or 3 that the operator measures, where it fits."""
+    difference, smoothing = TV_OPERATORS[operator]
+    n = len(difference) - 1
+    up, down = (_window(x, axis, difference.index(sign), x.shape[axis] - n) for sign in (1, -1))
+    slope, across = up - down, 5 - axis
+    parts = [_window(slope, across, i, x.shape[across] - n) for i in range(n + 1)]
+    if smoothing == (1, 0):
+        return parts[0]
+    smooth = parts[1] * 2
+    smooth += parts[0]
+    smooth += parts[2]
+    return smooth
 
 
-def _add(x, factor, y):
-    """x += factor * y for the factors that the kernels have, without a product by one."""
-    if factor == 1:
-        x += y
-    elif factor == -1:
-        x -= y
+def _spread_slope(x, slope, operator, axis):
+    """Adds to x the transpose of _slope applied to `slope`."""
+    difference, smoothing = TV_OPERATORS[operator]
+    n, across = len(difference) - 1, 5 - axis
+    if smoothing != (1, 0):
+        shape = list(slope.shape)
+        shape[across] += n
+        spread = np.zeros(shape)
+        for i, factor in enumerate(smoothing):
+            place = _window(spread, across, i, slope.shape[across])
+            place += slope if factor == 1 else factor * slope
     else:
-        x += factor * y
+        spread, x = slope, _window(x, across, 0, x.shape[across] - n)
+    up, down = (_window(x, axis, difference.index(sign), spread.shape[axis]) for sign in (1, -1))
+    up += spread
+    down -= spread
 
 
 def _tv_slopes(x, operator, scale):
     """dx, dy of x / scale, and max(dx^2 + dy^2, FLOOR)."""
-    dx, dy = (_correlate(x, kernel) for kernel in TV_KERNELS[operator])
+    dx, dy = (_slope(x, operator, axis) for axis in (3, 2))
     if scale != 1:
         dx /= scale
         dy /= scale
@@ -238,25 +251,31 @@ def tv_loss(x, beta, operator="naive", scale=1.0):
     return float(power(_tv_slopes(x, operator, scale)[2], beta / 2).sum())
 
 
-def tv_gradient(x, beta, operator="naive", scale=1.0):
-    """Of tv_loss by x. As in the original the floor is not masked out: a flat place has a gradient, of nearly 0."""
-    dx, dy, squared = _tv_slopes(x, operator, scale)
-    if beta != 2:
-        weight = power(squared, beta / 2 - 1) if beta > 2 else squared ** (beta / 2 - 1)
-        dx *= weight
-        dy *= weight
+def tv_gradient(x, beta, operator="naive", scale=1.0, weight=1.0):
+    """Of weight * tv_loss by x. As in the original the floor is not masked out: a flat place has a gradient, of nearly 0."""
+    dx, dy, factor = _tv_slopes(x, operator, scale)
+    if beta >= 2:
+        factor = power(factor, beta / 2 - 1)
+    else:
+        factor **= beta / 2 - 1
+    factor *= weight * beta / scale
+    dx *= factor
+    dy *= factor
     gradient = np.zeros_like(x)
-    for slope, kernel in zip((dx, dy), TV_KERNELS[operator]):
-        _correlate_transpose(gradient, slope, kernel)
-    gradient *= beta / scale
+    _spread_slope(gradient, dx, operator, 3)
+    _spread_slope(gradient, dy, operator, 2)
     return gradient
 
 
 def rmsprop(gradient, cache, decay, learning_rate):
     """The step -gradient / sqrt(cache + EPSILON) * learning_rate. Changes `cache` (and `gradient`, which becomes the step)."""
+    scratch = gradient * gradient
+    scratch *= 1 - decay
     cache *= decay
-    cache += (1 - decay) * gradient * gradient
-    gradient /= np.sqrt(cache + EPSILON)
+    cache += scratch
+    np.add(cache, EPSILON, out=scratch)
+    np.sqrt(scratch, out=scratch)
+    gradient /= scratch
     gradient *= -learning_rate
     return gradient
 
@@ -951,34 +970,43 @@ class Dream:
         return gauge and gauge.summary(self.image)
 
     def _update_tile(self, region, cnn, value, gauge):
-        """Regularizes one tile's gradient and takes its RMSProp step."""
+        """Regularizes one tile's gradient and takes its RMSProp step.
+
+        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache.
+        """
         o, (y0, y1, x0, x1) = self.options, region
-        tile = self.image[:, :, y0:y1, x0:x1]
-        pulled = tile if self.start is None else tile - self.start[:, :, y0:y1, x0:x1]
-        parts = {"cnn": cnn[np.newaxis].astype(np.float64)}
-        if o.p_reg:
-            parts["p"] = o.p_reg * p_norm_gradient(pulled, o.alpha, o.p_scale)
-        if o.p_reg_aux:
-            parts["aux"] = o.p_reg_aux * p_norm_gradient(tile, o.alpha_aux, o.p_scale_aux)
-        if self.tv_reg:
-            parts["tv"] = self.tv_reg * tv_gradient(tile, o.beta, o.tv_grad_operator, o.tv_reg_scale)
+        if region not in self.caches:
+            self.caches[region] = np.zeros((1, *cnn.shape))
+        cache = self.caches[region]
         if gauge is not None:
-            gauge.add_gradients(parts, value)
-            gauge.add_losses(
-                p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
-                aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(tile, o.alpha_aux, o.p_scale_aux),
-                tv=self.tv_reg and self.tv_reg * tv_loss(tile, o.beta, o.tv_grad_operator, o.tv_reg_scale),
-            )
-        gradient = parts.pop("cnn")
-        for part in parts.values():
-            gradient += part
-        cache = self.caches.setdefault(region, np.zeros_like(gradient))
-        step = rmsprop(gradient, cache, o.decay_rate, self.learning_rate)
-        if self.counts is not None:
-            step /= self.counts[y0:y1, x0:x1]
-        if gauge is not None:
-            gauge.add_step(step, tile)
-        tile += step
+            gauge.add_tile(value)
+        for channel in range(len(cnn)):
+            place = np.s_[:, channel : channel + 1, y0:y1, x0:x1]
+            plane = self.image[place]
+            pulled = plane if self.start is None else plane - self.start[place]
+            gradient = cnn[np.newaxis, channel : channel + 1].astype(np.float64)
+            parts = {}
+            if o.p_reg:
+                parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
+            if o.p_reg_aux:
+                parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
+            if self.tv_reg:
+                parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
+            if gauge is not None:
+                gauge.add_means(cnn_gradient=gradient, **{f"{name}_gradient": part for name, part in parts.items()})
+                gauge.add_losses(
+                    p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
+                    aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
+                    tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
+                )
+            for part in parts.values():
+                gradient += part
+            step = rmsprop(gradient, cache[:, channel : channel + 1], o.decay_rate, self.learning_rate)
+            if self.counts is not None:
+                step /= self.counts[y0:y1, x0:x1]
+            if gauge is not None:
+                gauge.add_means(step=step, value=plane)
+            plane += step
 
     def _advance_schedules(self, step):
         """Both schedules count the steps at this size."""
@@ -995,27 +1023,26 @@ class Gauge:
         self._sums = collections.Counter()
         self._tiles = 0
 
-    def add_gradients(self, parts, value):
-        """`parts` are the weighted gradients by name, `value` the objective's."""
+    def add_tile(self, value):
+        """Counts a tile; `value` is its objective."""
         self._tiles += 1
         self._sums["objective"] += value
-        for name, gradient in parts.items():
-            self._sums[f"{name}_gradient"] += float(np.abs(gradient).mean())
+
+    def add_means(self, **planes):
+        """The mean sizes of a tile's arrays, of one of its three channels."""
+        for name, plane in planes.items():
+            self._sums[name] += float(np.abs(plane).mean()) / 3
 
     def add_losses(self, **losses):
+        """The parts of a tile's losses that one channel has."""
         for name, loss in losses.items():
             self._sums[f"{name}_loss"] += loss
-
-    def add_step(self, step, tile):
-        """`tile` as it was before the step."""
-        size = float(np.abs(step).mean())
-        self._sums["step"] += size
-        self._sums["step_to_value"] += size / (float(np.abs(tile).mean()) or 1)
 
     def summary(self, image):
         """Means over the tiles, and the picture's mean and standard deviation."""
         names = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient")
-        stats = {name: self._sums[name] / self._tiles for name in (*names, "step", "step_to_value")}
+        stats = {name: self._sums[name] / self._tiles for name in (*names, "step")}
+        stats["step_to_value"] = self._sums["step"] / (self._sums["value"] or 1)
         return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
 
 
@@ -1305,7 +1332,7 @@ def build_parser():
     add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
     add("--tv_reg_step", metavar="W", type=number(float), default=0.0, help="what is added to its weight from time to time")
     add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50, help="steps after which it is added")
-    add("--tv_grad_operator", choices=tuple(TV_KERNELS), default="naive", help="how slopes are measured")
+    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", help="how slopes are measured")
 
     group = parser.add_argument_group("output")
     add = group.add_argument

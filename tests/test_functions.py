@@ -95,7 +95,7 @@ def test_p_norm_gradient(shape, p, scale, seed):
 
 @settings(deadline=None)
 @given(shape=shapes, beta=st.floats(0.5, 5) | st.sampled_from([1.0, 2.0, 2.5, 3.0]), scale=st.floats(0.5, 5),
-       operator=st.sampled_from(sorted(cnn_vis.TV_KERNELS)), seed=st.integers(0, 99))  # fmt: skip
+       operator=st.sampled_from(sorted(cnn_vis.TV_OPERATORS)), seed=st.integers(0, 99))  # fmt: skip
 def test_tv_gradient(shape, beta, scale, operator, seed):
     x = np.random.default_rng(seed).normal(0, 20, shape)  # no slope as small as the floor
     assert_gradient(
