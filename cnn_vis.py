@@ -737,6 +737,17 @@ class Network:
         if layers and not any(weights.get(layer.name) for layer in layers):
             raise BadRequest(f"--caffe_model {spec.weights}: holds weights for none of the layers in {spec.deploy}")
 
+    def batch_for_memory(self):
+        """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where more bring nothing."""
+        if not self._spec.use_gpu:
+            return 1
+        import ctypes
+
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in self._net.blobs.values())  # data and diff
+        return min(32, max(1, int(0.7 * free.value) // tile))
+
     def gradients(self, batch):
         """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective's value."""
         if tuple(self._input.shape) != batch.shape:
@@ -768,9 +779,9 @@ def attach(name):
 
 
 def describe(spec):
-    """Task: (tile_size, target_shape) of the network."""
+    """Task: (tile_size, target_shape, batch size that suits the device) of the network."""
     network = load_network(spec)
-    return network.tile_size, network.target_shape
+    return network.tile_size, network.target_shape, network.batch_for_memory()
 
 
 def slot_view(memory, slot, shape):
@@ -779,10 +790,16 @@ def slot_view(memory, slot, shape):
 
 
 def compute_slot(spec, memory_name, slot, shape, count):
-    """Task: replaces the first `count` tiles of the slot by their gradients; returns the objective's value."""
-    batch = slot_view(attach(memory_name), slot, shape)[:count]
-    batch[...], value = load_network(spec).gradients(batch)
-    return value
+    """Task: replaces the first `count` tiles of the slot by their gradients; returns the objective's value.
+
+    On the CPU one tile after the other: nothing is lost, and a sum cannot come out otherwise for the company a tile is in.
+    """
+    tiles_at_once = slot_view(attach(memory_name), slot, shape)[:count]
+    total = 0.0
+    for batch in np.split(tiles_at_once, 1 if spec.use_gpu else count):
+        batch[...], value = load_network(spec).gradients(batch)
+        total += value
+    return total
 
 
 def can_use_gpu():
@@ -838,7 +855,7 @@ def caffe_reason(log):
 class Workers:
     """Processes that compute gradients of tiles; a context manager. One for each GPU in `gpus`, or `number` on the CPU."""
 
-    def __init__(self, spec, number, gpus=(), batch_size=1):
+    def __init__(self, spec, number, gpus=(), batch_size=None):
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="cnn_vis-")
         self._log = os.path.join(self._folder.name, "caffe.log")
@@ -871,7 +888,8 @@ class Workers:
     def describe(self):
         """(tile_size, target_shape) of the network. Starts the workers."""
         futures = [self._executor.submit(describe, self._spec) for _ in range(self.number)]
-        self.tile_size, self.target_shape = self.result(futures[0])
+        self.tile_size, self.target_shape, suits = self.result(futures[0])
+        self._batch_size = self._batch_size or suits
         self._shape = (self._batch_size, 3, *self.tile_size)
         size = self._slots * 4 * math.prod(self._shape)
         self._memory = multiprocessing.shared_memory.SharedMemory(create=True, size=size)
@@ -1239,6 +1257,16 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
+def gpu_numbers(text):
+    """A type for argparse: GPUs as a list, [] for the CPU."""
+    numbers = [int(word) for word in text.split(",")]
+    if min(numbers) >= 0 and len(set(numbers)) == len(numbers):
+        return numbers
+    if len(numbers) == 1:
+        return []
+    raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
+
+
 def behaviors(text):
     """A type for argparse: words of BEHAVIORS joined by +, as a set."""
     words = set(text.split("+"))
@@ -1274,9 +1302,10 @@ def build_parser():
     add("--caffe_model", metavar="FILE", help="the network's weights (default: the model's)")
     add("--mean_image", metavar="FILE",
         help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
-    add("--gpu", metavar="N", type=int, help="GPU to run on, counted from 0; negative: CPU (default: GPU 0 where Caffe can "
-        "use one, else CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1), default=1, help="tiles that go through the network at once")
+    add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
+        "(default: GPU 0 where Caffe can use one, else CPU)")
+    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a worker at once; the picture does not depend "
+        "on it (default: 1, and on a GPU what its memory holds)")
     add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
         "core)")
 
@@ -1384,24 +1413,25 @@ def find_network(options):
     return NetworkSpec(deploy, weights, options.target_layer, objective, fit), name, mean
 
 
-def choose_gpus(gpu):
-    """The GPUs to run on: [] for the CPU. `gpu` is the option, or None. Raises BadRequest."""
-    if gpu is not None and gpu < 0:
+def choose_gpus(gpus):
+    """The GPUs to run on: [] for the CPU. `gpus` is the option's list, or None. Raises BadRequest."""
+    if gpus == []:
         return []
     present = count_gpus()
-    cuda = (present or gpu is not None) and in_a_worker(can_use_gpu)
-    if gpu is None:
+    cuda = (present or gpus) and in_a_worker(can_use_gpu)
+    if gpus is None:
         if present and cuda:
             return [0]
         reason = "Caffe was built without CUDA" if present else "no GPU found"
         print(f"{reason}: running on the CPU", file=sys.stderr)
         return []
+    asked = ",".join(map(str, gpus))
     if not cuda:
-        raise BadRequest(f"--gpu {gpu}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
-    if gpu >= present:
+        raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
+    if max(gpus) >= present:
         found = f"only {present} found, counted from 0" if present else "none found"
-        raise BadRequest(f"--gpu {gpu}: there is no such GPU, {found}; use another number, or -1 for the CPU")
-    return [gpu]
+        raise BadRequest(f"--gpu {asked}: there is no such GPU, {found}; use another number, or -1 for the CPU")
+    return gpus
 
 
 def in_a_worker(task, *arguments):
@@ -1460,7 +1490,7 @@ def run(options):
     with Workers(spec, options.workers or count_cores(), gpus, options.batch_size) as workers:
         workers.describe()
         dream = Dream(options, picture, mean, workers)
-        device = f"GPU {gpus[0]}" if gpus else f"CPU, {workers.number} worker{'s' * (workers.number > 1)}"
+        device = f"GPU {','.join(map(str, gpus))}" if gpus else f"CPU, {workers.number} worker{'s' * (workers.number > 1)}"
         print(
             f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {device}, "
             f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}",

@@ -50,7 +50,7 @@ def test_version(tmp_path):
 
 def test_defaults_are_the_originals():
     o = program.build_parser().parse_args([])
-    assert (o.batch_size, o.image_type, o.target_layer, o.target_neuron) == (1, "amplify_layer", "inception_4d/3x3_reduce", 0)
+    assert (o.batch_size, o.image_type, o.target_layer, o.target_neuron) == (None, "amplify_layer", "inception_4d/3x3_reduce", 0)
     assert (o.initialization_scale, o.initialization_blur, o.num_sizes, o.resize_type) == (1.0, 0.0, 1, "geometric")
     assert (o.learning_rate, o.decay_rate, o.learning_rate_decay_iter, o.learning_rate_decay_fraction) == (1.0, 0.95, 100, 1.0)
     assert (o.num_steps, o.use_pixel_learning_rates, o.rescale_image) == (1000, False, False)
@@ -196,6 +196,8 @@ BAD = {
     "output folder": (["--output=none/out.png"], ["--output", "none/out.png", "folder"]),
     "output format": (["--output=out.xyz"], ["--output", "out.xyz", ".png"]),
     "no such gpu": (["--gpu=99"], ["--gpu", "99"]),
+    "gpus": (["--gpu=0,0"], ["--gpu", "0,0"]),
+    "not a gpu": (["--gpu=fast"], ["--gpu", "fast"]),
     "model": (["--model=alexnet"], ["--model", "alexnet", "bvlc_googlenet"]),
 }
 
