@@ -19,20 +19,30 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
+import glob
+import hashlib
 import importlib.util
+import io
 import itertools
+import json
 import math
+import mmap
 import multiprocessing
-import multiprocessing.shared_memory
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
+import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -57,32 +67,99 @@ class RunFailed(Exception):
     """A run that was asked for rightly went wrong. Exit status 1."""
 
 
+class NotFinite(RunFailed):
+    """Options drove the picture out of all bounds."""
+
+
 # ---- Pictures in --------------------------------------------------------------------------------------------------------
 
 
-def read_picture(path):
-    """The picture in the file `path`: uint8 (H, W, 3), RGB. Raises BadRequest."""
+MAX_PIXELS = 178_956_970  # of a picture file; Pillow too takes more for an attack
+
+
+def read_picture(path, background="white"):
+    """The picture in the file `path` as people see it: uint8 (H, W, 3), sRGB; and a list of remarks on what was done to it.
+
+    Heeded are EXIF orientation, colour profile, depths other than 8 bits; what is transparent shows the colour `background`.
+    Of several frames the first is taken. Raises BadRequest.
+    """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"--image {path}: cannot be read as a picture ({one_line(error)}); give a PNG or JPEG file") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on size, which is checked here, and on damaged metadata, which does not matter
+            with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise BadRequest(f"--image {path}: {file.width}x{file.height} is too large a picture; make it smaller first")
+                remarks = []
+                if getattr(file, "is_animated", False) and file.format != "MPO":  # MPO: a camera's JPEG with its preview
+                    remarks.append(f"{path}: the first of {file.n_frames} frames is used")
+                picture = to_srgb(ImageOps.exif_transpose(file), path, remarks)
+                if picture.mode != "RGB":
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
+                return np.asarray(picture), remarks
+    except BadRequest:
+        raise
+    except Image.DecompressionBombError:
+        raise BadRequest(f"--image {path}: too large a picture; make it smaller first") from None
+    except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
+        heic = path.lower().endswith((".heic", ".heif"))
+        remedy = "save HEIC pictures as JPEG first" if heic else "give a PNG or JPEG file"
+        raise BadRequest(f"--image {path}: cannot be read as a picture ({one_line(error)}); {remedy}") from None
+
+
+def to_srgb(picture, path, remarks):
+    """A PIL picture of any mode and colour profile as an 8-bit sRGB one, mode RGB, or RGBA where parts are transparent."""
+    from PIL import Image, ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if picture.mode.startswith(("I", "F")):
+        picture, profile = Image.fromarray(to_8_bits(np.asarray(picture))), None
+    transparent = "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    if picture.mode not in ("L", "CMYK") or transparent:
+        picture = picture.convert("RGBA" if transparent else "RGB")
+    if profile:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+                mode = "RGBA" if transparent else "RGB"
+                return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+        except (OSError, ImageCms.PyCMSError) as error:
+            remarks.append(f"{path}: its colour profile is left aside ({one_line(error)})")
+    return picture if transparent else picture.convert("RGB")
+
+
+def to_8_bits(values):
+    """A deeper greyscale picture, an array (H, W), as uint8. Two bytes a pixel are 0..65535; else it is the first of 0..1
+    (fractions only), 0..255, 0..65535 and 0..maximum that holds the values."""
+    sixteen_bits = values.dtype.itemsize == 2
+    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    tops = [65535] if sixteen_bits else ([1] if (values % 1).any() else []) + [255, 65535]
+    top = next((top for top in tops if values.max() <= top), values.max())
+    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def to_uint8(image, mean, rescale=False):
     """What one sees of `image` (1, 3, H, W): uint8 (H, W, 3) RGB, truncated; with `rescale` stretched instead of clipped."""
-    picture = GAIN * image[0, ::-1].transpose(1, 2, 0) + mean
-    if rescale:
-        low, high = picture.min(), picture.max()
-        picture = 255 * (picture - low) / ((high - low) or 1)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    picture = np.empty((*image.shape[2:], 3), np.uint8)
+    low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
+    for channel, plane in enumerate(image[0, ::-1]):  # one at a time, for the memory
+        plane = GAIN * plane
+        plane += mean
+        if rescale:
+            plane -= low
+            plane *= 255
+            plane /= (high - low) or 1
+        picture[:, :, channel] = np.clip(plane, 0, 255, out=plane)
+    return picture
 
 
 def from_uint8(picture, mean):
     """uint8 (H, W, 3) RGB to float64 (1, 3, H, W) BGR without the mean. No gain, so not the inverse of to_uint8."""
-    return np.ascontiguousarray(picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis], dtype=np.float64) - mean
+    image = np.array(picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis], dtype=np.float64, order="C")
+    image -= mean
+    return image
 
 
 def resize(picture, size, bilinear=False):
@@ -427,9 +504,11 @@ TIMEOUT = 30  # seconds without a word from the server
 
 def file_hash(path, algorithm):
     """The hash of a file as "algorithm:hex"."""
-    import pooch
-
-    return f"{algorithm}:{pooch.file_hash(path, alg=algorithm)}"
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def has_known_hash(path, model):
@@ -593,10 +672,11 @@ def fit_classifier(net, weights):
 @contextlib.contextmanager
 def caffe_net(net):
     """The NetParameter as a caffe.Net in TEST phase, without weights."""
-    with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
+    caffe = import_caffe()
+    with tempfile.TemporaryFile("w+") as file:  # has no name, so none is left when Caffe ends the process
         file.write(str(net))
-        file.flush()
-        yield import_caffe().Net(file.name, import_caffe().TEST)
+        file.seek(0)
+        yield caffe.Net(f"/dev/fd/{file.fileno()}", caffe.TEST)
 
 
 def structure_error(deploy, path):
@@ -763,7 +843,8 @@ class Network:
 
 
 # ---- Workers ------------------------------------------------------------------------------------------------------------
-# A device is a process with a Caffe of its own. Tiles and gradients travel through one shared memory, cut into slots.
+# A device is a process with a Caffe of its own. Tiles and gradients travel through one shared memory, cut into slots. It
+# has no name, as has the pipe that Caffe's words come through: however a process ends, nothing is left behind.
 
 
 @functools.cache
@@ -773,33 +854,31 @@ def load_network(spec):
 
 
 @functools.cache
-def attach(name):
-    """The shared memory `name`, held open for the life of the worker."""
-    return multiprocessing.shared_memory.SharedMemory(name)
+def attach(pid, descriptor, shape):
+    """The shared memory that process `pid` has open as `descriptor`, an array float32 of `shape` (slots, 2, batch, 3, H, W):
+    in each slot the tiles and their gradients."""
+    with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 4 * math.prod(shape)), np.float32).reshape(shape)
 
 
 def describe(spec):
-    """Task: (tile_size, target_shape, batch size that suits the device) of the network."""
+    """Task: (tile_size, target_shape, batch size that suits the device) of the network, after a first trial of it."""
     network = load_network(spec)
+    network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))  # takes its memory, and fails now if it ever does
     return network.tile_size, network.target_shape, network.batch_for_memory()
 
 
-def slot_view(memory, slot, shape):
-    """The slot as an array of `shape` (batch, 3, H, W)."""
-    return np.ndarray(shape, np.float32, memory.buf, offset=slot * 4 * math.prod(shape))
-
-
-def compute_slot(spec, memory_name, slot, shape, count):
-    """Task: replaces the first `count` tiles of the slot by their gradients; returns the objective's value.
+def compute_slot(spec, memory, slot, count):
+    """Task: computes the gradients of the slot's first `count` tiles; returns their objectives' values.
 
     On the CPU one tile after the other: nothing is lost, and a sum cannot come out otherwise for the company a tile is in.
     """
-    tiles_at_once = slot_view(attach(memory_name), slot, shape)[:count]
-    total = 0.0
-    for batch in np.split(tiles_at_once, 1 if spec.use_gpu else count):
-        batch[...], value = load_network(spec).gradients(batch)
-        total += value
-    return total
+    tiles_in, gradients_out = attach(*memory)[slot, :, :count]
+    values = []
+    for place in [slice(None)] if spec.use_gpu else [slice(i, i + 1) for i in range(count)]:
+        gradients_out[place], value = load_network(spec).gradients(tiles_in[place])
+        values.append(value)
+    return sum(values) / count
 
 
 def can_use_gpu():
@@ -834,97 +913,190 @@ def count_cores():
     return cores
 
 
+def end_with_parent():
+    """Ends this process when its parent is gone, however that ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def start_worker(log, gpus):
-    """Makes a fresh process a worker: its output goes to the file `log`, Ctrl-C is the parent's, and it sees one GPU."""
+    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, and it sees one GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 def caffe_reason(log):
-    """What Caffe wrote before it ended its process, in one line."""
-    with open(log, errors="replace") as file:
-        lines = [line.strip() for line in file]
-    fatal = [line.partition("] ")[2] for line in lines if re.match(r"F\d{4,8} ", line)]
-    return " ".join(fatal[-1].split()) if fatal else (lines[-1] if lines else "it left no message")
+    """Why Caffe ended its process, in one line, from what it wrote; None where it did not end it."""
+    if "std::bad_alloc" in log:
+        return "there is not enough memory; use smaller sizes, or fewer --workers"
+    fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", log, re.MULTILINE)
+    return fatal and " ".join(fatal[1].split())
 
 
 class Workers:
-    """Processes that compute gradients of tiles; a context manager. One for each GPU in `gpus`, or `number` on the CPU."""
+    """Processes that compute gradients of tiles; a context manager. One for each GPU in `gpus`, or `number` on the CPU.
 
-    def __init__(self, spec, number, gpus=(), batch_size=None):
-        context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory(prefix="cnn_vis-")
-        self._log = os.path.join(self._folder.name, "caffe.log")
-        open(self._log, "w").close()
-        queue = context.SimpleQueue() if gpus else None
-        for gpu in gpus:
-            queue.put(str(gpu))
-        self.number = len(gpus) or number
-        self._executor = concurrent.futures.ProcessPoolExecutor(self.number, context, start_worker, (self._log, queue))
-        self._spec, self._batch_size, self._memory = spec, batch_size, None
-        self._slots = 2 * self.number + 1
+    One that is killed from outside is started again, with all the others, and its tiles are computed again.
+    """
+
+    MAX_RESTARTS = 3
+
+    def __init__(self, spec=None, number=1, gpus=(), batch_size=None):
+        self.number, self.batch_size = len(gpus) or number, batch_size
+        self._spec, self._gpus = spec, gpus
+        self._context = multiprocessing.get_context("spawn")
+        self._log, self._log_end = self._context.Pipe(duplex=False)
+        os.set_blocking(self._log_end.fileno(), False)  # what nobody reads must not hold a worker up
+        self._memory_file = os.memfd_create("cnn_vis")
+        self._restarts = 0
+        self._jobs = {}  # slot -> (number of tiles, future of their value)
+        self._start()
+
+    def _start(self):
+        gpus = self._context.SimpleQueue() if self._gpus else None
+        for gpu in self._gpus:
+            gpus.put(str(gpu))
+        self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, (self._log_end, gpus))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._executor.shutdown(cancel_futures=True)
-        if self._memory is not None:
-            self._memory.close()
-            self._memory.unlink()
-        self._folder.cleanup()
+        self._log.close()
+        self._log_end.close()
+        os.close(self._memory_file)
 
-    def result(self, future):
-        """The future's result; RunFailed with Caffe's own words where its process is gone."""
+    def _submit(self, task, *arguments):
+        """The future of a task. A process is born with Ctrl-C held back, until it knows that it is not meant."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise RunFailed(f"Caffe stopped: {caffe_reason(self._log)}") from None
+            return self._executor.submit(task, *arguments)
+        except concurrent.futures.process.BrokenProcessPool as error:  # to be told when the result is asked for
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+            return future
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _restart(self):
+        """After the death of a worker. Raises RunFailed where Caffe chose it, or at one death too many."""
+        log = b""
+        while self._log.poll():
+            log += os.read(self._log.fileno(), 1 << 16)
+        reason = caffe_reason(log.decode(errors="replace"))
+        if reason:
+            raise RunFailed(f"Caffe stopped: {reason}")
+        self._restarts += 1
+        if self._restarts > self.MAX_RESTARTS:
+            raise RunFailed(
+                f"workers were killed {self._restarts} times, perhaps for want of memory; use fewer --workers, or smaller sizes"
+            )
+        self._executor.shutdown()
+        self._start()
+
+    def call(self, task, *arguments):
+        """task(*arguments), done by a worker. Raises what the task raises; RunFailed where Caffe stops."""
+        while True:
+            try:
+                return self._submit(task, *arguments).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                self._restart()
 
     def describe(self):
-        """(tile_size, target_shape) of the network. Starts the workers."""
-        futures = [self._executor.submit(describe, self._spec) for _ in range(self.number)]
-        self.tile_size, self.target_shape, suits = self.result(futures[0])
-        self._batch_size = self._batch_size or suits
-        self._shape = (self._batch_size, 3, *self.tile_size)
-        size = self._slots * 4 * math.prod(self._shape)
-        self._memory = multiprocessing.shared_memory.SharedMemory(create=True, size=size)
+        """(tile_size, target_shape) of the network. Starts all workers."""
+        for _ in range(self.number - 1):
+            self._submit(describe, self._spec)
+        self.tile_size, self.target_shape, suits = self.call(describe, self._spec)
+        self.batch_size = self.batch_size or suits
+        shape = (2 * self.number + 1, 2, self.batch_size, 3, *self.tile_size)
+        os.truncate(self._memory_file, 4 * math.prod(shape))
+        self._memory = (os.getpid(), self._memory_file, shape)
+        self._slots = attach(*self._memory)
+        self._free = list(range(len(self._slots)))
         return self.tile_size, self.target_shape
 
-    def gradients(self, image, regions):
-        """Yields (region, gradient, objective's value of its batch) for `regions` (y0, y1, x0, x1) of `image`, in order.
+    def has_room(self):
+        """Whether `send` can be called: workers have two batches each at most, one to compute and one to begin with next."""
+        return bool(self._free)
 
-        The gradient, float32 (3, H, W), is gone with the next one. The image is float32 and must not change meanwhile.
-        """
-        pending = collections.deque()
-        free = list(range(self._slots))
-        for first in range(0, len(regions), self._batch_size):
-            batch = regions[first : first + self._batch_size]
-            if not free:
-                yield from self._finish(pending, free)
-            slot = free.pop()
-            view = slot_view(self._memory, slot, self._shape)
-            for place, (y0, y1, x0, x1) in enumerate(batch):
-                view[place] = image[0, :, y0:y1, x0:x1]
-            arguments = (self._spec, self._memory.name, slot, self._shape, len(batch))
-            pending.append((batch, slot, self._executor.submit(compute_slot, *arguments)))
-        while pending:
-            yield from self._finish(pending, free)
+    def send(self, tiles_in):
+        """Has the gradients of `tiles_in`, up to batch_size arrays (3, H, W), computed; returns a ticket for `receive`."""
+        slot = self._free.pop()
+        for place, tile in enumerate(tiles_in):
+            self._slots[slot, 0, place] = tile
+        self._jobs[slot] = (len(tiles_in), self._submit(compute_slot, self._spec, self._memory, slot, len(tiles_in)))
+        return slot
 
-    def _finish(self, pending, free):
-        batch, slot, future = pending.popleft()
-        value = self.result(future) / len(batch)
-        view = slot_view(self._memory, slot, self._shape)
-        for place, region in enumerate(batch):
-            yield region, view[place], value
-        free.append(slot)
+    def receive(self, slot):
+        """(gradients, float32 (N, 3, H, W); the mean of the tiles' objectives) of the ticket's tiles. Waits for them."""
+        while True:
+            count, future = self._jobs[slot]
+            try:
+                value = future.result()
+                break
+            except concurrent.futures.process.BrokenProcessPool:
+                self._restart()
+                for other, (count, future) in self._jobs.items():
+                    if future.exception() is not None:
+                        self._jobs[other] = (count, self._submit(compute_slot, self._spec, self._memory, other, count))
+        del self._jobs[slot]
+        self._free.append(slot)
+        return self._slots[slot, 1, :count].copy(), value
 
 
 # ---- The optimisation loop ----------------------------------------------------------------------------------------------
+
+
+def overlap(a, b):
+    """Whether two regions (y0, y1, x0, x1) have pixels in common."""
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+def tile_gradients(workers, image, colours):
+    """Yields (region, gradient float32 (3, H, W), objective's value) for every region of `colours`, an iterable of lists of
+    regions, in order. The caller steps a region before it asks for the next.
+
+    A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
+    earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
+    workers need not wait for the end of a colour, or of a step.
+    """
+    coming = ((number, region) for number, colour in enumerate(colours) for region in colour)
+    waiting = next(coming, None)  # the first tile not sent
+    sent = collections.deque()  # batches on their way: (tiles, ticket)
+    batch = []  # to be sent
+    unstepped = collections.deque()  # tiles sent, or in the batch
+    snapshot, snapshot_of = None, None
+    while True:
+        while workers.has_room():
+            while (
+                waiting and len(batch) < workers.batch_size
+                and not any(number < waiting[0] and overlap(region, waiting[1]) for number, region in unstepped)
+            ):  # fmt: skip
+                batch.append(waiting)
+                unstepped.append(waiting)
+                waiting = next(coming, None)
+            # A batch with places left waits for more tiles, if any can come free meanwhile.
+            if not batch or (len(batch) < workers.batch_size and sent and waiting):
+                break
+            views = []
+            for number, (y0, y1, x0, x1) in batch:
+                views.append((snapshot if number == snapshot_of else image)[0, :, y0:y1, x0:x1])
+            sent.append((batch, workers.send(views)))
+            batch = []
+        if not sent:
+            return
+        tiles_sent, ticket = sent.popleft()
+        gradients, value = workers.receive(ticket)
+        for (number, region), gradient in zip(tiles_sent, gradients):
+            if number != snapshot_of and (batch or waiting) and (batch or [waiting])[0][0] == number:
+                snapshot, snapshot_of = image.astype(np.float32), number  # for those of this colour not yet sent
+            yield region, gradient, value
+            unstepped.popleft()
 
 
 @dataclasses.dataclass
@@ -939,6 +1111,12 @@ class Progress:
     stats: dict | None
 
 
+def whereabouts(progress):
+    """Where a Progress is, in words."""
+    height, width = progress.sizes[progress.size_index]
+    return f"size {progress.size_index + 1}/{len(progress.sizes)} {height}x{width}, step {progress.step + 1}/{progress.num_steps}"
+
+
 class Dream:
     """One run: the picture as it stands and all that the next step depends on.
 
@@ -949,43 +1127,50 @@ class Dream:
     def __init__(self, options, picture, mean, workers):
         self.options, self.picture, self.mean, self.workers = options, picture, mean, workers
         self.sizes = plan_sizes(options, picture, workers.tile_size)
+        self.size_index, self.step = 0, 0  # of the next step
         self.image = None
 
     def run(self, wants_stats=lambda step: False):
-        """Does the run, yielding a Progress after every step; wants_stats(step) tells which ones are to be measured."""
-        for size_index in range(len(self.sizes)):
-            self._begin_size(size_index)
-            for step in range(self.options.num_steps):
-                stats = self._step(wants_stats(step))
-                self._advance_schedules(step)
-                yield Progress(self.sizes, size_index, step, self.options.num_steps, self.image, stats)
+        """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
+        to be measured. Raises NotFinite where a step is not; the picture then is as it was before that."""
+        while True:
+            if self.step == 0:
+                self._begin_size()
+            self._lay_out()
+            steps_left = range(self.step, self.options.num_steps)
+            colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
+            gradients = tile_gradients(self.workers, self.image, itertools.chain.from_iterable([colours] * len(steps_left)))
+            for step in steps_left:
+                gauge = Gauge() if wants_stats(step) else None
+                for region, gradient, value in itertools.islice(gradients, len(self.tiles)):
+                    self._update_tile(region, gradient, value, gauge)
+                self._advance_schedules()
+                stats = gauge and gauge.summary(self.image)
+                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, stats)
+            if self.size_index + 1 == len(self.sizes):
+                return
+            self.size_index, self.step = self.size_index + 1, 0
 
-    def _begin_size(self, size_index):
+    def _begin_size(self):
         """Brings the picture to its next size and starts caches and schedules over."""
-        size, options = self.sizes[size_index], self.options
+        size, options = self.sizes[self.size_index], self.options
+        if self.image is not None:
+            self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
+        elif self.picture is not None:
+            self.image = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
+        else:
+            self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
+        self.caches = np.zeros((len(sum(tiles(size, self.workers.tile_size), [])), 3, *self.workers.tile_size))
+        self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
+
+    def _lay_out(self):
+        """Makes what a size takes besides: its tiles {region: place in caches}, start picture, how many tiles cover a pixel."""
+        size, tile_size = self.sizes[self.size_index], self.workers.tile_size
+        self.tiles = {region: place for place, region in enumerate(sum(tiles(size, tile_size), []))}
         self.start = None
         if self.picture is not None:
             self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
-        if self.image is not None:
-            self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
-        elif self.start is not None:
-            self.image = self.start.copy()
-        else:
-            self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
-        self.colours = tiles(size, self.workers.tile_size)
-        self.counts = tile_counts(size, self.workers.tile_size) if options.use_pixel_learning_rates else None
-        self.caches = {}
-        self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
-
-    def _step(self, measure):
-        """One step on all tiles, the even ones first. Returns what was measured, or None."""
-        gauge = Gauge() if measure else None
-        for regions in filter(None, self.colours):
-            # The network sees the picture as it stands; the regularizers see what the tiles before have made of it.
-            snapshot = self.image.astype(np.float32)
-            for region, gradient, value in self.workers.gradients(snapshot, regions):
-                self._update_tile(region, gradient, value, gauge)
-        return gauge and gauge.summary(self.image)
+        self.counts = tile_counts(size, tile_size) if self.options.use_pixel_learning_rates else None
 
     def _update_tile(self, region, cnn, value, gauge):
         """Regularizes one tile's gradient and takes its RMSProp step.
@@ -993,9 +1178,7 @@ class Dream:
         One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache.
         """
         o, (y0, y1, x0, x1) = self.options, region
-        if region not in self.caches:
-            self.caches[region] = np.zeros((1, *cnn.shape))
-        cache = self.caches[region]
+        cache = self.caches[self.tiles[region]]
         if gauge is not None:
             gauge.add_tile(value)
         for channel in range(len(cnn)):
@@ -1019,19 +1202,44 @@ class Dream:
                 )
             for part in parts.values():
                 gradient += part
-            step = rmsprop(gradient, cache[:, channel : channel + 1], o.decay_rate, self.learning_rate)
+            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], o.decay_rate, self.learning_rate)
             if self.counts is not None:
                 step /= self.counts[y0:y1, x0:x1]
             if gauge is not None:
-                gauge.add_means(step=step, value=plane)
+                gauge.add_means(step_size=step, value=plane)
+            if not math.isfinite(step.sum()):
+                raise NotFinite(
+                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, --p_reg, "
+                    "--p_reg_aux or --tv_reg, or the exponents --alpha, --alpha_aux and --beta"
+                )
             plane += step
 
-    def _advance_schedules(self, step):
-        """Both schedules count the steps at this size."""
-        if (step + 1) % self.options.learning_rate_decay_iter == 0:
+    def _advance_schedules(self):
+        """Counts a step. Both schedules count those at this size."""
+        self.step += 1
+        if self.step % self.options.learning_rate_decay_iter == 0:
             self.learning_rate *= self.options.learning_rate_decay_fraction
-        if (step + 1) % self.options.tv_reg_step_iter == 0:
+        if self.step % self.options.tv_reg_step_iter == 0:
             self.tv_reg += self.options.tv_reg_step
+
+    def state(self):
+        """All that the next step depends on besides options, picture and network: ({name: number}, {name: array})."""
+        numbers = {name: getattr(self, name) for name in ("size_index", "step", "learning_rate", "tv_reg")}
+        return numbers, {"image": self.image, "caches": self.caches}
+
+    def restore(self, numbers, arrays):
+        """Goes on from a `state`. Raises ValueError where it is none of such a run."""
+        size_index, step = numbers["size_index"], numbers["step"]
+        if not (0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps):
+            raise ValueError("its step is none of the run")
+        size, tile_size = self.sizes[size_index], self.workers.tile_size
+        shapes = {"image": (1, 3, *size), "caches": (len(sum(tiles(size, tile_size), [])), 3, *tile_size)}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name].sum()):
+                raise ValueError(f"its {name} does not fit the run")
+            setattr(self, name, arrays[name])
+        self.size_index, self.step = size_index, step
+        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
 
 
 class Gauge:
@@ -1059,13 +1267,14 @@ class Gauge:
     def summary(self, image):
         """Means over the tiles, and the picture's mean and standard deviation."""
         names = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient")
-        stats = {name: self._sums[name] / self._tiles for name in (*names, "step")}
-        stats["step_to_value"] = self._sums["step"] / (self._sums["value"] or 1)
+        stats = {name: self._sums[name] / self._tiles for name in (*names, "step_size")}
+        stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
         return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
 
 
 def plan_sizes(options, picture, tile_size):
-    """The sizes of a run, [(height, width), ...], all at least the network's input. Raises BadRequest."""
+    """The sizes of a run, [(height, width), ...], all at least the network's input and no larger than memory. Raises
+    BadRequest."""
     base = tile_size if picture is None else picture.shape[:2]
     ends = []
     for name in ("initial_size", "final_size"):
@@ -1083,7 +1292,93 @@ def plan_sizes(options, picture, tile_size):
                 f"--{name} {getattr(options, name) or 'unset'}: {size[0]}x{size[1]} is smaller than the network's input, "
                 f"{tile_size[0]}x{tile_size[1]}; x{factor:g} or more will do"
             )
+    height, width = max(sizes, key=math.prod)
+    needed, free = BYTES_A_PIXEL * height * width, free_memory()
+    if needed > free:
+        name = "final_size" if len(sizes) > 1 and (height, width) == sizes[-1] else "initial_size"
+        raise BadRequest(
+            f"--{name} {getattr(options, name) or 'unset'}: {height}x{width} takes {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free; give a smaller one"
+        )
     return sizes
+
+
+BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
+
+
+def free_memory():
+    """How many bytes this process may still take, by the system's and its cgroup's account; infinite where neither tells."""
+    free = [math.inf]
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        free += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", file.read())]
+    group = "/sys/fs/cgroup/memory"
+    with contextlib.suppress(OSError, ValueError), open(f"{group}.max") as limit, open(f"{group}.current") as current:
+        free.append(int(limit.read()) - int(current.read()))
+    return min(free)
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------------------------------
+# NumPy's archive of arrays, unpacked: the state of a Dream, the start picture, and one array of JSON with the rest.
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write that becomes `path` when all is written and on the disk, and leaves no trace if that fails."""
+    part = part_name(path, os.getpid())
+    try:
+        with open(part, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def part_name(path, pid):
+    """Where process `pid` writes what is to become `path`."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:100]}.{pid}.part")
+
+
+def remove_parts(path):
+    """Removes what processes that were killed while they wrote `path` have left."""
+    for part in glob.glob(part_name(glob.escape(path), "*")):
+        pid = part.split(".")[-2]
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            with contextlib.suppress(OSError):
+                os.remove(part)
+
+
+def checkpoint_name(output):
+    """Where the checkpoint of a run lies."""
+    return f"{output}.checkpoint"
+
+
+def write_checkpoint(path, header, arrays):
+    """Writes the JSON-able dict `header` and the arrays {name: array} to `path`, whole or not at all. Raises OSError."""
+    with whole_file(path) as file:
+        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+
+
+def read_checkpoint(path):
+    """(header, arrays) as written by write_checkpoint. Raises BadRequest.
+
+    Every array's bytes are read, and so checked against their CRC, before anything in them is believed. No pickles.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+                raise ValueError("it claims to hold more than it does")
+            arrays = {
+                os.path.splitext(name)[0]: np.load(io.BytesIO(file.read(name)), allow_pickle=False) for name in file.namelist()
+            }
+        return json.loads(arrays.pop("header").tobytes()), arrays
+    except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
+        raise BadRequest(
+            f"--resume {path}: not a checkpoint that can be read ({one_line(error)}); start anew without --resume"
+        ) from None
 
 
 # ---- Pictures out -------------------------------------------------------------------------------------------------------
@@ -1095,94 +1390,143 @@ def numbered(path, size_index, step):
     return f"{stem}_{size_index + 1}_{step + 1}{extension}"
 
 
-def write_picture(picture, path):
-    """Writes uint8 (H, W, 3) to `path`, whole or not at all; the format is by the extension. Raises RunFailed."""
-    from PIL import Image
+FORMATS = {  # by a file name's extension: PIL's name, its options
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
+    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
+}
 
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{os.path.splitext(name)[0]}.{os.getpid()}{os.path.splitext(name)[1]}")
+
+def picture_format(path):
+    """The entry of FORMATS for a file name, or None."""
+    return FORMATS.get(os.path.splitext(path)[1].lower())
+
+
+def write_picture(picture, path, origin=None):
+    """Writes uint8 (H, W, 3), sRGB, to `path`, whole or not at all; the format is by the extension. A PNG carries the dict
+    `origin`, which tells how it was made. Raises RunFailed."""
+    from PIL import Image, ImageCms, PngImagePlugin
+
+    name, extra = picture_format(path)
+    extra = extra | {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    if name == "PNG" and origin:
+        extra["pnginfo"] = PngImagePlugin.PngInfo()
+        extra["pnginfo"].add_text("Software", origin["program"])
+        extra["pnginfo"].add_itxt("Comment", origin["command"])
+        extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
     try:
-        options = {"quality": 95} if path.lower().endswith((".jpg", ".jpeg", ".webp")) else {}
-        Image.fromarray(picture).save(part, **options)
-        os.replace(part, path)
+        with whole_file(path) as file:
+            Image.fromarray(picture).save(file, name, **extra)
     except (OSError, ValueError) as error:
-        raise RunFailed(f"--output {path}: cannot be written ({one_line(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        raise RunFailed(f"--output {path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
 
 
-def check_output(path):
-    """Raises BadRequest where no picture can be written to `path`."""
+ORIGIN_KEY = "cnn-vis"
+
+
+def read_origin(path):
+    """The dict that tells how a picture was made, from the PNG `path`, or from the JSON file `path` or `path`.json. Raises
+    BadRequest."""
     from PIL import Image
 
+    try:
+        beside = path if path.lower().endswith(".json") else f"{path}.json"
+        if os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as file:
+                origin = json.load(file)
+        else:
+            with Image.open(path) as file:
+                origin = json.loads(file.info[ORIGIN_KEY])
+        return {name: str(origin[name]) for name in ("command", "program", "network", "weights_sha256")}
+    except FileNotFoundError:
+        raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
+    except Exception as error:  # strangers' files
+        raise BadRequest(
+            f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
+            "file that --sidecar wrote"
+        ) from None
+
+
+def check_output(option, path, formats=FORMATS):
+    """Raises BadRequest where nothing can be written to `path`: tries it, without touching what is there."""
     extension = os.path.splitext(path)[1].lower()
-    if extension not in Image.registered_extensions():
-        raise BadRequest(f"--output {path}: no picture format has the ending {extension!r}; use .png or .jpg")
+    if formats and extension not in formats:
+        known = ", ".join(formats)
+        raise BadRequest(f"--{option} {path}: {extension or 'no ending'} is no known format; use one of {known}")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise BadRequest(f"--output {path}: the folder {folder} does not exist; make it first")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise BadRequest(f"--output {path}: cannot be written there; choose another place")
+        raise BadRequest(f"--{option} {path}: the folder {folder} does not exist; make it first")
+    if os.path.isdir(path):
+        raise BadRequest(f"--{option} {path}: is a folder; give a file name")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise BadRequest(f"--{option} {path}: cannot be written there ({error.strerror}); choose another place") from None
 
 
 def format_stats(progress):
     """The statistics of a Progress as lines for people."""
-    height, width = progress.sizes[progress.size_index]
     s = progress.stats
     return (
-        f"size {progress.size_index + 1}/{len(progress.sizes)} {height}x{width}, "
-        f"step {progress.step + 1}/{progress.num_steps}, objective {s['objective']:.4g}\n"
+        f"{whereabouts(progress)}, objective {s['objective']:.4g}\n"
         f"  losses: p {s['p_loss']:.4g}, aux {s['aux_loss']:.4g}, tv {s['tv_loss']:.4g}\n"
         f"  mean gradients: cnn {s['cnn_gradient']:.4g}, p {s['p_gradient']:.4g}, aux {s['aux_gradient']:.4g}, "
         f"tv {s['tv_gradient']:.4g}\n"
-        f"  step: mean {s['step']:.4g}, to value {s['step_to_value']:.4g}; "
+        f"  step: mean {s['step_size']:.4g}, to value {s['step_to_value']:.4g}; "
         f"image: mean {s['image_mean']:.4g}, std {s['image_std']:.4g}"
     )
 
 
-def import_pyplot(behavior):
-    """matplotlib.pyplot with a backend that can open windows. Raises BadRequest."""
-    remedy = f"use --iter_behavior save instead of {behavior}"
+class Figure:
+    """A matplotlib figure in a window; where there is no display, in the file `path`. Raises BadRequest without matplotlib."""
+
+    def __init__(self, path, **arguments):
+        try:
+            import matplotlib.figure
+            import matplotlib.pyplot
+        except ImportError as error:
+            raise BadRequest(f"--iter_behavior: needs matplotlib ({one_line(error)}); pip install matplotlib") from None
+        try:
+            self.figure, self._pyplot = matplotlib.pyplot.figure(**arguments), matplotlib.pyplot
+        except Exception:  # each toolkit fails in its own way without a display
+            self.figure, self._pyplot = None, None
+        if self._pyplot is None or self.figure.canvas.required_interactive_framework is None:
+            arguments.pop("num", None)
+            self.figure, self._pyplot = matplotlib.figure.Figure(**arguments), None
+        self.path = None if self._pyplot else path
+
+    def draw(self):
+        """Shows the figure as it is, or writes it."""
+        if self._pyplot:
+            self._pyplot.pause(0.01)
+        else:
+            write_figure(self.figure, self.path)
+
+
+def write_figure(figure, path):
+    """Writes a matplotlib figure as a PNG. Raises RunFailed."""
     try:
-        import matplotlib.pyplot as pyplot
-    except ImportError as error:
-        raise BadRequest(f"--iter_behavior {behavior}: needs matplotlib ({one_line(error)}); pip install matplotlib") from None
-    try:
-        figure = pyplot.figure()
-    except Exception as error:  # each toolkit fails in its own way without a display
-        raise BadRequest(f"--iter_behavior {behavior}: no window can be opened ({one_line(error)}); {remedy}") from None
-    windowed = figure.canvas.required_interactive_framework is not None
-    pyplot.close(figure)
-    if not windowed:
-        raise BadRequest(f"--iter_behavior {behavior}: there is no display to open a window on; {remedy}")
-    return pyplot
+        with whole_file(path) as file:
+            figure.savefig(file, format="png")
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
 
 
-class Show:
-    """The picture in a window, behavior `show`; width and height in inches."""
-
-    def __init__(self, width, height):
-        self._pyplot = import_pyplot("show")
-        self._figure = self._pyplot.figure("cnn-vis", figsize=(width, height))
-
-    def __call__(self, picture):
-        """Shows uint8 (H, W, 3)."""
-        self._figure.clf()
-        axes = self._figure.add_axes((0, 0, 1, 1))
-        axes.imshow(picture)
-        axes.axis("off")
-        self._pyplot.pause(0.01)
+def beside(path, word, extension=".png"):
+    """The name of another file of the same run: NAME_WORD.EXT."""
+    return f"{os.path.splitext(path)[0]}_{word}{extension}"
 
 
 class PlotPix:
-    """A few pixels' values over time in a window, behavior `plot_pix`: the original's four pixels, those that the picture has."""
+    """A few pixels' values over time, behavior `plot_pix`: the original's four pixels, those that the picture has."""
 
     PIXELS = ((100, 100), (200, 200), (100, 200), (200, 100))
 
     def __init__(self):
-        self._pyplot = import_pyplot("plot_pix")
-        self._figure = self._pyplot.figure("cnn-vis pixels")
         self._history = collections.defaultdict(list)
         self._steps = 0
 
@@ -1193,21 +1537,218 @@ class PlotPix:
             if y < image.shape[2] and x < image.shape[3]:
                 self._history[y, x].append((self._steps, *image[0, :, y, x]))
 
-    def __call__(self):
-        self._figure.clf()
+    def draw(self, figure):
+        """Draws what was recorded into a matplotlib figure."""
+        figure.clf()
         for place, pixel in enumerate(self.PIXELS, 1):
-            axes = self._figure.add_subplot(2, 2, place, title=f"pixel {pixel}", xlabel="step")
+            axes = figure.add_subplot(2, 2, place, title=f"pixel {pixel}", xlabel="step")
             if self._history[pixel]:
                 steps, *channels = zip(*self._history[pixel])
                 for colour, values in zip("bgr", channels):
                     axes.plot(steps, values, colour)
-        self._figure.tight_layout()
-        self._pyplot.pause(0.01)
+        figure.tight_layout()
+
+
+STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
+         "step_to_value", "image_mean", "image_std")  # fmt: skip
+COLUMNS = ("size", "height", "width", "step", *STATS)
+
+
+def stats_row(progress):
+    """The figures of a measured Progress, as COLUMNS name them; size and step count from 1."""
+    size = progress.sizes[progress.size_index]
+    return (progress.size_index + 1, *size, progress.step + 1, *(progress.stats[name] for name in STATS))
+
+
+def write_stats(rows, path):
+    """Writes rows of stats_row as CSV. Raises RunFailed."""
+    try:
+        with whole_file(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            csv.writer(text).writerows([COLUMNS, *([*map(int, row[:4]), *row[4:]] for row in rows)])
+            text.detach()
+    except OSError as error:
+        raise RunFailed(f"--stats {path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+
+
+def plot_stats(rows):
+    """A matplotlib figure of rows of stats_row: objective, losses and step size over all steps, size changes marked."""
+    from matplotlib.figure import Figure as Plain
+
+    columns = dict(zip(COLUMNS, np.array(rows, float).T))
+    steps = np.arange(1, len(rows) + 1)
+    changes = steps[:-1][np.diff(columns["size"]) > 0] + 0.5
+    figure = Plain(figsize=(8, 9), layout="constrained")
+    groups = {"objective": ["objective"], "loss": ["p_loss", "aux_loss", "tv_loss"], "mean step": ["step_size"]}
+    for axes, (label, names) in zip(figure.subplots(len(groups), sharex=True), groups.items()):
+        for name in names:
+            if columns[name].any():
+                axes.plot(steps, columns[name], label=name.replace("_", " "))
+        for change in changes:
+            axes.axvline(change, color="grey", linewidth=0.7, linestyle=":")
+        axes.set_ylabel(label)
+        if len(names) > 1:
+            axes.set_yscale("log")
+            axes.legend()
+    axes.set_xlabel("step, over all sizes (dotted: the size changes)")
+    return figure
+
+
+FRAME_SIDE = 480  # pixels at most, of a gif
+
+
+def gif_frame(picture, last_size):
+    """A frame of the animation, whatever the size: uint8 (h, w, 3), of the last size's shape."""
+    scale = min(1, FRAME_SIDE / max(last_size))
+    return resize(picture, tuple(max(1, round(scale * side)) for side in last_size))
+
+
+def write_gif(frames, path):
+    """Writes frames uint8 (h, w, 3) as an animation of ten a second that rests on the last. Raises RunFailed."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    durations = [100] * len(others) + [2000]
+    try:
+        with whole_file(path) as file:
+            first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+
+
+class Output:
+    """All that a run writes and shows: the pictures, statistics, plots, animation and checkpoints that `options` ask for.
+
+    `mean` is the scalar to add for pictures, `origin` tells how they are made, `header` identifies the run in checkpoints,
+    `kept` holds the arrays of an earlier checkpoint.
+    """
+
+    def __init__(self, options, mean, origin, header, kept):
+        self.options, self.mean, self.origin, self.header = options, mean, origin, header
+        self.path, self.behavior = options.output_file, options.iter_behavior
+        self.checkpoint = checkpoint_name(self.path)
+        self.checkpoint_iter = options.output_iter if options.checkpoint_iter is None else options.checkpoint_iter
+        self.begun = time.monotonic() - header.get("seconds", 0)
+        self.rows = kept["rows"].tolist() if "rows" in kept else []
+        self.frames = list(kept.get("frames", []))
+        self.show = self.plot_pix = None
+        if "show" in self.behavior:
+            size = (options.show_width, options.show_height)
+            self.show = Figure(beside(self.path, "show"), num="cnn-vis", figsize=size)
+        if "plot_pix" in self.behavior:
+            self.plot_pix, self.pixels = Figure(beside(self.path, "plot_pix"), num="cnn-vis pixels"), PlotPix()
+        self.every_step = bool(options.stats) or "plot" in self.behavior
+
+    def files(self):
+        """The paths that figures go to for want of a display."""
+        return [figure.path for figure in (self.show, self.plot_pix) if figure is not None and figure.path]
+
+    def is_due(self, step):
+        """Whether iter_behavior is to be done after this step, counted from 0."""
+        return (step + 1) % self.options.output_iter == 0
+
+    def wants_stats(self, step):
+        """Whether the step, counted from 0, is to be measured."""
+        return self.every_step or ("print" in self.behavior and self.is_due(step))
+
+    def after_step(self, dream, progress):
+        """Does what is due after a step. A file that cannot be written is told of, and the run goes on."""
+        if self.every_step:
+            self.rows.append(stats_row(progress))
+        if self.plot_pix is not None:
+            self.pixels.record(progress.image)
+        if self.is_due(progress.step):
+            if "print" in self.behavior:
+                say(format_stats(progress))
+            picture = None
+            if self.behavior & {"save", "show", "gif"}:
+                picture = to_uint8(progress.image, self.mean, self.options.rescale_image)
+            for write in (self._save, self._show, self._gif, self._plots):
+                try:
+                    write(picture, progress)
+                except RunFailed as error:
+                    note(f"cnn_vis.py: {error}")
+        if self.checkpoint_iter and (progress.step + 1) % self.checkpoint_iter == 0:
+            self.write_checkpoint(dream)
+
+    def _save(self, picture, progress):
+        if "save" in self.behavior:
+            path = numbered(self.path, progress.size_index, progress.step)
+            write_picture(picture, path, self.origin_now(size=progress.size_index + 1, step=progress.step + 1))
+
+    def _show(self, picture, progress):
+        if self.show is not None:
+            self.show.figure.clf()
+            axes = self.show.figure.add_axes((0, 0, 1, 1))
+            axes.imshow(picture)
+            axes.axis("off")
+            self.show.draw()
+        if self.plot_pix is not None:
+            self.pixels.draw(self.plot_pix.figure)
+            self.plot_pix.draw()
+
+    def _gif(self, picture, progress):
+        if "gif" in self.behavior:
+            self.frames.append(gif_frame(picture, progress.sizes[-1]))
+
+    def _plots(self, *_):
+        if "plot" in self.behavior and self.rows:
+            write_figure(plot_stats(self.rows), beside(self.path, "plot"))
+        if self.options.stats and self.rows:
+            write_stats(self.rows, self.options.stats)
+
+    def origin_now(self, **more):
+        """How the picture as it stands was made."""
+        return self.origin | versions() | more | {"seconds": round(time.monotonic() - self.begun, 1)}
+
+    def write_checkpoint(self, dream):
+        """Writes a checkpoint, and returns whether that went well; if not it says so."""
+        numbers, arrays = dream.state()
+        if dream.picture is not None:
+            arrays["picture"] = dream.picture
+        arrays["rows"] = np.array(self.rows, np.float64)
+        if self.frames:
+            arrays["frames"] = np.stack(self.frames)
+        header = self.header | {"numbers": numbers, "seconds": time.monotonic() - self.begun}
+        try:
+            write_checkpoint(self.checkpoint, header, arrays)
+        except OSError as error:
+            note(f"cnn_vis.py: {self.checkpoint}: cannot be written ({one_line(error)}); the last one stays")
+            return False
+        return True
+
+    def finish(self, dream):
+        """Writes the picture as it stands, and all that goes with it."""
+        picture = to_uint8(dream.image, self.mean, self.options.rescale_image)
+        origin = self.origin_now()
+        write_picture(picture, self.path, origin)
+        if self.options.sidecar:
+            try:
+                with whole_file(f"{self.path}.json") as file:
+                    file.write(json.dumps(origin, indent=1).encode())
+            except OSError as error:
+                raise RunFailed(f"{self.path}.json: cannot be written ({one_line(error)})") from None
+        self._plots()
+        if "gif" in self.behavior:
+            write_gif([*self.frames, gif_frame(picture, dream.sizes[-1])], beside(self.path, "run", ".gif"))
+
+
+@functools.cache
+def versions():
+    """The versions of what makes the pictures, as a dict."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "scipy", "pillow", "pycaffe"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"versions": found}
 
 
 # ---- Command line -------------------------------------------------------------------------------------------------------
 
-BEHAVIORS = ("print", "save", "show", "plot_pix", "none")
+BEHAVIORS = ("print", "save", "show", "plot_pix", "plot", "gif", "none")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1225,11 +1766,58 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(text):
-    """Prints a line; if nobody reads any more (| head) this and all later ones go nowhere, and the run goes on."""
+    """Prints a line, past the progress bar if there is one; if nobody reads any more (| head) this and all later ones go
+    nowhere, and the run goes on."""
     try:
-        print(text, flush=True)
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note(text):
+    """Prints a line on stderr, past the progress bar if there is one."""
+    tqdm = sys.modules.get("tqdm")
+    with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, sys.stderr) if tqdm else print(text, file=sys.stderr)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the program; exit status 128 + signum."""
+
+    def __init__(self, signum, message="stopped"):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Signals:
+    """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the first is only remembered, as
+    `signum`, for the run to end where it can go on later. The third ends the process at once."""
+
+    def __init__(self):
+        self.held, self.signum, self._count = False, None, 0
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup's stay
+        for number in self._before:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum, _):
+        self._count += 1
+        if self._count > 2:
+            os._exit(128 + signum)
+        if not self.held or self.signum:
+            raise Stopped(signum)
+        self.signum = signum
+        if sys.stderr.isatty():
+            os.write(2, b"\nFinishing this step, then saving; once more to stop at once.\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -1275,6 +1863,17 @@ def behaviors(text):
     if "none" in words and len(words) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: none stands alone")
     return words - {"none"}
+
+
+def colour(text):
+    """A type for argparse: a colour that PIL knows."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour; give a name or #rrggbb, as black or #808080") from None
+    return text
 
 
 def build_parser():
@@ -1325,9 +1924,12 @@ def build_parser():
     group = parser.add_argument_group("start picture")
     add = group.add_argument
     add("--initial_image", "--image", metavar="FILE", help="picture to start from (default: noise)")
+    add("--background", metavar="COLOUR", type=colour, default="white", help="what shows where the picture is transparent: "
+        "a name or #rrggbb")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
     add("--initialization_blur", metavar="S", type=number(float, 0), default=0.0, help="noise: sigma of a blur in pixels")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: it differs)")
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: drawn, "
+        "and told)")
 
     group = parser.add_argument_group("sizes")
     add = group.add_argument
@@ -1368,7 +1970,15 @@ def build_parser():
     add("--output_file", "--output", metavar="FILE", default="out.png", help="the finished picture")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, help="steps after which iter_behavior is done")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
-        help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output")
+        help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output, plot "
+        "NAME_plot.png, gif NAME_run.gif; show and plot_pix without a display NAME_show.png and NAME_plot_pix.png")
+    add("--stats", metavar="FILE", help="measure every step, and write the figures as CSV")
+    add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
+    add("--reproduce", metavar="FILE", help="print the command that made a picture, and stop")
+    add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
+        "--resume; it is removed at the end; 0: never (default: as output_iter)")
+    add("--resume", metavar="FILE", help="go on from a checkpoint; the run's options need not be given again")
+    add("--quiet", action="store_true", help="no progress bar and no notices")
     add("--show_width", metavar="W", type=number(float, above=0), default=5.0, help="of the window of show, in inches")
     add("--show_height", metavar="H", type=number(float, above=0), default=5.0, help="of the window of show, in inches")
     add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
@@ -1420,11 +2030,7 @@ def choose_gpus(gpus):
     present = count_gpus()
     cuda = (present or gpus) and in_a_worker(can_use_gpu)
     if gpus is None:
-        if present and cuda:
-            return [0]
-        reason = "Caffe was built without CUDA" if present else "no GPU found"
-        print(f"{reason}: running on the CPU", file=sys.stderr)
-        return []
+        return [0] if cuda else []
     asked = ",".join(map(str, gpus))
     if not cuda:
         raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
@@ -1436,14 +2042,8 @@ def choose_gpus(gpus):
 
 def in_a_worker(task, *arguments):
     """Runs a task that needs Caffe in a process of its own. Raises what the task raises; RunFailed where Caffe stops."""
-    with tempfile.TemporaryDirectory(prefix="cnn_vis-") as folder:
-        log = os.path.join(folder, "caffe.log")
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, context, start_worker, (log, None)) as executor:
-            try:
-                return executor.submit(task, *arguments).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                raise RunFailed(f"Caffe stopped: {caffe_reason(log)}") from None
+    with Workers() as workers:
+        return workers.call(task, *arguments)
 
 
 def list_models():
@@ -1476,62 +2076,242 @@ def download_model(options):
     print(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
 
 
-def run(options):
-    """Does what the options ask for."""
-    check_output(options.output_file)
-    picture = None if options.initial_image is None else read_picture(os.path.expanduser(options.initial_image))
+# Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
+FREE_OPTIONS = {
+    "model", "deploy_txt", "caffe_model", "mean_image", "gpu", "batch_size", "workers", "output_file", "output_iter",
+    "iter_behavior", "stats", "sidecar", "checkpoint_iter", "resume", "quiet", "show_width", "show_height", "list_models",
+    "list_layers", "download_model", "model_url", "reproduce",
+}  # fmt: skip
+
+
+def command_words(options, absolute=False):
+    """The options that differ from their defaults, as words of a command line; with `absolute` files can be found from any
+    folder, and the output is left out."""
+    parser, words = build_parser(), []
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if (
+            value == action.default
+            or value is None
+            or action.dest in ("resume", "quiet")
+            or (absolute and action.dest == "output_file")
+        ):
+            continue
+        if action.nargs == 0:
+            words.append(action.option_strings[0])
+            continue
+        if action.dest == "iter_behavior":
+            value = "+".join(sorted(value)) or "none"
+        elif action.dest == "gpu":
+            value = ",".join(map(str, value)) or "-1"
+        elif absolute and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
+            value = os.path.abspath(os.path.expanduser(os.path.expandvars(value)))
+        words.append(f"{action.option_strings[0]}={value}")
+    return words
+
+
+def without_effect(options):
+    """Notices of options that were given and change nothing."""
+    o, parser = options, build_parser()
+    idle = {
+        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
+        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
+        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
+            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
+        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
+        ("background",): not o.initial_image and "no --image",
+        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
+        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
+        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
+        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
+        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
+        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
+        ("model_url",): not o.download_model and "no --download_model",
+        ("workers",): o.gpu and "--gpu",
+    }  # fmt: skip
+    for names, reason in idle.items():
+        given = [name for name in names if reason and getattr(o, name) != parser.get_default(name)]
+        for name in given:
+            yield f"--{name} has no effect with {reason}"
+
+
+def resume(path, argv):
+    """(options, header, arrays) of the run that the checkpoint `path` belongs to, with what `argv` changes. Raises BadRequest."""
+    header, arrays = read_checkpoint(find_file("resume", path))
+    parser = build_parser()
+    try:
+        words, saved = header["command"], None
+        saved = parser.parse_args(words)
+        hashes = [header[name] for name in ("weights_sha256", "deploy_sha256", "mean", "numbers", "seconds")]
+    except (BadRequest, KeyError, TypeError, AttributeError):
+        raise BadRequest(f"--resume {path}: not a checkpoint of this program; start anew without --resume") from None
+    del hashes
+    options = parser.parse_args([*words, *argv])
+    for name, value in vars(options).items():
+        if name not in FREE_OPTIONS and value != getattr(saved, name):
+            raise BadRequest(
+                f"--{name} {value}: the run in {path} has {getattr(saved, name)}; leave it out, or start anew without --resume"
+            )
+    if options.output_file == parser.get_default("output_file"):
+        if not path.endswith(".checkpoint"):
+            raise BadRequest(f"--resume {path}: name the picture to write with --output")
+        options.output_file = path.removesuffix(".checkpoint")
+    return options, header, arrays
+
+
+def check_same_network(path, header, identity):
+    """Raises BadRequest where the network is not the one that the checkpoint `path` was begun with."""
+    for name, option in (("weights_sha256", "caffe_model"), ("deploy_sha256", "deploy_txt"), ("mean", "mean_image")):
+        if header[name] != identity[name]:
+            raise BadRequest(
+                f"--{option}: not the one that {path} was begun with ({name} {identity[name]}, not {header[name]}); "
+                "name the right one"
+            )
+
+
+def run(options, signals, header=None, arrays=None):
+    """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
+    arrays = arrays or {}
+    tell = (lambda text: None) if options.quiet else note
+    for line in without_effect(options):
+        tell(f"note: {line}")
+    check_output("output", options.output_file)
+    if options.stats:
+        check_output("stats", options.stats, ())
+    picture = arrays.pop("picture", None)
+    if header is None and options.initial_image is not None:
+        picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
+        for line in remarks:
+            tell(f"note: {line}")
     spec, network_name, mean = find_network(options)
-    behavior = options.iter_behavior
-    show = Show(options.show_width, options.show_height) if "show" in behavior else None
-    plot_pix = PlotPix() if "plot_pix" in behavior else None
     gpus = choose_gpus(options.gpu)
     spec = dataclasses.replace(spec, use_gpu=bool(gpus))
+    if picture is None and options.seed is None:
+        options.seed = np.random.SeedSequence().entropy % 2**32
 
     with Workers(spec, options.workers or count_cores(), gpus, options.batch_size) as workers:
+        identity = {  # while the workers start
+            "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
+            "deploy_sha256": file_hash(spec.deploy, "sha256").partition(":")[2],
+            "mean": mean,
+        }
+        if header is not None:
+            check_same_network(options.resume, header, identity)
         workers.describe()
         dream = Dream(options, picture, mean, workers)
+        if header is not None:
+            try:
+                dream.restore(header["numbers"], arrays)
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadRequest(f"--resume {options.resume}: {one_line(error)}; start anew without --resume") from None
         device = f"GPU {','.join(map(str, gpus))}" if gpus else f"CPU, {workers.number} worker{'s' * (workers.number > 1)}"
-        print(
+        tell(
             f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {device}, "
-            f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}",
-            file=sys.stderr,
+            f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}" + (f", noise seed {options.seed}" if picture is None else "")
         )
+        origin = {
+            "program": f"cnn_vis.py {__version__}",
+            "command": shlex.join(["python", "cnn_vis.py", *command_words(options)]),
+            "network": network_name,
+            "layer": spec.target,
+            "sizes": dream.sizes,
+            "seed": options.seed,
+        } | identity
+        run_header = {"seconds": 0} | (header or {}) | identity | {"command": command_words(options, absolute=True)}
+        output = Output(options, mean, origin, run_header, arrays)
+        for path in output.files():
+            tell(f"note: there is no display; see {path}")
+        for path in (output.path, output.checkpoint):
+            remove_parts(path)
+        if header is None and os.path.exists(output.checkpoint):
+            os.replace(output.checkpoint, f"{output.checkpoint}.old")
+            tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {output.checkpoint}.old")
+        with np.errstate(all="ignore"):  # what is not finite is told in our own words
+            loop(dream, output, signals)
 
-        def is_due(step):
-            return (step + 1) % options.output_iter == 0
 
-        for progress in dream.run(lambda step: "print" in behavior and is_due(step)):
-            if plot_pix is not None:
-                plot_pix.record(progress.image)
-            if not is_due(progress.step):
-                continue
-            seen = functools.partial(to_uint8, progress.image, mean, options.rescale_image)
-            if "print" in behavior:
-                say(format_stats(progress))
-            if "save" in behavior:
-                write_picture(seen(), numbered(options.output_file, progress.size_index, progress.step))
-            if show is not None:
-                show(seen())
-            if plot_pix is not None:
-                plot_pix()
-        write_picture(to_uint8(dream.image, mean, options.rescale_image), options.output_file)
+def loop(dream, output, signals):
+    """Runs the dream with its progress bar, or lines in a log, and writes what there is, whatever ends it. Raises RunFailed;
+    Stopped after a signal."""
+    from tqdm import tqdm
+
+    options = dream.options
+    counts = [len(sum(tiles(size, dream.workers.tile_size), [])) for size in dream.sizes]
+    total = sum(counts) * options.num_steps
+    first = done = sum(counts[: dream.size_index]) * options.num_steps + counts[dream.size_index] * dream.step
+    on_terminal, begun = sys.stderr.isatty(), time.monotonic()
+    form = "{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left"
+    signals.held = True
+    with tqdm(
+        total=total, initial=done, unit=" tiles", disable=options.quiet or not on_terminal, leave=False, bar_format=form,
+        dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        try:
+            for progress in dream.run(output.wants_stats):
+                output.after_step(dream, progress)
+                done += counts[progress.size_index]
+                bar.set_description_str(whereabouts(progress), refresh=False)
+                bar.update(counts[progress.size_index])
+                if signals.signum and done < total:
+                    break
+                if not (on_terminal or options.quiet) and output.is_due(progress.step):
+                    rate = (done - first) / (time.monotonic() - begun)
+                    left = tqdm.format_interval((total - done) / rate)
+                    note(f"{whereabouts(progress)}: {rate:.1f} tiles/s, {left} left")
+            saved = done == total or (options.checkpoint_iter != 0 and output.write_checkpoint(dream))
+            output.finish(dream)
+        except RunFailed as error:
+            bar.close()
+            go_on = f"; go on with --resume {output.checkpoint}" if os.path.exists(output.checkpoint) else ""
+            if isinstance(error, NotFinite):
+                go_on = ""
+            with contextlib.suppress(RunFailed):
+                output.finish(dream)
+                raise RunFailed(f"{error}; the picture before that is in {output.path}{go_on}") from None
+            raise RunFailed(f"{error}{go_on}") from None
+    if done < total:
+        go_on = f"; go on with: python cnn_vis.py --resume {shlex.quote(output.checkpoint)}" if saved else ""
+        raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{go_on}")
+    for path in {output.checkpoint, options.resume} - {None}:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def reproduce(path):
+    """Prints the command that made a picture."""
+    origin = read_origin(path)
+    note(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}")
+    say(origin["command"])
 
 
 def main(argv=None):
     """Runs the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        options = build_parser().parse_args(argv)
-        if options.list_models:
-            list_models()
-        elif options.list_layers:
-            list_layers(options)
-        elif options.download_model:
-            download_model(options)
-        else:
-            run(options)
+        with Signals() as signals:
+            options = build_parser().parse_args(argv)
+            if options.list_models:
+                list_models()
+            elif options.list_layers:
+                list_layers(options)
+            elif options.download_model:
+                download_model(options)
+            elif options.reproduce:
+                reproduce(options.reproduce)
+            elif options.resume:
+                options, header, arrays = resume(options.resume, argv)
+                run(options, signals, header, arrays)
+            else:
+                run(options, signals)
     except (BadRequest, RunFailed) as error:
         print(f"cnn_vis.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1
+    except MemoryError:
+        print("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        print(f"cnn_vis.py: {stop}", file=sys.stderr)
+        return 128 + stop.signum
     return 0
 
 
