@@ -34,6 +34,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -181,6 +182,9 @@ def noise(size, scale, blur, mean, seed=None):
 # ---- Sizes and tiles ----------------------------------------------------------------------------------------------------
 
 
+MAX_SIDE = 1_000_000
+
+
 def parse_size(text, base):
     """A size as an option gives it ("HxW", "xF" or None) as (height, width); `base` is (height, width). Raises ValueError."""
     if text is None:
@@ -189,6 +193,8 @@ def parse_size(text, base):
     size = (int(height), int(width)) if height else tuple(int(float(width) * side) for side in base)
     if min(size) < 1:
         raise ValueError(f"{size[0]}x{size[1]} has no pixels")
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"sides of more than {MAX_SIDE} pixels are more than can be done")
     return size
 
 
@@ -636,9 +642,10 @@ def read_prototxt(path):
 
     try:
         with open(path, encoding="utf-8") as file:
-            return text_format.Parse(file.read(), caffe_pb2.NetParameter())
+            net = text_format.Parse(file.read(), caffe_pb2.NetParameter())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise BadRequest(f"--deploy_txt {path}: not a network description ({one_line(error)}); give a deploy.prototxt") from None
+    return upgraded(net) if net.layers else net
 
 
 def read_weights(path):
@@ -677,6 +684,18 @@ def caffe_net(net):
         file.write(str(net))
         file.seek(0)
         yield caffe.Net(f"/dev/fd/{file.fileno()}", caffe.TEST)
+
+
+def upgraded(net):
+    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it loads, and saves it so."""
+    from caffe.proto import caffe_pb2
+
+    with caffe_net(net) as loaded, tempfile.NamedTemporaryFile() as file:
+        loaded.save(file.name)
+        new = caffe_pb2.NetParameter.FromString(file.read())
+    for layer in new.layer:
+        del layer.blobs[:]
+    return new
 
 
 def structure_error(deploy, path):
@@ -718,8 +737,7 @@ def runs_in_test(layer):
 
 def targets(net):
     """The layers of a caffe_pb2.NetParameter that can be amplified: those with a blob of their own name, in order."""
-    layers = net.layer or net.layers
-    return [layer.name for layer in layers if layer.name in layer.top and layer.bottom]
+    return [layer.name for layer in net.layer if layer.name in layer.top and layer.bottom]
 
 
 def cut(net, target, blob_counts):
@@ -728,12 +746,9 @@ def cut(net, target, blob_counts):
     Kept are the target's ancestors and the layers that work in place on it. Caffe's force_backward would also compute the
     gradient of every weight. Instead one weight only is left to learn, the first layer's bias: then Caffe runs backward
     from a loss (put on the last writer of the target) down to that layer, and propagate_down takes it on to the input.
-    Where that cannot be had (a first layer without bias, several of them, V1 layers) force_backward does the same slowly.
-    `blob_counts` is {layer name: number of its weight blobs}.
+    Where that cannot be had (a first layer without bias, several of them) force_backward does the same slowly.
+    `blob_counts` is {layer name: number of its weight blobs}. Raises BadRequest where the input is no ancestor.
     """
-    if net.layers:
-        net.force_backward = True
-        return
     kept, needed = [], {target}
     for layer in reversed(net.layer):
         if runs_in_test(layer) and not needed.isdisjoint(layer.top):
@@ -741,6 +756,8 @@ def cut(net, target, blob_counts):
             needed.update(layer.bottom)
     inputs = set(net.input).union(*(layer.top for layer in kept if layer.type == "Input"))
     first = [layer for layer in kept if not inputs.isdisjoint(layer.bottom)]
+    if not first:
+        raise BadRequest(f"--layer {target}: does not depend on the picture; choose another of --list_layers")
     has_bias = len(first) == 1 and blob_counts.get(first[0].name, 0) == 2 and first[0].type in ("Convolution", "InnerProduct")
     net.force_backward = not has_bias
     if has_bias:
@@ -795,7 +812,7 @@ class Network:
         with caffe_net(net) as self._net:
             self._net.copy_from(spec.weights)
         self._spec = spec
-        self._input = self._net.blobs["data" if "data" in self._net.inputs else self._net.inputs[0]]
+        self._input = self._net.blobs["data" if "data" in self._net.inputs else next(iter(self._net.inputs))]
         shape = tuple(self._input.shape)
         if len(shape) != 4 or shape[1] != 3:
             raise BadRequest(f"--deploy_txt {spec.deploy}: its input has shape {shape}; it must take 3-channel pictures")
@@ -813,8 +830,7 @@ class Network:
             close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names)}"
             raise BadRequest(f"--layer {spec.target}: {spec.deploy} has no such layer; {hint}")
-        layers = net.layer or net.layers
-        if layers and not any(weights.get(layer.name) for layer in layers):
+        if net.layer and not any(weights.get(layer.name) for layer in net.layer):
             raise BadRequest(f"--caffe_model {spec.weights}: holds weights for none of the layers in {spec.deploy}")
 
     def batch_for_memory(self):
@@ -913,20 +929,41 @@ def count_cores():
     return cores
 
 
+@contextlib.contextmanager
+def signals_held_back():
+    """While processes are started: nothing interrupts that half done here, and they are born with Ctrl-C blocked, until they
+    know that it is not meant for them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    came = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def end_with_parent():
     """Ends this process when its parent is gone, however that ended."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def start_worker(log, gpus):
-    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, and it sees one GPU."""
+def start_worker(log, gpus, memory):
+    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, it sees one GPU, and on the
+    CPU no file from a stranger makes it take more than `memory` bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    elif math.isfinite(memory):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def caffe_reason(log):
@@ -960,7 +997,8 @@ class Workers:
         gpus = self._context.SimpleQueue() if self._gpus else None
         for gpu in self._gpus:
             gpus.put(str(gpu))
-        self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, (self._log_end, gpus))
+        arguments = (self._log_end, gpus, free_memory())
+        self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
 
     def __enter__(self):
         return self
@@ -972,16 +1010,14 @@ class Workers:
         os.close(self._memory_file)
 
     def _submit(self, task, *arguments):
-        """The future of a task. A process is born with Ctrl-C held back, until it knows that it is not meant."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        """The future of a task, which may start a process."""
         try:
-            return self._executor.submit(task, *arguments)
+            with signals_held_back():
+                return self._executor.submit(task, *arguments)
         except concurrent.futures.process.BrokenProcessPool as error:  # to be told when the result is asked for
             future = concurrent.futures.Future()
             future.set_exception(error)
             return future
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _restart(self):
         """After the death of a worker. Raises RunFailed where Caffe chose it, or at one death too many."""
@@ -989,6 +1025,8 @@ class Workers:
         while self._log.poll():
             log += os.read(self._log.fileno(), 1 << 16)
         reason = caffe_reason(log.decode(errors="replace"))
+        if reason and "Not Implemented Yet" in reason:
+            raise BadRequest(f"--layer {self._spec.target}: Caffe has no gradient there; choose another of --list_layers")
         if reason:
             raise RunFailed(f"Caffe stopped: {reason}")
         self._restarts += 1
@@ -1230,7 +1268,9 @@ class Dream:
     def restore(self, numbers, arrays):
         """Goes on from a `state`. Raises ValueError where it is none of such a run."""
         size_index, step = numbers["size_index"], numbers["step"]
-        if not (0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps):
+        if not (
+            type(size_index) is type(step) is int and 0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps
+        ):
             raise ValueError("its step is none of the run")
         size, tile_size = self.sizes[size_index], self.workers.tile_size
         shapes = {"image": (1, 3, *size), "caches": (len(sum(tiles(size, tile_size), [])), 3, *tile_size)}
@@ -1240,6 +1280,11 @@ class Dream:
             setattr(self, name, arrays[name])
         self.size_index, self.step = size_index, step
         self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
+
+
+STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
+         "step_to_value", "image_mean", "image_std")  # fmt: skip
+COLUMNS = ("size", "height", "width", "step", *STATS)
 
 
 class Gauge:
@@ -1266,8 +1311,7 @@ class Gauge:
 
     def summary(self, image):
         """Means over the tiles, and the picture's mean and standard deviation."""
-        names = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient")
-        stats = {name: self._sums[name] / self._tiles for name in (*names, "step_size")}
+        stats = {name: self._sums[name] / self._tiles for name in STATS[:-3]}
         stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
         return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
 
@@ -1342,9 +1386,9 @@ def part_name(path, pid):
     return os.path.join(folder, f".{name[:100]}.{pid}.part")
 
 
-def remove_parts(path):
-    """Removes what processes that were killed while they wrote `path` have left."""
-    for part in glob.glob(part_name(glob.escape(path), "*")):
+def remove_parts(output):
+    """Removes what runs to `output` that were killed while they wrote a file have left."""
+    for part in glob.glob(part_name(f"{glob.escape(os.path.splitext(output)[0])}*", "*")):
         pid = part.split(".")[-2]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
             with contextlib.suppress(OSError):
@@ -1362,8 +1406,25 @@ def write_checkpoint(path, header, arrays):
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
 
 
+CHECKPOINT_FIELDS = {
+    "command": list,
+    "numbers": dict,
+    "seconds": float,
+    "weights_sha256": str,
+    "deploy_sha256": str,
+    "mean": float,
+}
+CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
+    "image": (np.float64, 1, 3, None, None),
+    "caches": (np.float64, None, 3, None, None),
+    "picture": (np.uint8, None, None, 3),
+    "rows": (np.float64, None, len(COLUMNS)),
+    "frames": (np.uint8, None, None, None, 3),
+}
+
+
 def read_checkpoint(path):
-    """(header, arrays) as written by write_checkpoint. Raises BadRequest.
+    """(header, arrays) as written by write_checkpoint, all of the kinds that they should be. Raises BadRequest.
 
     Every array's bytes are read, and so checked against their CRC, before anything in them is believed. No pickles.
     """
@@ -1374,7 +1435,19 @@ def read_checkpoint(path):
             arrays = {
                 os.path.splitext(name)[0]: np.load(io.BytesIO(file.read(name)), allow_pickle=False) for name in file.namelist()
             }
-        return json.loads(arrays.pop("header").tobytes()), arrays
+        header = json.loads(arrays.pop("header").tobytes())
+        for name, kind in CHECKPOINT_FIELDS.items():
+            if type(header[name]) is not kind:
+                raise ValueError(f"its {name} is no {kind.__name__}")
+        for name, array in arrays.items():
+            kind, *shape = CHECKPOINT_ARRAYS[name]
+            if (
+                array.dtype != kind
+                or array.ndim != len(shape)
+                or any(n not in (None, side) for n, side in zip(shape, array.shape))
+            ):
+                raise ValueError(f"its {name} is of another kind")
+        return header, arrays
     except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
         raise BadRequest(
             f"--resume {path}: not a checkpoint that can be read ({one_line(error)}); start anew without --resume"
@@ -1549,11 +1622,6 @@ class PlotPix:
         figure.tight_layout()
 
 
-STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
-         "step_to_value", "image_mean", "image_std")  # fmt: skip
-COLUMNS = ("size", "height", "width", "step", *STATS)
-
-
 def stats_row(progress):
     """The figures of a measured Progress, as COLUMNS name them; size and step count from 1."""
     size = progress.sizes[progress.size_index]
@@ -1706,7 +1774,7 @@ class Output:
         numbers, arrays = dream.state()
         if dream.picture is not None:
             arrays["picture"] = dream.picture
-        arrays["rows"] = np.array(self.rows, np.float64)
+        arrays["rows"] = np.array(self.rows, np.float64).reshape(-1, len(COLUMNS))
         if self.frames:
             arrays["frames"] = np.stack(self.frames)
         header = self.header | {"numbers": numbers, "seconds": time.monotonic() - self.begun}
@@ -1730,7 +1798,9 @@ class Output:
                 raise RunFailed(f"{self.path}.json: cannot be written ({one_line(error)})") from None
         self._plots()
         if "gif" in self.behavior:
-            write_gif([*self.frames, gif_frame(picture, dream.sizes[-1])], beside(self.path, "run", ".gif"))
+            last = gif_frame(picture, dream.sizes[-1])
+            frames = self.frames if self.frames and np.array_equal(self.frames[-1], last) else [*self.frames, last]
+            write_gif(frames, beside(self.path, "run", ".gif"))
 
 
 @functools.cache
@@ -2140,13 +2210,10 @@ def resume(path, argv):
     header, arrays = read_checkpoint(find_file("resume", path))
     parser = build_parser()
     try:
-        words, saved = header["command"], None
-        saved = parser.parse_args(words)
-        hashes = [header[name] for name in ("weights_sha256", "deploy_sha256", "mean", "numbers", "seconds")]
-    except (BadRequest, KeyError, TypeError, AttributeError):
-        raise BadRequest(f"--resume {path}: not a checkpoint of this program; start anew without --resume") from None
-    del hashes
-    options = parser.parse_args([*words, *argv])
+        saved = parser.parse_args(list(map(str, header["command"])))
+    except BadRequest as error:
+        raise BadRequest(f"--resume {path}: holds a command that cannot be run ({error}); start anew without --resume") from None
+    options = parser.parse_args([*header["command"], *argv])
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS and value != getattr(saved, name):
             raise BadRequest(
@@ -2221,7 +2288,7 @@ def run(options, signals, header=None, arrays=None):
         output = Output(options, mean, origin, run_header, arrays)
         for path in output.files():
             tell(f"note: there is no display; see {path}")
-        for path in (output.path, output.checkpoint):
+        for path in filter(None, (output.path, options.stats)):
             remove_parts(path)
         if header is None and os.path.exists(output.checkpoint):
             os.replace(output.checkpoint, f"{output.checkpoint}.old")
@@ -2265,10 +2332,11 @@ def loop(dream, output, signals):
             go_on = f"; go on with --resume {output.checkpoint}" if os.path.exists(output.checkpoint) else ""
             if isinstance(error, NotFinite):
                 go_on = ""
-            with contextlib.suppress(RunFailed):
+            try:
                 output.finish(dream)
-                raise RunFailed(f"{error}; the picture before that is in {output.path}{go_on}") from None
-            raise RunFailed(f"{error}{go_on}") from None
+            except RunFailed:
+                raise RunFailed(f"{error}{go_on}") from None
+            raise RunFailed(f"{error}; the picture before that is in {output.path}{go_on}") from None
     if done < total:
         go_on = f"; go on with: python cnn_vis.py --resume {shlex.quote(output.checkpoint)}" if saved else ""
         raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{go_on}")
@@ -2304,7 +2372,8 @@ def main(argv=None):
             else:
                 run(options, signals)
     except (BadRequest, RunFailed) as error:
-        print(f"cnn_vis.py: error: {error}", file=sys.stderr)
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"cnn_vis.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1
     except MemoryError:
         print("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers", file=sys.stderr)
