@@ -469,15 +469,14 @@ def find_in_caffe(below_root, below_package):
     return next(filter(os.path.isfile, places), None)
 
 
-def choose_model(name, given_files):
-    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small network that comes
-    along where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place."""
+def choose_model(name, given_files, tell):
+    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small network that comes along
+    where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place; tell(text) then gives notice."""
     model = MODELS[name or "bvlc_googlenet"]
     if name is None and not given_files and model.find_weights() is None and MODELS["googlenet_mini"].find_weights():
-        print(
+        tell(
             "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
-            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet",
-            file=sys.stderr,
+            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
         )
         return MODELS["googlenet_mini"]
     return model
@@ -775,16 +774,16 @@ def cut(net, target, blob_counts):
             del net.layer[index]
 
 
-def use_fast_layers(net):
-    """Changes the NetParameter `net` to use the layers that this program's build of Caffe has and computes the same with, in
-    less time. Another Caffe keeps its own."""
-    from caffe import layer_type_list
-    from caffe.proto.caffe_pb2 import PoolingParameter
+# Layers of this program's build of Caffe that compute the same as Caffe's own, in less time.
+FAST_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
 
-    if "MaxPooling" in list(layer_type_list()):
-        for layer in net.layer:
-            if layer.type == "Pooling" and layer.pooling_param.pool == PoolingParameter.MAX:
-                layer.type = "MaxPooling"
+
+def use_fast_layers(net):
+    """Changes the NetParameter `net` to use those of FAST_LAYERS that this Caffe has."""
+    known = set(import_caffe().layer_type_list())
+    for layer in net.layer:
+        if FAST_LAYERS.get(layer.type) in known:
+            layer.type = FAST_LAYERS[layer.type]
 
 
 class Network:
@@ -844,8 +843,9 @@ class Network:
         tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in self._net.blobs.values())  # data and diff
         return min(32, max(1, int(0.7 * free.value) // tile))
 
-    def gradients(self, batch):
-        """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective's value."""
+    def gradients(self, batch, measure=True):
+        """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective's value, None unless it
+        is to be measured."""
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
@@ -855,7 +855,7 @@ class Network:
         blob.diff[...] = self._spec.objective.descent(blob.data)
         # From the layer of the target's name: an in-place ReLU after it has shaped the activations but is not passed backward.
         self._net.backward(start=self._spec.target)
-        return self._input.diff, self._spec.objective.value(blob.data)
+        return self._input.diff, self._spec.objective.value(blob.data) if measure else None
 
 
 # ---- Workers ------------------------------------------------------------------------------------------------------------
@@ -884,17 +884,12 @@ def describe(spec):
     return network.tile_size, network.target_shape, network.batch_for_memory()
 
 
-def compute_slot(spec, memory, slot, count):
-    """Task: computes the gradients of the slot's first `count` tiles; returns their objectives' values.
-
-    On the CPU one tile after the other: nothing is lost, and a sum cannot come out otherwise for the company a tile is in.
-    """
+def compute_slot(spec, memory, slot, count, measure):
+    """Task: computes the gradients of the slot's first `count` tiles; returns the sum of their objectives if it is to `measure`
+    them, else None."""
     tiles_in, gradients_out = attach(*memory)[slot, :, :count]
-    values = []
-    for place in [slice(None)] if spec.use_gpu else [slice(i, i + 1) for i in range(count)]:
-        gradients_out[place], value = load_network(spec).gradients(tiles_in[place])
-        values.append(value)
-    return sum(values) / count
+    gradients_out[...], value = load_network(spec).gradients(tiles_in, measure)
+    return value
 
 
 def can_use_gpu():
@@ -984,18 +979,18 @@ class Workers:
 
     def __init__(self, spec=None, number=1, gpus=(), batch_size=None):
         self.number, self.batch_size = len(gpus) or number, batch_size
-        self._spec, self._gpus = spec, gpus
+        self.spec, self.gpus = spec, gpus
         self._context = multiprocessing.get_context("spawn")
         self._log, self._log_end = self._context.Pipe(duplex=False)
         os.set_blocking(self._log_end.fileno(), False)  # what nobody reads must not hold a worker up
         self._memory_file = os.memfd_create("cnn_vis")
         self._restarts = 0
-        self._jobs = {}  # slot -> (number of tiles, future of their value)
+        self._jobs = {}  # slot -> (number of tiles, whether they are measured, future of their objective)
         self._start()
 
     def _start(self):
-        gpus = self._context.SimpleQueue() if self._gpus else None
-        for gpu in self._gpus:
+        gpus = self._context.SimpleQueue() if self.gpus else None
+        for gpu in self.gpus:
             gpus.put(str(gpu))
         arguments = (self._log_end, gpus, free_memory())
         self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
@@ -1026,7 +1021,7 @@ class Workers:
             log += os.read(self._log.fileno(), 1 << 16)
         reason = caffe_reason(log.decode(errors="replace"))
         if reason and "Not Implemented Yet" in reason:
-            raise BadRequest(f"--layer {self._spec.target}: Caffe has no gradient there; choose another of --list_layers")
+            raise BadRequest(f"--layer {self.spec.target}: Caffe has no gradient there; choose another of --list_layers")
         if reason:
             raise RunFailed(f"Caffe stopped: {reason}")
         self._restarts += 1
@@ -1048,9 +1043,10 @@ class Workers:
     def describe(self):
         """(tile_size, target_shape) of the network. Starts all workers."""
         for _ in range(self.number - 1):
-            self._submit(describe, self._spec)
-        self.tile_size, self.target_shape, suits = self.call(describe, self._spec)
-        self.batch_size = self.batch_size or suits
+            self._submit(describe, self.spec)
+        self.tile_size, self.target_shape, suits = self.call(describe, self.spec)
+        # On the CPU a tile goes alone: more would bring nothing, and a sum could come out otherwise for the company it is in.
+        self.batch_size = (self.batch_size or suits) if self.gpus else 1
         shape = (2 * self.number + 1, 2, self.batch_size, 3, *self.tile_size)
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
@@ -1062,29 +1058,34 @@ class Workers:
         """Whether `send` can be called: workers have two batches each at most, one to compute and one to begin with next."""
         return bool(self._free)
 
-    def send(self, tiles_in):
+    def send(self, tiles_in, measure=True):
         """Has the gradients of `tiles_in`, up to batch_size arrays (3, H, W), computed; returns a ticket for `receive`."""
         slot = self._free.pop()
         for place, tile in enumerate(tiles_in):
             self._slots[slot, 0, place] = tile
-        self._jobs[slot] = (len(tiles_in), self._submit(compute_slot, self._spec, self._memory, slot, len(tiles_in)))
+        self._compute(slot, len(tiles_in), measure)
         return slot
 
+    def _compute(self, slot, count, measure):
+        future = self._submit(compute_slot, self.spec, self._memory, slot, count, measure)
+        self._jobs[slot] = (count, measure, future)
+
     def receive(self, slot):
-        """(gradients, float32 (N, 3, H, W); the mean of the tiles' objectives) of the ticket's tiles. Waits for them."""
+        """(gradients, float32 (N, 3, H, W); the mean of the tiles' objectives, None unless measured) of the ticket's tiles. Waits
+        for them."""
         while True:
-            count, future = self._jobs[slot]
+            count, measure, future = self._jobs[slot]
             try:
                 value = future.result()
                 break
             except concurrent.futures.process.BrokenProcessPool:
                 self._restart()
-                for other, (count, future) in self._jobs.items():
+                for other, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
-                        self._jobs[other] = (count, self._submit(compute_slot, self._spec, self._memory, other, count))
+                        self._compute(other, *job)
         del self._jobs[slot]
         self._free.append(slot)
-        return self._slots[slot, 1, :count].copy(), value
+        return self._slots[slot, 1, :count].copy(), value / count if measure else None
 
 
 # ---- The optimisation loop ----------------------------------------------------------------------------------------------
@@ -1096,57 +1097,72 @@ def overlap(a, b):
 
 
 def tile_gradients(workers, image, colours):
-    """Yields (region, gradient float32 (3, H, W), objective's value) for every region of `colours`, an iterable of lists of
-    regions, in order. The caller steps a region before it asks for the next.
+    """Yields (region, gradient float32 (3, H, W), objective's value or None) for every region of `colours`, an iterable of
+    (list of regions, whether the objective is to be measured), in order. The caller steps a region before it asks for the next.
 
     A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
     earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
     workers need not wait for the end of a colour, or of a step.
     """
-    coming = ((number, region) for number, colour in enumerate(colours) for region in colour)
-    waiting = next(coming, None)  # the first tile not sent
+    numbered_colours = enumerate(colours)
+    ahead = collections.deque()  # (number of its colour, region, whether to measure) of tiles not sent, to the end of a colour
+    batch = []  # of them, those that are sent next
     sent = collections.deque()  # batches on their way: (tiles, ticket)
-    batch = []  # to be sent
-    unstepped = collections.deque()  # tiles sent, or in the batch
-    snapshot, snapshot_of = None, None
+    unstepped = collections.deque()  # all tiles sent or in the batch
+    kept = {}  # pixels of tiles not sent that others of their colour have begun to change
     while True:
         while workers.has_room():
-            while (
-                waiting and len(batch) < workers.batch_size
-                and not any(number < waiting[0] and overlap(region, waiting[1]) for number, region in unstepped)
-            ):  # fmt: skip
-                batch.append(waiting)
-                unstepped.append(waiting)
-                waiting = next(coming, None)
+            while len(batch) < workers.batch_size:
+                if not ahead:
+                    number, (colour, measure) = next(numbered_colours, (None, ((), None)))
+                    ahead.extend((number, region, measure) for region in colour)
+                if not ahead:
+                    break
+                number, region, _ = ahead[0]
+                if any(other < number and overlap(region, place) for other, place, _ in unstepped):
+                    break
+                batch.append(ahead.popleft())
+                unstepped.append(batch[-1])
             # A batch with places left waits for more tiles, if any can come free meanwhile.
-            if not batch or (len(batch) < workers.batch_size and sent and waiting):
+            if not batch or (len(batch) < workers.batch_size and sent and ahead):
                 break
-            views = []
-            for number, (y0, y1, x0, x1) in batch:
-                views.append((snapshot if number == snapshot_of else image)[0, :, y0:y1, x0:x1])
-            sent.append((batch, workers.send(views)))
+            pixels = [kept.pop(tile) if tile in kept else cut_tile(image, tile[1]) for tile in batch]
+            sent.append((batch, workers.send(pixels, any(measure for *_, measure in batch))))
             batch = []
         if not sent:
             return
         tiles_sent, ticket = sent.popleft()
         gradients, value = workers.receive(ticket)
-        for (number, region), gradient in zip(tiles_sent, gradients):
-            if number != snapshot_of and (batch or waiting) and (batch or [waiting])[0][0] == number:
-                snapshot, snapshot_of = image.astype(np.float32), number  # for those of this colour not yet sent
+        for (number, region, _), gradient in zip(tiles_sent, gradients):
+            for tile in itertools.takewhile(lambda tile, number=number: tile[0] == number, itertools.chain(batch, ahead)):
+                if tile not in kept and overlap(tile[1], region):
+                    kept[tile] = cut_tile(image, tile[1]).astype(np.float32)
             yield region, gradient, value
             unstepped.popleft()
 
 
+def cut_tile(image, region):
+    """The pixels (3, H, W) of a region (y0, y1, x0, x1), a view."""
+    y0, y1, x0, x1 = region
+    return image[0, :, y0:y1, x0:x1]
+
+
 @dataclasses.dataclass
 class Progress:
-    """Where a run is after a step. `size_index` and `step` count from 0; `stats` is {name: number} or None when not asked for."""
+    """Where a run is after a step. `size_index` and `step` count from 0; `image` is the picture in memory, not to be changed;
+    `stats` is {name: number} or None when not asked for."""
 
     sizes: list
     size_index: int
     step: int
     num_steps: int
     image: np.ndarray
+    mean: float
     stats: dict | None
+
+    def picture(self, rescale=False):
+        """What one sees of it: uint8 (H, W, 3), RGB."""
+        return to_uint8(self.image, self.mean, rescale)
 
 
 def whereabouts(progress):
@@ -1177,14 +1193,15 @@ class Dream:
             self._lay_out()
             steps_left = range(self.step, self.options.num_steps)
             colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
-            gradients = tile_gradients(self.workers, self.image, itertools.chain.from_iterable([colours] * len(steps_left)))
+            to_come = ((colour, wants_stats(step)) for step in steps_left for colour in colours)
+            gradients = tile_gradients(self.workers, self.image, to_come)
             for step in steps_left:
                 gauge = Gauge() if wants_stats(step) else None
                 for region, gradient, value in itertools.islice(gradients, len(self.tiles)):
                     self._update_tile(region, gradient, value, gauge)
                 self._advance_schedules()
                 stats = gauge and gauge.summary(self.image)
-                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, stats)
+                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, self.mean, stats)
             if self.size_index + 1 == len(self.sizes):
                 return
             self.size_index, self.step = self.size_index + 1, 0
@@ -1730,7 +1747,7 @@ class Output:
                 say(format_stats(progress))
             picture = None
             if self.behavior & {"save", "show", "gif"}:
-                picture = to_uint8(progress.image, self.mean, self.options.rescale_image)
+                picture = progress.picture(self.options.rescale_image)
             for write in (self._save, self._show, self._gif, self._plots):
                 try:
                     write(picture, progress)
@@ -1973,8 +1990,8 @@ def build_parser():
         help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
     add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
         "(default: GPU 0 where Caffe can use one, else CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a worker at once; the picture does not depend "
-        "on it (default: 1, and on a GPU what its memory holds)")
+    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a GPU at once; on the CPU they go one by "
+        "one (default: what the GPU's memory holds)")
     add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
         "core)")
 
@@ -2064,7 +2081,8 @@ def one_line(error):
 
 def find_files(options):
     """(deploy, weights or None, whether the classifier is to be fitted, Model) for the options. Raises BadRequest."""
-    model = choose_model(options.model, options.deploy_txt or options.caffe_model)
+    tell = (lambda text: None) if options.quiet else note
+    model = choose_model(options.model, options.deploy_txt or options.caffe_model, tell)
     weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
     deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
     if deploy is None:
@@ -2094,20 +2112,21 @@ def find_network(options):
 
 
 def choose_gpus(gpus):
-    """The GPUs to run on: [] for the CPU. `gpus` is the option's list, or None. Raises BadRequest."""
+    """The GPUs to run on, [] for the CPU; and why it is the CPU where no GPU was named. `gpus` is the option's list, or None.
+    Raises BadRequest."""
     if gpus == []:
-        return []
+        return [], ""
     present = count_gpus()
     cuda = (present or gpus) and in_a_worker(can_use_gpu)
     if gpus is None:
-        return [0] if cuda else []
+        return ([0], "") if cuda else ([], ", as Caffe was built without CUDA" if present else ", as no GPU was found")
     asked = ",".join(map(str, gpus))
     if not cuda:
         raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
     if max(gpus) >= present:
         found = f"only {present} found, counted from 0" if present else "none found"
         raise BadRequest(f"--gpu {asked}: there is no such GPU, {found}; use another number, or -1 for the CPU")
-    return gpus
+    return gpus, ""
 
 
 def in_a_worker(task, *arguments):
@@ -2154,8 +2173,13 @@ FREE_OPTIONS = {
 }  # fmt: skip
 
 
-def command_words(options, absolute=False):
-    """The options that differ from their defaults, as words of a command line; with `absolute` files can be found from any
+def absolute(path):
+    """A path that can be found from any folder."""
+    return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
+
+
+def command_words(options, portable=False):
+    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
     folder, and the output is left out."""
     parser, words = build_parser(), []
     for action in parser._actions:
@@ -2164,7 +2188,7 @@ def command_words(options, absolute=False):
             value == action.default
             or value is None
             or action.dest in ("resume", "quiet")
-            or (absolute and action.dest == "output_file")
+            or (portable and action.dest == "output_file")
         ):
             continue
         if action.nargs == 0:
@@ -2174,8 +2198,8 @@ def command_words(options, absolute=False):
             value = "+".join(sorted(value)) or "none"
         elif action.dest == "gpu":
             value = ",".join(map(str, value)) or "-1"
-        elif absolute and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
-            value = os.path.abspath(os.path.expanduser(os.path.expandvars(value)))
+        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
+            value = absolute(value)
         words.append(f"{action.option_strings[0]}={value}")
     return words
 
@@ -2214,6 +2238,8 @@ def resume(path, argv):
     except BadRequest as error:
         raise BadRequest(f"--resume {path}: holds a command that cannot be run ({error}); start anew without --resume") from None
     options = parser.parse_args([*header["command"], *argv])
+    if options.initial_image:
+        options.initial_image = absolute(options.initial_image)
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS and value != getattr(saved, name):
             raise BadRequest(
@@ -2250,13 +2276,11 @@ def run(options, signals, header=None, arrays=None):
         picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
         for line in remarks:
             tell(f"note: {line}")
-    spec, network_name, mean = find_network(options)
-    gpus = choose_gpus(options.gpu)
-    spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     if picture is None and options.seed is None:
         options.seed = np.random.SeedSequence().entropy % 2**32
-
-    with Workers(spec, options.workers or count_cores(), gpus, options.batch_size) as workers:
+    network_name, mean, workers = set_up(options)
+    spec = workers.spec
+    with workers:
         identity = {  # while the workers start
             "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
             "deploy_sha256": file_hash(spec.deploy, "sha256").partition(":")[2],
@@ -2271,9 +2295,8 @@ def run(options, signals, header=None, arrays=None):
                 dream.restore(header["numbers"], arrays)
             except (ValueError, KeyError, TypeError) as error:
                 raise BadRequest(f"--resume {options.resume}: {one_line(error)}; start anew without --resume") from None
-        device = f"GPU {','.join(map(str, gpus))}" if gpus else f"CPU, {workers.number} worker{'s' * (workers.number > 1)}"
         tell(
-            f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {device}, "
+            f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {workers.device}, "
             f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}" + (f", noise seed {options.seed}" if picture is None else "")
         )
         origin = {
@@ -2284,7 +2307,7 @@ def run(options, signals, header=None, arrays=None):
             "sizes": dream.sizes,
             "seed": options.seed,
         } | identity
-        run_header = {"seconds": 0} | (header or {}) | identity | {"command": command_words(options, absolute=True)}
+        run_header = {"seconds": 0} | (header or {}) | identity | {"command": command_words(options, portable=True)}
         output = Output(options, mean, origin, run_header, arrays)
         for path in output.files():
             tell(f"note: there is no display; see {path}")
@@ -2295,6 +2318,38 @@ def run(options, signals, header=None, arrays=None):
             tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {output.checkpoint}.old")
         with np.errstate(all="ignore"):  # what is not finite is told in our own words
             loop(dream, output, signals)
+
+
+def set_up(options):
+    """(name of the network, scalar mean, Workers not yet entered) for the options. Raises BadRequest."""
+    spec, name, mean = find_network(options)
+    gpus, reason = choose_gpus(options.gpu)
+    workers = Workers(dataclasses.replace(spec, use_gpu=bool(gpus)), options.workers or count_cores(), gpus, options.batch_size)
+    many = "s" * (workers.number > 1)
+    workers.device = f"GPU{many} {','.join(map(str, gpus))}" if gpus else f"CPU{reason}, {workers.number} worker{many}"
+    return name, mean, workers
+
+
+def dream(image=None, **options):
+    """The program as a library: does a run, yielding a Progress after every step.
+
+        for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
+            picture = progress.picture()  # uint8 (H, W, 3)
+
+    `image` is a file name, an array uint8 (H, W, 3), RGB, or None for noise. The options are the command line's, by any of
+    their names and with the same defaults; those of output have no effect. Workers are processes that import the calling
+    script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
+    """
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value is not False]
+    parsed = build_parser().parse_args(words)
+    if isinstance(image, (str, os.PathLike)):
+        image, _ = read_picture(find_file("image", os.fspath(image)), parsed.background)
+    elif image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+    _, mean, workers = set_up(parsed)
+    with workers:
+        workers.describe()
+        yield from Dream(parsed, image, mean, workers).run()
 
 
 def loop(dream, output, signals):

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, cnn_vis
@@ -15,13 +16,17 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 DOWNLOAD = "python cnn_vis.py --download_model bvlc_googlenet"
-PROGRAM = [line for line in COMMANDS if line.startswith("python cnn_vis.py") and line != DOWNLOAD]
+GO_ON = "python cnn_vis.py --resume out.png.checkpoint"
+REPRODUCE = "python cnn_vis.py --reproduce out.png"
+PROGRAM = [line for line in COMMANDS if line.startswith("python cnn_vis.py") and line not in (DOWNLOAD, GO_ON, REPRODUCE)]
+SCRIPTS = [line for line in COMMANDS if line.startswith("examples/")]
+SMALL = ["--model=googlenet_mini", "--gpu=-1", "--initial_size=224x224", "--initialization_scale=20"]
 
 
 def test_the_set_up_commands_are_two():
     """What is not a run of the program is set-up: the two commands, one of which runs these very tests, the environment, and
     the download, which test_models.py runs against a server of its own."""
-    others = [line for line in COMMANDS if line not in PROGRAM]
+    others = [line for line in COMMANDS if line not in PROGRAM + SCRIPTS + [GO_ON, REPRODUCE]]
     assert others == ["make example", "make test", ". .venv/bin/activate", DOWNLOAD]
 
 
@@ -34,6 +39,45 @@ def test_program_commands(command, photographs, tmp_path):
     if not {"--help", "--list_models", "--list_layers"} & set(arguments):
         output = arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
         Image.open(tmp_path / output).verify()
+
+
+def test_go_on_and_reproduce(tmp_path):
+    """A run that is killed goes on by the one command, and the other prints what made its picture."""
+    command = [sys.executable, str(ROOT / "cnn_vis.py"), *SMALL, "--num_steps=60", "--checkpoint_iter=1"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.png.checkpoint").exists():
+        time.sleep(0.01)
+        assert running.poll() is None
+    running.kill()
+    running.wait()
+    assert GO_ON in COMMANDS
+    done = cnn_vis(*shlex.split(GO_ON)[2:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert REPRODUCE in COMMANDS
+    done = cnn_vis(*shlex.split(REPRODUCE)[2:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--num_steps=60" in done.stdout
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_scripts(command, photographs, tmp_path):
+    (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    words = [str(ROOT / command.split()[0]), *shlex.split(command)[1:], *SMALL[:3], "--num_sizes=1", "--num_steps=1"]
+    environment = os.environ | {"LAYERS": "inception_4c/output", "SIDE": "224", "CNN_VIS_PYTHON": sys.executable}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.png"))
+
+
+def test_python_code(photographs, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    (tmp_path / "code.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "code.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 20
+    assert Image.open(tmp_path / "dream.png").size == (640, 427)
 
 
 def test_make_example(tmp_path):

@@ -1,0 +1,37 @@
+#!/bin/bash
+# A video, dreamed frame by frame; each frame has some of the dream before mixed in, which holds the dreams together.
+# The frames lie in OUT.mp4.frames until all are done, so it can be stopped and started again.
+# BLEND=0.5 is the share of the dream before; less of it suits pictures that move fast.
+# Usage: video.sh IN.mp4 OUT.mp4 [MORE OPTIONS]
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+trap 'exit 130' INT
+for file in "${1:--}" "${2:--}"; do
+    case $file in -*) usage 'IN.mp4 OUT.mp4 [MORE OPTIONS]' ;; esac
+done
+command -v ffmpeg > /dev/null || { echo 'video.sh: ffmpeg is needed: apt-get install ffmpeg' >&2 && exit 1; }
+input=$1 output=$2 work=$2.frames
+shift 2
+
+rate=$(ffprobe -v error -select_streams v:0 -show_entries stream=avg_frame_rate -of default=nokey=1:noprint_wrappers=1 "$input")
+if [ ! -e "$work/in" ]; then
+    rm -rf "$work/in.part"
+    mkdir -p "$work/in.part" "$work/out"
+    ffmpeg -nostdin -loglevel error -i "$input" -vf "fps=$rate" "$work/in.part/%06d.png"
+    mv "$work/in.part" "$work/in"
+fi
+previous=
+for frame in "$work"/in/*.png; do
+    dreamed=$work/out/${frame##*/}
+    if [ ! -e "$dreamed" ]; then
+        "$python" "$root/examples/picture.py" blend "$frame" "$work/next.png" "${BLEND:-0.5}" "${previous:-$frame}"
+        dream "$dreamed" --image "$work/next.png" --layer inception_4c/output --num_steps 10 --learning_rate 1.5 \
+            --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
+    fi
+    previous=$dreamed
+done
+# Players want even sides. The sound, if any, is the input's.
+ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?' \
+    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$work/film.${output##*.}"
+mv "$work/film.${output##*.}" "$output"
+rm -r "$work"

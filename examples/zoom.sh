@@ -1,0 +1,38 @@
+#!/bin/bash
+# An endless zoom: dreams a little, enlarges the middle, and again. The frames lie in NAME_zoom, and the film is NAME_zoom.mp4.
+# Frames that are there are not made again, so it can be stopped and started again, also with more FRAMES.
+# SIDE=400 is the shorter side in pixels, ZOOM=1.04 the enlargement of each frame, FPS=20 the film's frames per second.
+# Usage: zoom.sh IMAGE [FRAMES] [MORE OPTIONS]
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+trap 'exit 130' INT
+case ${1:--} in -*) usage 'IMAGE [FRAMES] [MORE OPTIONS]' ;; esac
+image=$1 name=$(stem "$1")_zoom
+shift
+case ${1:--} in
+    -*) frames=100 ;;
+    *[!0-9]*) usage 'IMAGE [FRAMES] [MORE OPTIONS]' ;;
+    *) frames=$1 && shift ;;
+esac
+
+picture_py=$root/examples/picture.py
+mkdir -p "$name"
+"$python" "$picture_py" fit "$image" "$name/start.png" "${SIDE:-400}"
+previous=$name/start.png factor=1
+for ((i = 1; i <= frames; i++)); do
+    printf -v frame '%s/%05d.png' "$name" "$i"
+    if [ ! -e "$frame" ]; then
+        "$python" "$picture_py" zoom "$previous" "$name/next.png" "$factor" "$name/start.png"
+        dream "$frame" --image "$name/next.png" --layer inception_4c/output --num_steps 10 --learning_rate 1.5 \
+            --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
+    fi
+    previous=$frame factor=${ZOOM:-1.04}
+done
+film=(ffmpeg -loglevel error -y -framerate "${FPS:-20}" -i "$name/%05d.png"
+    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$name.mp4") # players want even sides
+if command -v ffmpeg > /dev/null; then
+    "${film[@]}"
+    echo "$name.mp4" >&2
+else
+    echo "ffmpeg is not installed; with it, this makes the film: ${film[*]@Q}" >&2
+fi

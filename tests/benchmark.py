@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Times the program against the original's way of computing, against PyTorch, and against the matrix products alone.
+
+    python tests/benchmark.py                              # all of it: about five minutes on two cores, nothing else running
+    python tests/benchmark.py --model googlenet_mini --steps 10
+
+One run prints one table, so its ratios are of one machine in one state. Each row is measured in processes of its own. The
+original's way: the whole network forward, force_backward (so the gradients of all weights too), BLAS on all cores, one
+process, regularizers with general powers.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import cnn_vis
+
+# Of the whole command: a photograph's usual settings.
+SETTINGS = {"alpha": 2.0, "p_reg": 0.5, "alpha_aux": 8.0, "p_reg_aux": 5e-11, "beta": 2.5, "tv_reg": 0.05, "decay_rate": 0.9}
+SIZE = (427, 640)
+
+
+def milliseconds(task, repeat):
+    """The time of task(), the median of `repeat` after two more to warm up."""
+    times = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        task()
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[2:]))
+
+
+# ---- The original's way ----------------------------------------------------------------------------------------------------
+
+
+def original_net(spec):
+    """The whole network, with force_backward, as the original loads it."""
+    caffe = cnn_vis.import_caffe()
+    net = cnn_vis.read_prototxt(spec.deploy)
+    cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.weights))
+    net.force_backward = True
+    with cnn_vis.caffe_net(net) as loaded:
+        loaded.copy_from(spec.weights)
+    loaded.blobs["data"].reshape(1, *loaded.blobs["data"].shape[1:])
+    loaded.reshape()
+    caffe.set_mode_cpu()
+    return loaded
+
+
+def original_gradient(net, spec, tile):
+    """The gradient of a tile float32 (1, 3, H, W)."""
+    net.blobs["data"].data[...] = tile
+    net.forward()
+    blob = net.blobs[spec.target]
+    blob.diff[...] = spec.objective.descent(blob.data)
+    net.backward(start=spec.target)
+    return net.blobs["data"].diff.copy()
+
+
+def original_update(x, start, cnn, cache):
+    """The regularizers and RMSProp step of a tile, float64 (1, 3, H, W), written straight from the formulas."""
+    o, d = SETTINGS, x - start
+    p = o["p_reg"] * o["alpha"] * np.sign(d) * np.abs(d) ** (o["alpha"] - 1)
+    aux = o["p_reg_aux"] * o["alpha_aux"] * np.sign(x) * np.abs(x) ** (o["alpha_aux"] - 1)
+    dx, dy = x[:, :, :-1, :-1] - x[:, :, :-1, 1:], x[:, :, :-1, :-1] - x[:, :, 1:, :-1]
+    factor = np.maximum(dx**2 + dy**2, 1e-3) ** (o["beta"] / 2 - 1)
+    tv = np.zeros_like(x)
+    tv[:, :, :-1, :-1] += o["beta"] * factor * (dx + dy)
+    tv[:, :, :-1, 1:] -= o["beta"] * factor * dx
+    tv[:, :, 1:, :-1] -= o["beta"] * factor * dy
+    gradient = cnn + p + aux + o["tv_reg"] * tv
+    cache[...] = o["decay_rate"] * cache + (1 - o["decay_rate"]) * gradient**2
+    return -gradient / np.sqrt(cache + 1e-8)
+
+
+def original_run(spec, picture, mean, steps):
+    """The original's loop: a picture uint8 (H, W, 3), SETTINGS, one size. Returns the picture as it then is."""
+    net = original_net(spec)
+    tile_size = tuple(net.blobs["data"].shape[2:])
+    start = cnn_vis.from_uint8(picture, mean)
+    image, caches = start.copy(), {}
+    for _ in range(steps):
+        for colour in cnn_vis.tiles(SIZE, tile_size):
+            places = [np.s_[:, :, y0:y1, x0:x1] for y0, y1, x0, x1 in colour]
+            gradients = [original_gradient(net, spec, image[place]) for place in places]
+            for region, place, cnn in zip(colour, places, gradients):
+                cache = caches.setdefault(region, np.zeros(cnn.shape))
+                image[place] += original_update(image[place], start[place], cnn.astype(np.float64), cache)
+    return cnn_vis.to_uint8(image, mean)
+
+
+# ---- Measurements, each in a process of its own ----------------------------------------------------------------------------
+
+
+def measure_original(spec, tile):
+    """The original's network alone."""
+    net = original_net(spec)
+    return milliseconds(lambda: original_gradient(net, spec, tile), 15)
+
+
+def measure_ours(spec, tile):
+    """One of our workers alone."""
+    network = cnn_vis.Network(spec)
+    return milliseconds(lambda: network.gradients(tile, measure=False), 25)
+
+
+def measure_workers(spec, tile):
+    """All workers at once, through the program's own machinery: 60 tiles that do not wait for one another."""
+    count, height, width = 60, *tile.shape[2:]
+    image = np.concatenate([tile] * count, axis=3).astype(np.float64)
+    regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
+    with cnn_vis.Workers(spec, cnn_vis.count_cores()) as workers:
+        workers.describe()
+        return milliseconds(lambda: list(cnn_vis.tile_gradients(workers, image, [(regions, False)])), 3) / count
+
+
+def measure_torch(spec, tile, threads):
+    """The same gradient by PyTorch, which runs as fast as it can on `threads` threads: oneDNN, channels last."""
+    import torch
+
+    sys.path.append(os.path.join(cnn_vis.HERE, "models", "googlenet_mini"))
+    from distill import GoogLeNet, load_caffemodel
+
+    torch.set_num_threads(threads)
+    width = 0.5 if "mini" in spec.weights else 1.0
+    full = load_caffemodel(spec.weights, width).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    key = spec.target.split("/")[0].removeprefix("inception_")
+
+    class Cut(GoogLeNet):
+        """Stops at the target, as ours does."""
+
+        def _inception(self, name, x):
+            return super()._inception(name, x) if name <= key else x
+
+    full.__class__ = Cut
+    x = torch.from_numpy(tile.copy()).to(memory_format=torch.channels_last).requires_grad_()
+
+    def gradient():
+        a = full(x)[key]
+        return torch.autograd.grad((a * a.abs() / 2 + a.square() / 2).sum(), x)
+
+    return milliseconds(gradient, 25)
+
+
+def measure_floor(spec, tile):
+    """The matrix products of the convolutions forward, and backward to the tile, and nothing else, on one core."""
+    network = cnn_vis.Network(spec)
+    loaded, products = network._net, []
+    for name, (weight, *_) in loaded.params.items():
+        outputs, columns = weight.shape[0], int(np.prod(weight.shape[1:]))
+        top = loaded.blobs[loaded.top_names[name][0]]
+        pixels = top.shape[2] * top.shape[3]
+        w, x, y = (np.random.rand(*s).astype(np.float32) for s in ((outputs, columns), (columns, pixels), (outputs, pixels)))
+        products += [(w, x), (np.ascontiguousarray(w.T), y)]
+    return milliseconds(lambda: [a @ b for a, b in products], 15)
+
+
+def measure_maths(_, tile):
+    """Regularizers and step of a tile, at the settings of the README's examples and at the defaults."""
+    o = dict(vars(cnn_vis.build_parser().parse_args([])))
+    results = {}
+    for name, more in {"examples": SETTINGS, "defaults": {}}.items():
+        options = argparse.Namespace(**(o | more))
+        dream = object.__new__(cnn_vis.Dream)
+        region = (0, tile.shape[2], 0, tile.shape[3])
+        dream.options, dream.tv_reg, dream.learning_rate, dream.counts = options, options.tv_reg, 1.0, None
+        dream.image = tile.astype(np.float64)
+        dream.start = dream.image - 3
+        dream.tiles, dream.caches = {region: 0}, np.zeros((1, *tile.shape[1:]))
+        cnn = np.random.RandomState(1).randn(*tile.shape[1:]).astype(np.float32)
+        results[name] = milliseconds(lambda d=dream, r=region, c=cnn: d._update_tile(r, c, 0.0, None), 30)
+    x, cache = tile.astype(np.float64), np.zeros(tile.shape)
+    results["original"] = milliseconds(lambda: original_update(x, x - 3, tile.astype(np.float64), cache), 15)
+    return results
+
+
+def measured(what, arguments, threads=1, copies=1):
+    """The result of measure_WHAT(...) in `copies` processes at the same time, the mean of numbers; None where it fails."""
+    command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments]), *sys.argv[1:]]
+    threaded = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threaded) for _ in range(copies)]
+    said = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        return None
+    results = [json.loads(text.splitlines()[-1]) for text in said]
+    return results[0] if copies == 1 else float(np.mean(results)) / copies
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------------
+
+
+def load(args):
+    """(NetworkSpec, scalar mean, picture uint8 (H, W, 3)) for the arguments."""
+    import skimage.data
+
+    words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
+    spec, _, mean = cnn_vis.find_network(cnn_vis.build_parser().parse_args(words))
+    return spec, mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
+
+
+def one_measurement(args):
+    """Does what --measure asks for, and prints the result as JSON."""
+    what, *arguments = json.loads(args.measure)
+    spec, mean, picture = load(args)
+    if what == "original_run":
+        original_run(spec, picture, mean, args.steps)
+        return
+    tile = np.ascontiguousarray(cnn_vis.from_uint8(picture, mean)[:, :, :224, :224], np.float32)
+    print(json.dumps(globals()[f"measure_{what}"](spec, tile, *arguments)))
+
+
+def program(folder, *words):
+    """The running program, started in `folder`."""
+    words = [*words, "--iter_behavior=none", "--checkpoint_iter=0", "--quiet", "--gpu=-1"]
+    return subprocess.Popen([sys.executable, cnn_vis.__file__, *words], cwd=folder)
+
+
+def seconds(folder, *words):
+    """How long the program takes, from the shell."""
+    start = time.perf_counter()
+    assert program(folder, *words).wait() == 0
+    return time.perf_counter() - start
+
+
+def memory(pid):
+    """Bytes of a process and all below it, shared pages in shares (PSS)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            total = 1024 * int(re.search(r"^Pss: *(\d+)", file.read(), re.MULTILINE)[1])
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            total += sum(map(memory, file.read().split()))
+    return total
+
+
+def large_picture(folder):
+    """Peak bytes of a run at 4096x4096 with googlenet_mini; ms for each of its tiles, and for each of a small picture's."""
+    words = ["--model=googlenet_mini", "--layer=inception_4c/output", "--initialization_scale=20", "--seed=1", "--p_reg=1e-9"]
+
+    def step_seconds(size, few, more):
+        return (seconds(folder, *words, size, f"--num_steps={more}") - seconds(folder, *words, size, f"--num_steps={few}")) / (
+            more - few
+        )
+
+    running, peak = program(folder, *words, "--initial_size=4096x4096", "--num_steps=1"), 0
+    while running.poll() is None:
+        peak = max(peak, memory(running.pid))
+        time.sleep(0.05)
+    tiles = {size: len(sum(cnn_vis.tiles(size, (224, 224)), [])) for size in ((4096, 4096), (864, 864))}
+    large, small = (1000 * step_seconds(f"--initial_size={h}x{w}", 1, more) / tiles[h, w] for (h, w), more in zip(tiles, (3, 41)))
+    return peak, large, small
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="network (default: as the program chooses)")
+    parser.add_argument("--layer", default="inception_4c/output", help="target (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        one_measurement(args)
+    else:
+        report(args)
+
+
+def report(args):
+    """Measures everything and prints the table."""
+    spec, _, picture = load(args)
+    cores = cnn_vis.count_cores()
+    rows = {
+        "original's way, network": measured("original", [], threads=cores),
+        "one worker": measured("ours", []),
+        f"{cores} workers": measured("workers", []),
+        f"PyTorch, {cores} threads": measured("torch", [cores], threads=cores),
+        f"PyTorch, {cores} processes": measured("torch", [1], copies=cores),
+        "matrix products alone, one core": measured("floor", []),
+    }
+    maths = measured("maths", [])
+    start = time.perf_counter()
+    measured_original = subprocess.run(
+        [sys.executable, __file__, "--measure", '["original_run"]', *sys.argv[1:]],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": str(cores)}, check=False,
+    )  # fmt: skip
+    original_seconds = time.perf_counter() - start
+    assert measured_original.returncode == 0
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(picture).save(f"{folder}/in.png")
+        words = [*(f"--{name}={value}" for name, value in SETTINGS.items()), f"--layer={args.layer}", "--image=in.png"]
+        words += [f"--model={args.model}"] if args.model else []
+        ours_seconds = seconds(folder, *words, f"--num_steps={args.steps}")
+        start_seconds = min(seconds(folder, *words, "--num_steps=1") for _ in range(3))
+        peak, large, small = large_picture(folder)
+
+    print(f"\n{spec.weights}, {args.layer}, {cores} cores")
+    print("\n| for each 224x224 tile | ms |\n|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {'not installed' if value is None else f'{value:.1f}'} |")
+    for name in ("original", "examples", "defaults"):
+        print(f"| regularizers and step, {'original formulas' if name == 'original' else f'ours, {name}'} | {maths[name]:.1f} |")
+    print(f"\n| whole command, 640x427, {args.steps} steps | s |\n|---|---|")
+    print(f"| original's way | {original_seconds:.1f} |\n| ours | {ours_seconds:.1f} |\n| ours, one step | {start_seconds:.2f} |")
+    print("\n| googlenet_mini at 4096x4096 | |\n|---|---|")
+    print(f"| memory of all processes, peak | {peak / 1e9:.2f} GB |")
+    print(f"| for each tile; at 864x864 | {large:.1f} ms; {small:.1f} ms |\n")
+    torch_best = min((value for name, value in rows.items() if "PyTorch" in name and value), default=None)
+    print(f"whole command: {original_seconds / ours_seconds:.2f} times faster")
+    if torch_best:
+        print(f"network: {torch_best / rows[f'{cores} workers']:.2f} times faster than PyTorch's best")
+    print(f"one worker: {100 * rows['matrix products alone, one core'] / rows['one worker']:.0f}% of the floor")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Our own layers in Caffe against Caffe's: max pooling to the last bit, 3x3 convolution and LRN to rounding."""
+
+import numpy as np
+import pytest
+
+import cnn_vis
+
+caffe = cnn_vis.import_caffe()
+HAS = set(caffe.layer_type_list())
+
+
+def net(kind, parameters, shape, tmp_path):
+    """A net of one layer `top` of that kind, behind a convolution of which only the bias learns: as the program cuts nets, so
+    that gradients go back to the data and none is asked for of the layer's weights."""
+    dims = " ".join(f"dim: {side}" for side in shape)
+    weights = 0 if "convolution" not in parameters else 1 if "bias_term: false" in parameters else 2
+    path = tmp_path / f"{kind}.prototxt"
+    path.write_text(f"""
+        layer {{ name: "data" type: "Input" top: "data" input_param {{ shape {{ {dims} }} }} }}
+        layer {{ name: "before" type: "Convolution" bottom: "data" top: "before" propagate_down: true param {{ lr_mult: 0 }}
+          convolution_param {{ num_output: {shape[1]} kernel_size: 1 }} }}
+        layer {{ name: "top" type: "{kind}" bottom: "before" top: "top" loss_weight: 1 {"param { lr_mult: 0 } " * weights}
+          {parameters} }}""")
+    caffe.set_mode_cpu()
+    loaded = caffe.Net(str(path), caffe.TEST)
+    loaded.params["before"][0].data[:, :, 0, 0] = np.eye(shape[1])
+    return loaded
+
+
+def passes(net, x, gradient):
+    """The activations for x, and what comes back of `gradient`."""
+    net.blobs["data"].data[...] = x
+    net.forward()
+    net.blobs["top"].diff[...] = gradient
+    net.backward(start="top")
+    return net.blobs["top"].data.copy(), net.blobs["data"].diff.copy()
+
+
+@pytest.mark.skipif("MaxPooling" not in HAS, reason="this Caffe is not ours")
+@pytest.mark.parametrize("kernel, stride, pad", [(3, 1, 1), (3, 2, 0), (3, 2, 1), (2, 2, 0), (5, 3, 0), (7, 1, 0)])
+@pytest.mark.parametrize("side", [7, 14, 28, 57])
+def test_max_pooling_is_bit_identical(kernel, stride, pad, side, tmp_path):
+    parameters = f"pooling_param {{ pool: MAX kernel_size: {kernel} stride: {stride} pad: {pad} }}"
+    random = np.random.RandomState(side)
+    x = random.randint(-3, 4, (2, 5, side, side + 3)).astype(np.float32)  # with many ties
+    original, ours = (net(kind, parameters, x.shape, tmp_path) for kind in ("Pooling", "MaxPooling"))
+    gradient = random.randn(*original.blobs["top"].shape).astype(np.float32)
+    for a, b in zip(passes(original, x, gradient), passes(ours, x, gradient)):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.skipif("WinogradConvolution" not in HAS, reason="this Caffe is not ours")
+@pytest.mark.parametrize("parameters", [
+    "num_output: 9 kernel_size: 3 pad: 1", "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
+    "num_output: 9 kernel_size: 3 pad: 0", "num_output: 9 kernel_size: 3 pad: 1 stride: 2", "num_output: 8 kernel_size: 1",
+    "num_output: 8 kernel_size: 3 pad: 1 group: 4", "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
+    "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56)])
+def test_winograd_convolution(parameters, size, tmp_path):
+    """Equal up to rounding where it is our own, and to the last bit where it is Caffe's."""
+    if min(size) < 3 and "pad: 1" not in parameters:
+        pytest.skip("larger than the picture")
+    parameters = f"convolution_param {{ {parameters} }}"
+    random = np.random.RandomState(1)
+    x = random.randn(2, 12, *size).astype(np.float32)
+    original, ours = (net(kind, parameters, x.shape, tmp_path) for kind in ("Convolution", "WinogradConvolution"))
+    for theirs, mine in zip(original.params["top"], ours.params["top"]):
+        theirs.data[...] = mine.data[...] = random.randn(*theirs.data.shape)
+    gradient = random.randn(*original.blobs["top"].shape).astype(np.float32)
+    own = "kernel_size: 3 pad: 1 " in f"{parameters} " and "stride" not in parameters and "group" not in parameters
+    for a, b in zip(passes(original, x, gradient), passes(ours, x, gradient)):
+        assert np.linalg.norm(a - b) <= (1e-6 * np.linalg.norm(a) if own else 0)
+
+
+@pytest.mark.skipif("FastLRN" not in HAS, reason="this Caffe is not ours")
+@pytest.mark.parametrize("parameters", ["local_size: 5 alpha: 0.0001 beta: 0.75", "local_size: 3 alpha: 2 beta: 0.75 k: 0.5",
+                                        "local_size: 5 alpha: 1 beta: 0.6",
+                                        "local_size: 5 alpha: 1 norm_region: WITHIN_CHANNEL"])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 2, 7, 24])
+def test_fast_lrn(parameters, channels, tmp_path):
+    random = np.random.RandomState(2)
+    x = 30 * random.randn(2, channels, 13, 17).astype(np.float32)
+    original, ours = (net(kind, f"lrn_param {{ {parameters} }}", x.shape, tmp_path) for kind in ("LRN", "FastLRN"))
+    gradient = random.randn(*x.shape).astype(np.float32)
+    own = "beta: 0.75" in parameters
+    for a, b in zip(passes(original, x, gradient), passes(ours, x, gradient)):
+        assert np.linalg.norm(a - b) <= (3e-6 * np.linalg.norm(a) if own else 0)
