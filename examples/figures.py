@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws the README's two figures with the program's own functions: figures.py [FOLDER]
 
-tiles.png: the tiles of a picture, even and odd, and how many cover each pixel. sizes.png: the sizes of a run, geometric and
+tiles.jpg: the tiles of a picture, even and odd, and how many cover each pixel. sizes.jpg: the sizes of a run, geometric and
 linear.
 """
 
@@ -30,7 +30,7 @@ def draw_tiles(picture, tile, path):
     panels[2].set_title("tiles that cover a pixel: 1, 2 or 4")
     for axes in panels:
         axes.axis("off")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 85})
 
 
 def draw_sizes(initial, final, number, path):
@@ -42,10 +42,10 @@ def draw_sizes(initial, final, number, path):
             axes.annotate(f"{height}x{width}", (width, height), ha="right", va="top", xytext=(-4, -4), textcoords="offset points")
         axes.set(xlim=(0, final[1]), ylim=(0, final[0]), aspect="equal", title=f"--resize_type {kind}")
         axes.axis("off")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, pil_kwargs={"quality": 85})
 
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    draw_tiles(skimage.data.coffee(), (224, 224), folder / "tiles.png")
-    draw_sizes((270, 480), (1080, 1920), 5, folder / "sizes.png")
+    draw_tiles(skimage.data.coffee(), (224, 224), folder / "tiles.jpg")
+    draw_sizes((270, 480), (1080, 1920), 5, folder / "sizes.jpg")

@@ -1,5 +1,5 @@
 // FastLRN: Caffe's local response normalisation across channels, for the usual exponent 0.75, in one pass over memory and
-// with square roots for the general power. Rounding differs from Caffe's own in the last bits. Other exponents, an even
+// with square roots for the general power. Rounding is Caffe's, but for a last bit now and then. Other exponents, an even
 // window, normalisation within channels and the GPU are Caffe's own. Sums are taken in Caffe's order, for the same rounding:
 // this file is compiled without leave to reorder them.
 
@@ -15,11 +15,13 @@ namespace {
 
 const int kBlock = 128;  // pixels that are taken through all channels together
 
-// s^-0.75
+// s^-0.75, rounded as well as a library's pow: square roots give it nearly, and a step of Newton's method for y^-4 = s^3, in
+// double precision, the rest.
 template <typename Dtype>
 inline Dtype Power(Dtype s) {
   const Dtype root = Dtype(1) / std::sqrt(s);
-  return root * std::sqrt(root);
+  const double x = s, y = root * std::sqrt(root);
+  return y + 0.25 * y * (1 - x * x * x * (y * y) * (y * y));
 }
 
 }  // namespace
