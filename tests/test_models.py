@@ -5,7 +5,10 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -297,3 +300,26 @@ def test_mini_can_be_copied_elsewhere(tmp_path, photographs):
     done = cnn_vis("--deploy_txt=deploy.prototxt", "--caffe_model=googlenet_mini.caffemodel", "--num_steps=1", "--gpu=-1",
                    f"--image={photographs}/chelsea.png", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_distill(weights, photographs, tmp_path):
+    """A few iterations from a teacher write a network that Caffe loads and the program dreams with; a stopped one goes on."""
+    pytest.importorskip("torch", reason="distill.py takes PyTorch, which the program does not")
+    (tmp_path / "teacher.caffemodel").write_bytes(weights(1000))
+    script = [sys.executable, str(ROOT / "models" / "googlenet_mini" / "distill.py"), "teacher.caffemodel", str(photographs),
+              "student.caffemodel", "--width=0.25", "--crop=64", "--batch=2", "--every=1"]  # fmt: skip
+    running = subprocess.Popen([*script, "--iterations=100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith("step 2,"):
+            break
+    running.kill()
+    running.communicate()
+    assert (tmp_path / "student.state.pt").exists()
+    done = subprocess.run([*script, "--iterations=4"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert int(re.match(r"step (\d+),", done.stdout)[1]) >= 1
+    assert not (tmp_path / "student.state.pt").exists()
+    done = cnn_vis("--deploy_txt=student.prototxt", "--caffe_model=student.caffemodel", "--layer=inception_5b/output",
+                   "--num_steps=1", "--gpu=-1", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "inception_5b/output 256x7x7" in done.stderr

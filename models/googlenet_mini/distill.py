@@ -3,7 +3,7 @@
 
     pip install -r requirements.txt          # PyTorch
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --minutes 90
-    python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --minutes 30 --start earlier.caffemodel
+    python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --start earlier.caffemodel --lr 5e-4
 
 Writes student.caffemodel, its deploy prototxt student.prototxt, and student.state.pt, from which the same command goes on
 after a stop. One step of training: random crops of the pictures, some of them dreamed upon by the student, go through
@@ -50,13 +50,10 @@ def lrn(x):
 
 
 class GoogLeNet(nn.Module):
-    """GoogLeNet up to inception_5b/output with `width` times the channels. forward gives {"conv1": ..., "5b": ...}.
-
-    `leak` is the slope that ReLUs have below 0 in the backward pass only: a channel that never fires still learns."""
+    """GoogLeNet up to inception_5b/output with `width` times the channels. forward gives {"conv1": ..., "5b": ...}."""
 
     def __init__(self, width=1.0):
         super().__init__()
-        self.leak = 0.0
         self.layers = nn.ModuleDict()
         stem, wide = int(64 * width), int(192 * width)
         self._add("conv1/7x7_s2", 3, stem, 7, stride=2)
@@ -78,11 +75,7 @@ class GoogLeNet(nn.Module):
         self.layers[name] = layer
 
     def _conv(self, name, x):
-        x = self.layers[name](x)
-        if not self.leak:
-            return F.relu(x)
-        below = x.clamp_max(0)
-        return F.relu(x) + self.leak * (below - below.detach())
+        return F.relu(self.layers[name](x))
 
     def _inception(self, key, x):
         def conv(name, x):
@@ -259,9 +252,10 @@ def parse_arguments(argv):
     parser.add_argument("--iterations", type=int, help="stop after as many steps instead (default: by the clock)")
     parser.add_argument("--crop", type=int, default=128, help="side of the crops, in pixels")
     parser.add_argument("--batch", type=int, default=32, help="crops in a step")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="highest learning rate")
+    parser.add_argument(
+        "--lr", type=float, default=2.5e-3, help="highest learning rate; with --start 5e-4 is enough, and more diverges"
+    )
     parser.add_argument("--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops")
-    parser.add_argument("--leak", type=float, default=0.1, help="slope of ReLUs below 0, in training's backward pass only")
     parser.add_argument("--start", help="a caffemodel of the same width to go on from (default: random weights)")
     parser.add_argument("--every", type=int, default=200, help="steps between reports and saved states")
     return parser.parse_args(argv)
@@ -272,7 +266,7 @@ def main(argv=None):
     state_path = pathlib.Path(args.out).with_suffix(".state.pt")
     torch.manual_seed(0)
     files = sorted(path for path in pathlib.Path(args.pictures).iterdir() if path.is_file())
-    pictures = [cnn_vis.read_picture(path) for path in files]
+    pictures = [cnn_vis.read_picture(str(path))[0] for path in files]
     held_out, train = pictures[::25], [picture for i, picture in enumerate(pictures) if i % 25]
     test_random = np.random.default_rng(9)
     test = [crops(held_out, 16, args.crop, test_random) for _ in range(4)]
@@ -304,9 +298,7 @@ def main(argv=None):
             batch = dreamed(student, batch, random)
         with torch.no_grad():
             goal = teacher(batch)
-        student.leak = args.leak
         loss = sum(errors(student(batch), goal, chosen, spread).values())
-        student.leak = 0.0
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 5.0)
