@@ -95,7 +95,10 @@ def read_picture(path, background="white"):
                 remarks = []
                 if getattr(file, "is_animated", False) and file.format != "MPO":  # MPO: a camera's JPEG with its preview
                     remarks.append(f"{path}: the first of {file.n_frames} frames is used")
-                picture = to_srgb(ImageOps.exif_transpose(file), path, remarks)
+                picture = file
+                with contextlib.suppress(Exception):  # damaged EXIF data says nothing on the orientation
+                    picture = ImageOps.exif_transpose(file)
+                picture = to_srgb(picture, path, remarks)
                 if picture.mode != "RGB":
                     picture = picture.convert("RGBA")
                     picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
@@ -494,11 +497,14 @@ def find_file(option, value):
 def read_mean(path):
     """The mean of the mean image (.npy), in the file's own dtype. Raises BadRequest."""
     try:
-        mean = float(np.load(path).mean())
-    except (OSError, ValueError, TypeError, EOFError) as error:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.size:
+            raise ValueError("it holds no numbers")
+        mean = float(array.mean())
+    except Exception as error:  # anything can call itself .npy
         raise BadRequest(f"--mean_image {path}: cannot be read as an array ({one_line(error)}); give a .npy file") from None
-    if not math.isfinite(mean):
-        raise BadRequest(f"--mean_image {path}: its mean is {mean}; give another file")
+    if not 0 <= mean <= 255:
+        raise BadRequest(f"--mean_image {path}: its mean is {mean:g}, and pictures go from 0 to 255; give another file")
     return mean
 
 
@@ -585,7 +591,10 @@ def download(model, url, check_structure):
             verified = has_known_hash(fetched, model)
             if model.member is not None:
                 weights = os.path.join(temporary, "weights")
-                unpack(fetched, model.member, weights)
+                try:
+                    unpack(fetched, model.member, weights)
+                except RunFailed as error:
+                    raise RunFailed(f"{url}: {error}; try again, or --model_url") from None
                 verified = verified or has_known_hash(weights, model)
             elif model.hashes and not verified:
                 raise RunFailed(f"{url}: not the right file: its {file_hash(fetched, 'sha1')} is not {model.hashes[0]}; removed")
@@ -869,12 +878,14 @@ def load_network(spec):
     return Network(spec)
 
 
-@functools.cache
-def attach(pid, descriptor, shape):
+def map_memory(pid, descriptor, shape):
     """The shared memory that process `pid` has open as `descriptor`, an array float32 of `shape` (slots, 2, batch, 3, H, W):
     in each slot the tiles and their gradients."""
     with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 4 * math.prod(shape)), np.float32).reshape(shape)
+
+
+attach = functools.cache(map_memory)  # in a worker, which has one memory for life
 
 
 def describe(spec):
@@ -1023,7 +1034,8 @@ class Workers:
         if reason and "Not Implemented Yet" in reason:
             raise BadRequest(f"--layer {self.spec.target}: Caffe has no gradient there; choose another of --list_layers")
         if reason:
-            raise RunFailed(f"Caffe stopped: {reason}")
+            doubt = "" if self._jobs or not self.spec else f"; do {self.spec.deploy} and {self.spec.weights} fit together?"
+            raise RunFailed(f"Caffe stopped: {reason[:300]}{doubt}")
         self._restarts += 1
         if self._restarts > self.MAX_RESTARTS:
             raise RunFailed(
@@ -1050,7 +1062,7 @@ class Workers:
         shape = (2 * self.number + 1, 2, self.batch_size, 3, *self.tile_size)
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
-        self._slots = attach(*self._memory)
+        self._slots = map_memory(*self._memory)
         self._free = list(range(len(self._slots)))
         return self.tile_size, self.target_shape
 
@@ -1277,6 +1289,10 @@ class Dream:
         if self.step % self.options.tv_reg_step_iter == 0:
             self.tv_reg += self.options.tv_reg_step
 
+    def is_done(self):
+        """Whether no step is left."""
+        return self.size_index + 1 == len(self.sizes) and self.step == self.options.num_steps
+
     def state(self):
         """All that the next step depends on besides options, picture and network: ({name: number}, {name: array})."""
         numbers = {name: getattr(self, name) for name in ("size_index", "step", "learning_rate", "tv_reg")}
@@ -1384,7 +1400,9 @@ def free_memory():
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write that becomes `path` when all is written and on the disk, and leaves no trace if that fails."""
+    """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is written and on the disk, and
+    leaves no trace if that fails."""
+    path = os.path.realpath(path)
     part = part_name(path, os.getpid())
     try:
         with open(part, "w+b") as file:
@@ -1400,7 +1418,7 @@ def whole_file(path):
 def part_name(path, pid):
     """Where process `pid` writes what is to become `path`."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name[:100]}.{pid}.part")
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{pid}.part")
 
 
 def remove_parts(output):
@@ -1474,6 +1492,24 @@ def read_checkpoint(path):
 # ---- Pictures out -------------------------------------------------------------------------------------------------------
 
 
+def say(text):
+    """Prints a line, past the progress bar if there is one; if nobody reads any more (| head), or a log's disk is full, this and
+    all later ones go nowhere, and the run goes on."""
+    try:
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note(text):
+    """Prints a line on stderr, past the progress bar if there is one."""
+    tqdm = sys.modules.get("tqdm")
+    with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, sys.stderr) if tqdm else print(text, file=sys.stderr)
+
+
 def numbered(path, size_index, step):
     """The name of a picture along the way: NAME_SIZE_STEP.EXT, counted from 1."""
     stem, extension = os.path.splitext(path)
@@ -1505,7 +1541,7 @@ def write_picture(picture, path, origin=None):
     if name == "PNG" and origin:
         extra["pnginfo"] = PngImagePlugin.PngInfo()
         extra["pnginfo"].add_text("Software", origin["program"])
-        extra["pnginfo"].add_itxt("Comment", origin["command"])
+        extra["pnginfo"].add_itxt("Comment", os.fsencode(origin["command"]).decode(errors="backslashreplace"))
         extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
     try:
         with whole_file(path) as file:
@@ -1523,14 +1559,17 @@ def read_origin(path):
     from PIL import Image
 
     try:
-        beside = path if path.lower().endswith(".json") else f"{path}.json"
-        if os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
-                origin = json.load(file)
-        else:
+        origin = None
+        if not path.lower().endswith(".json"):
             with Image.open(path) as file:
-                origin = json.loads(file.info[ORIGIN_KEY])
-        return {name: str(origin[name]) for name in ("command", "program", "network", "weights_sha256")}
+                origin = file.info.get(ORIGIN_KEY)
+            path = f"{path}.json"
+        if origin is None:
+            with open(path, encoding="utf-8") as file:
+                origin = file.read()
+        origin = json.loads(origin)
+        on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
+        return {name: str(origin[name]) for name in ("command", "program", "network", "weights_sha256")} | {"when": on_the_way}
     except FileNotFoundError:
         raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
     except Exception as error:  # strangers' files
@@ -1546,12 +1585,17 @@ def check_output(option, path, formats=FORMATS):
     if formats and extension not in formats:
         known = ", ".join(formats)
         raise BadRequest(f"--{option} {path}: {extension or 'no ending'} is no known format; use one of {known}")
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise BadRequest(f"--{option} {path}: the folder {folder} does not exist; make it first")
     if os.path.isdir(path):
         raise BadRequest(f"--{option} {path}: is a folder; give a file name")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadRequest(f"--{option} {path}: is no ordinary file; give another name")
     try:
+        for name in (path, checkpoint_name(path), numbered(path, 98, 99998)):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(name)  # fails where the name is too long
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except OSError as error:
@@ -1672,8 +1716,9 @@ def plot_stats(rows):
         for change in changes:
             axes.axvline(change, color="grey", linewidth=0.7, linestyle=":")
         axes.set_ylabel(label)
-        if len(names) > 1:
+        if any((columns[name] > 0).any() for name in names[1:]):
             axes.set_yscale("log")
+        if len(names) > 1 and axes.lines:
             axes.legend()
     axes.set_xlabel("step, over all sizes (dotted: the size changes)")
     return figure
@@ -1786,8 +1831,8 @@ class Output:
         """How the picture as it stands was made."""
         return self.origin | versions() | more | {"seconds": round(time.monotonic() - self.begun, 1)}
 
-    def write_checkpoint(self, dream):
-        """Writes a checkpoint, and returns whether that went well; if not it says so."""
+    def write_checkpoint(self, dream, tell=note):
+        """Writes a checkpoint; where that fails it says so by tell(text)."""
         numbers, arrays = dream.state()
         if dream.picture is not None:
             arrays["picture"] = dream.picture
@@ -1798,14 +1843,19 @@ class Output:
         try:
             write_checkpoint(self.checkpoint, header, arrays)
         except OSError as error:
-            note(f"cnn_vis.py: {self.checkpoint}: cannot be written ({one_line(error)}); the last one stays")
-            return False
-        return True
+            tell(f"cnn_vis.py: {self.checkpoint}: cannot be written ({one_line(error)}); the last one stays")
+
+    def hint(self):
+        """How to go on after the run has ended too early, if there is a checkpoint."""
+        if not os.path.exists(self.checkpoint):
+            return ""
+        return f"; go on with: python cnn_vis.py --resume {shlex.quote(self.checkpoint)}"
 
     def finish(self, dream):
         """Writes the picture as it stands, and all that goes with it."""
         picture = to_uint8(dream.image, self.mean, self.options.rescale_image)
-        origin = self.origin_now()
+        numbers = {"size": dream.size_index + 1, "step": dream.step}
+        origin = self.origin_now(**({} if dream.is_done() else numbers))
         write_picture(picture, self.path, origin)
         if self.options.sidecar:
             try:
@@ -1850,24 +1900,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
-
-
-def say(text):
-    """Prints a line, past the progress bar if there is one; if nobody reads any more (| head) this and all later ones go
-    nowhere, and the run goes on."""
-    try:
-        tqdm = sys.modules.get("tqdm")
-        (tqdm.tqdm.write if tqdm else print)(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def note(text):
-    """Prints a line on stderr, past the progress bar if there is one."""
-    tqdm = sys.modules.get("tqdm")
-    with contextlib.suppress(OSError):
-        tqdm.tqdm.write(text, sys.stderr) if tqdm else print(text, file=sys.stderr)
 
 
 class Stopped(KeyboardInterrupt):
@@ -1920,6 +1952,8 @@ def number(kind, low=None, high=None, above=None):
 
     def parse(text):
         value = kind(text)
+        if kind is int and abs(value) > 10**15:
+            raise argparse.ArgumentTypeError(f"{text[:30]} is out of range; give a smaller number")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
@@ -1932,12 +1966,19 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
+def file_name(text):
+    """A type for argparse: anything but nothing, which an unset variable of a shell script gives."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name; give one, or leave the option out")
+    return text
+
+
 def gpu_numbers(text):
     """A type for argparse: GPUs as a list, [] for the CPU."""
-    numbers = [int(word) for word in text.split(",")]
+    numbers = [int(word) if word.lstrip("-").isdecimal() else -2 for word in text.split(",")]
     if min(numbers) >= 0 and len(set(numbers)) == len(numbers):
         return numbers
-    if len(numbers) == 1:
+    if len(numbers) == 1 and text.lstrip("-").isdecimal():
         return []
     raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
 
@@ -1983,10 +2024,10 @@ def build_parser():
     add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
     add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
         help="download a network (%(choices)s), check it, and stop")
-    add("--model_url", metavar="URL", help="where to download it from, for a mirror (default: the official place)")
-    add("--deploy_txt", metavar="FILE", help="network description (default: the model's)")
-    add("--caffe_model", metavar="FILE", help="the network's weights (default: the model's)")
-    add("--mean_image", metavar="FILE",
+    add("--model_url", metavar="URL", type=file_name, help="where to download it from (default: the official place)")
+    add("--deploy_txt", metavar="FILE", type=file_name, help="network description (default: the model's)")
+    add("--caffe_model", metavar="FILE", type=file_name, help="the network's weights (default: the model's)")
+    add("--mean_image", metavar="FILE", type=file_name,
         help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
     add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
         "(default: GPU 0 where Caffe can use one, else CPU)")
@@ -2010,11 +2051,11 @@ def build_parser():
 
     group = parser.add_argument_group("start picture")
     add = group.add_argument
-    add("--initial_image", "--image", metavar="FILE", help="picture to start from (default: noise)")
+    add("--initial_image", "--image", metavar="FILE", type=file_name, help="picture to start from (default: noise)")
     add("--background", metavar="COLOUR", type=colour, default="white", help="what shows where the picture is transparent: "
         "a name or #rrggbb")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
-    add("--initialization_blur", metavar="S", type=number(float, 0), default=0.0, help="noise: sigma of a blur in pixels")
+    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0, help="noise: sigma of a blur in pixels")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: drawn, "
         "and told)")
 
@@ -2022,7 +2063,7 @@ def build_parser():
     add = group.add_argument
     add("--initial_size", metavar="SIZE", help="first size, HxW or xF (default: the base size)")
     add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
-    add("--num_sizes", metavar="N", type=number(int, 1), default=1, help="number of sizes; 1: only the first")
+    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1, help="number of sizes; 1: only the first")
     add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
 
     group = parser.add_argument_group("steps")
@@ -2054,20 +2095,20 @@ def build_parser():
 
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output_file", "--output", metavar="FILE", default="out.png", help="the finished picture")
+    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", help="the finished picture")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, help="steps after which iter_behavior is done")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
         help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output, plot "
         "NAME_plot.png, gif NAME_run.gif; show and plot_pix without a display NAME_show.png and NAME_plot_pix.png")
-    add("--stats", metavar="FILE", help="measure every step, and write the figures as CSV")
+    add("--stats", metavar="FILE", type=file_name, help="measure every step, and write the figures as CSV")
     add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
-    add("--reproduce", metavar="FILE", help="print the command that made a picture, and stop")
+    add("--reproduce", metavar="FILE", type=file_name, help="print the command that made a picture, and stop")
     add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
         "--resume; it is removed at the end; 0: never (default: as output_iter)")
-    add("--resume", metavar="FILE", help="go on from a checkpoint; the run's options need not be given again")
+    add("--resume", metavar="FILE", type=file_name, help="go on from a checkpoint; the run's options need not be given again")
     add("--quiet", action="store_true", help="no progress bar and no notices")
-    add("--show_width", metavar="W", type=number(float, above=0), default=5.0, help="of the window of show, in inches")
-    add("--show_height", metavar="H", type=number(float, above=0), default=5.0, help="of the window of show, in inches")
+    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
+    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
     add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
 
     # fmt: on
@@ -2222,6 +2263,7 @@ def without_effect(options):
         ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
         ("model_url",): not o.download_model and "no --download_model",
         ("workers",): o.gpu and "--gpu",
+        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
     }  # fmt: skip
     for names, reason in idle.items():
         given = [name for name in names if reason and getattr(o, name) != parser.get_default(name)]
@@ -2229,9 +2271,18 @@ def without_effect(options):
             yield f"--{name} has no effect with {reason}"
 
 
+def given_options(argv):
+    """The names of the options that a command line gives, whatever their values."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
 def resume(path, argv):
     """(options, header, arrays) of the run that the checkpoint `path` belongs to, with what `argv` changes. Raises BadRequest."""
-    header, arrays = read_checkpoint(find_file("resume", path))
+    path = find_file("resume", path)
+    header, arrays = read_checkpoint(path)
     parser = build_parser()
     try:
         saved = parser.parse_args(list(map(str, header["command"])))
@@ -2245,10 +2296,12 @@ def resume(path, argv):
             raise BadRequest(
                 f"--{name} {value}: the run in {path} has {getattr(saved, name)}; leave it out, or start anew without --resume"
             )
-    if options.output_file == parser.get_default("output_file"):
-        if not path.endswith(".checkpoint"):
+    options.resume = path
+    if "output_file" not in given_options(argv):
+        name = re.sub(r"\.old\d*$", "", path)
+        if not name.endswith(".checkpoint"):
             raise BadRequest(f"--resume {path}: name the picture to write with --output")
-        options.output_file = path.removesuffix(".checkpoint")
+        options.output_file = name.removesuffix(".checkpoint")
     return options, header, arrays
 
 
@@ -2262,6 +2315,18 @@ def check_same_network(path, header, identity):
             )
 
 
+def check_apart(options):
+    """Raises BadRequest where the run would write over its own start picture, or two files under one name."""
+    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
+    others = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)|_\d+_\d+{extension})"
+    if options.initial_image and re.fullmatch(others, os.path.realpath(options.initial_image)):
+        raise BadRequest(f"--output {options.output_file}: --image has a name that the run may write to; choose another")
+    if options.stats:
+        stats, taken = os.path.realpath(options.stats), [options.output_file, options.initial_image]
+        if re.fullmatch(others, stats) or stats in [os.path.realpath(path) for path in taken if path]:
+            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
+
+
 def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
@@ -2271,6 +2336,7 @@ def run(options, signals, header=None, arrays=None):
     check_output("output", options.output_file)
     if options.stats:
         check_output("stats", options.stats, ())
+    check_apart(options)
     picture = arrays.pop("picture", None)
     if header is None and options.initial_image is not None:
         picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
@@ -2280,6 +2346,10 @@ def run(options, signals, header=None, arrays=None):
         options.seed = np.random.SeedSequence().entropy % 2**32
     network_name, mean, workers = set_up(options)
     spec = workers.spec
+    if not (options.deploy_txt or options.caffe_model):
+        options.model = network_name  # the command that makes it again is to find the same one
+    if options.batch_size and not spec.use_gpu:
+        tell("note: --batch_size has no effect on the CPU")
     with workers:
         identity = {  # while the workers start
             "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
@@ -2313,9 +2383,10 @@ def run(options, signals, header=None, arrays=None):
             tell(f"note: there is no display; see {path}")
         for path in filter(None, (output.path, options.stats)):
             remove_parts(path)
-        if header is None and os.path.exists(output.checkpoint):
-            os.replace(output.checkpoint, f"{output.checkpoint}.old")
-            tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {output.checkpoint}.old")
+        if os.path.exists(output.checkpoint) and not (header and os.path.samefile(output.checkpoint, options.resume)):
+            old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{output.checkpoint}.old{n}"))
+            os.replace(output.checkpoint, old)
+            tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {shlex.quote(old)}")
         with np.errstate(all="ignore"):  # what is not finite is told in our own words
             loop(dream, output, signals)
 
@@ -2380,21 +2451,24 @@ def loop(dream, output, signals):
                     rate = (done - first) / (time.monotonic() - begun)
                     left = tqdm.format_interval((total - done) / rate)
                     note(f"{whereabouts(progress)}: {rate:.1f} tiles/s, {left} left")
-            saved = done == total or (options.checkpoint_iter != 0 and output.write_checkpoint(dream))
-            output.finish(dream)
-        except RunFailed as error:
+        except RunFailed as error:  # amid a step: there is a picture, but nothing to go on from
             bar.close()
-            go_on = f"; go on with --resume {output.checkpoint}" if os.path.exists(output.checkpoint) else ""
-            if isinstance(error, NotFinite):
-                go_on = ""
+            hint = "" if isinstance(error, NotFinite) else output.hint()
             try:
                 output.finish(dream)
             except RunFailed:
-                raise RunFailed(f"{error}{go_on}") from None
-            raise RunFailed(f"{error}; the picture before that is in {output.path}{go_on}") from None
-    if done < total:
-        go_on = f"; go on with: python cnn_vis.py --resume {shlex.quote(output.checkpoint)}" if saved else ""
-        raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{go_on}")
+                raise RunFailed(f"{error}{hint}") from None
+            raise RunFailed(f"{error}; the picture before that is in {output.path}{hint}") from None
+    stopped = done < total
+    if stopped and options.checkpoint_iter != 0:
+        output.write_checkpoint(dream)
+    try:
+        output.finish(dream)
+    except RunFailed as error:
+        output.write_checkpoint(dream, tell=lambda text: None)
+        raise RunFailed(f"{error}{output.hint()}") from None
+    if stopped:
+        raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
     for path in {output.checkpoint, options.resume} - {None}:
         with contextlib.suppress(OSError):
             os.remove(path)
@@ -2404,12 +2478,30 @@ def reproduce(path):
     """Prints the command that made a picture."""
     origin = read_origin(path)
     note(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}")
+    if origin["when"]:
+        note(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one")
     say(origin["command"])
+
+
+def mend_streams():
+    """Opens those of stdin, stdout and stderr that are closed to nothing, so that no file of ours gets their place; what a
+    terminal's encoding lacks is printed as escapes."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest place free
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115, it is for the life of the process
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    mend_streams()
     try:
         with Signals() as signals:
             options = build_parser().parse_args(argv)
@@ -2430,6 +2522,9 @@ def main(argv=None):
         message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
         print(f"cnn_vis.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1
+    except OSError as error:  # of the system: no descriptors left, no /dev/shm, a folder that went away
+        print(f"cnn_vis.py: error: {one_line(error)}; the system does not allow what is needed", file=sys.stderr)
+        return 1
     except MemoryError:
         print("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers", file=sys.stderr)
         return 1
