@@ -443,7 +443,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = {
     model.name: model
     for model in (
-        Model("googlenet_mini", hashes=("sha256:a8bbb582c8269f3628181e4b45107f1f4a6caa3b4f26eea638a092fc2cf5263f",)),
+        Model("googlenet_mini", hashes=("sha256:1ec4ffee98d64fdbb37cc2419d447d463d116bb353d544e9418c65e7d20521c4",)),
         Model("bvlc_googlenet", "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
               ("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",)),
         # The published sha1 of Places205 does not say whether it is the archive's or the weights'.
