@@ -1492,22 +1492,22 @@ def read_checkpoint(path):
 # ---- Pictures out -------------------------------------------------------------------------------------------------------
 
 
-def say(text):
-    """Prints a line, past the progress bar if there is one; if nobody reads any more (| head), or a log's disk is full, this and
-    all later ones go nowhere, and the run goes on."""
+def say(text, stream="stdout"):
+    """Prints a line on sys.stdout or sys.stderr, past the progress bar if there is one; if nobody reads any more (| head), or a
+    log's disk is full, this and all later ones go nowhere, and the run goes on."""
+    file, tqdm = getattr(sys, stream), sys.modules.get("tqdm")
     try:
-        tqdm = sys.modules.get("tqdm")
-        (tqdm.tqdm.write if tqdm else print)(text)
-        sys.stdout.flush()
+        tqdm.tqdm.write(text, file) if tqdm else print(text, file=file)
+        file.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        with contextlib.suppress(OSError):
+            file.flush()
 
 
 def note(text):
-    """Prints a line on stderr, past the progress bar if there is one."""
-    tqdm = sys.modules.get("tqdm")
-    with contextlib.suppress(OSError):
-        tqdm.tqdm.write(text, sys.stderr) if tqdm else print(text, file=sys.stderr)
+    """Prints a line on stderr."""
+    say(text, "stderr")
 
 
 def numbered(path, size_index, step):
