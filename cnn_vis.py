@@ -595,7 +595,7 @@ def download(model, url, check_structure):
                     unpack(fetched, model.member, weights)
                 except RunFailed as error:
                     raise RunFailed(f"{url}: {error}; try again, or --model_url") from None
-                verified = verified or has_known_hash(weights, model)
+                verified = has_known_hash(weights, model)
             elif model.hashes and not verified:
                 raise RunFailed(f"{url}: not the right file: its {file_hash(fetched, 'sha1')} is not {model.hashes[0]}; removed")
             if not verified:
@@ -925,6 +925,12 @@ def count_gpus():
     return count.value
 
 
+def visible_gpu(number):
+    """The name for CUDA_VISIBLE_DEVICES of the GPU that is the number-th of those that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number].strip() if visible else str(number)
+
+
 def count_cores():
     """How many cores this process may use, by its affinity and its cgroup's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -969,7 +975,9 @@ def start_worker(log, gpus, memory):
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     elif math.isfinite(memory):
-        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = int(memory) if hard == resource.RLIM_INFINITY else min(int(memory), hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def caffe_reason(log):
@@ -1002,7 +1010,7 @@ class Workers:
     def _start(self):
         gpus = self._context.SimpleQueue() if self.gpus else None
         for gpu in self.gpus:
-            gpus.put(str(gpu))
+            gpus.put(visible_gpu(gpu))
         arguments = (self._log_end, gpus, free_memory())
         self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
 
@@ -1026,7 +1034,8 @@ class Workers:
             return future
 
     def _restart(self):
-        """After the death of a worker. Raises RunFailed where Caffe chose it, or at one death too many."""
+        """After the death of a worker. Raises RunFailed where Caffe chose it, or at one death too many; BadRequest where it did
+        so for want of a gradient."""
         log = b""
         while self._log.poll():
             log += os.read(self._log.fileno(), 1 << 16)
@@ -1198,7 +1207,7 @@ class Dream:
 
     def run(self, wants_stats=lambda step: False):
         """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
-        to be measured. Raises NotFinite where a step is not; the picture then is as it was before that."""
+        to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
         while True:
             if self.step == 0:
                 self._begin_size()
@@ -1391,7 +1400,9 @@ def free_memory():
     group = "/sys/fs/cgroup/memory"
     with contextlib.suppress(OSError, ValueError), open(f"{group}.max") as limit, open(f"{group}.current") as current:
         free.append(int(limit.read()) - int(current.read()))
-    return min(free)
+        with open(f"{group}.stat") as file:  # a file cache counts as taken, and is given back when asked for
+            free[-1] += sum(int(size) for size in re.findall(r"^inactive_file (\d+)", file.read(), re.MULTILINE))
+    return max(0, min(free))
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------------------------------
@@ -1416,14 +1427,14 @@ def whole_file(path):
 
 
 def part_name(path, pid):
-    """Where process `pid` writes what is to become `path`."""
+    """Where process `pid` of this machine writes what is to become `path`."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{pid}.part")
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{os.uname().nodename}.{pid}.part")
 
 
 def remove_parts(output):
     """Removes what runs to `output` that were killed while they wrote a file have left."""
-    for part in glob.glob(part_name(f"{glob.escape(os.path.splitext(output)[0])}*", "*")):
+    for part in glob.glob(part_name(f"{glob.escape(os.path.splitext(os.path.realpath(output))[0])}*", "*")):
         pid = part.split(".")[-2]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
             with contextlib.suppress(OSError):
@@ -1757,7 +1768,7 @@ class Output:
         self.options, self.mean, self.origin, self.header = options, mean, origin, header
         self.path, self.behavior = options.output_file, options.iter_behavior
         self.checkpoint = checkpoint_name(self.path)
-        self.checkpoint_iter = options.output_iter if options.checkpoint_iter is None else options.checkpoint_iter
+        self.checkpoint_iter = max(50, options.output_iter) if options.checkpoint_iter is None else options.checkpoint_iter
         self.begun = time.monotonic() - header.get("seconds", 0)
         self.rows = kept["rows"].tolist() if "rows" in kept else []
         self.frames = list(kept.get("frames", []))
@@ -1912,7 +1923,7 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the first is only remembered, as
-    `signum`, for the run to end where it can go on later. The third ends the process at once."""
+    `signum`, for the run to end where it can go on later, and only Ctrl-C again hurries it. The third ends the process."""
 
     def __init__(self):
         self.held, self.signum, self._count = False, None, 0
@@ -1929,9 +1940,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, signum, _):
-        self._count += 1
+        self._count += signum == signal.SIGINT or not self.held or not self.signum
         if self._count > 2:
             os._exit(128 + signum)
+        if self.held and self.signum and signum != signal.SIGINT:
+            return  # a supervisor's, to the process and again to its group
         if not self.held or self.signum:
             raise Stopped(signum)
         self.signum = signum
@@ -2104,7 +2117,7 @@ def build_parser():
     add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
     add("--reproduce", metavar="FILE", type=file_name, help="print the command that made a picture, and stop")
     add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
-        "--resume; it is removed at the end; 0: never (default: as output_iter)")
+        "--resume; it is removed at the end; 0: never (default: as output_iter, but 50 at least)")
     add("--resume", metavar="FILE", type=file_name, help="go on from a checkpoint; the run's options need not be given again")
     add("--quiet", action="store_true", help="no progress bar and no notices")
     add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
@@ -2284,11 +2297,12 @@ def resume(path, argv):
     path = find_file("resume", path)
     header, arrays = read_checkpoint(path)
     parser = build_parser()
+    words = list(map(str, header["command"]))
     try:
-        saved = parser.parse_args(list(map(str, header["command"])))
-    except BadRequest as error:
+        saved = parser.parse_args(words)
+    except (BadRequest, SystemExit) as error:
         raise BadRequest(f"--resume {path}: holds a command that cannot be run ({error}); start anew without --resume") from None
-    options = parser.parse_args([*header["command"], *argv])
+    options = parser.parse_args([*words, *argv])
     if options.initial_image:
         options.initial_image = absolute(options.initial_image)
     for name, value in vars(options).items():
@@ -2351,7 +2365,7 @@ def run(options, signals, header=None, arrays=None):
     if options.batch_size and not spec.use_gpu:
         tell("note: --batch_size has no effect on the CPU")
     with workers:
-        identity = {  # while the workers start
+        identity = {
             "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
             "deploy_sha256": file_hash(spec.deploy, "sha256").partition(":")[2],
             "mean": mean,
@@ -2411,8 +2425,16 @@ def dream(image=None, **options):
     their names and with the same defaults; those of output have no effect. Workers are processes that import the calling
     script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
     """
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value is not False]
+    words = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in options.items()
+        if value is not False and value is not None
+    ]
     parsed = build_parser().parse_args(words)
+    for name in ("resume", "reproduce", "download_model", "list_models", "list_layers"):
+        if getattr(parsed, name):
+            raise BadRequest(f"{name}: is of the command line only")
+    image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         image, _ = read_picture(find_file("image", os.fspath(image)), parsed.background)
     elif image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
@@ -2451,14 +2473,18 @@ def loop(dream, output, signals):
                     rate = (done - first) / (time.monotonic() - begun)
                     left = tqdm.format_interval((total - done) / rate)
                     note(f"{whereabouts(progress)}: {rate:.1f} tiles/s, {left} left")
-        except RunFailed as error:  # amid a step: there is a picture, but nothing to go on from
+        except (RunFailed, MemoryError, OSError) as error:  # amid a step: there is a picture, but nothing to go on from
             bar.close()
+            if isinstance(error, MemoryError):
+                error = "there is not enough memory; use smaller sizes, or fewer --workers"
+            if dream.image is None:
+                raise RunFailed(str(error)) from None
             hint = "" if isinstance(error, NotFinite) else output.hint()
             try:
                 output.finish(dream)
             except RunFailed:
                 raise RunFailed(f"{error}{hint}") from None
-            raise RunFailed(f"{error}; the picture before that is in {output.path}{hint}") from None
+            raise RunFailed(f"{error}; the picture so far is in {output.path}{hint}") from None
     stopped = done < total
     if stopped and options.checkpoint_iter != 0:
         output.write_checkpoint(dream)
@@ -2470,8 +2496,9 @@ def loop(dream, output, signals):
     if stopped:
         raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
     for path in {output.checkpoint, options.resume} - {None}:
-        with contextlib.suppress(OSError):
-            os.remove(path)
+        if re.search(r"\.checkpoint(\.old\d*)?$", path):  # not one that somebody has given a name of his own
+            with contextlib.suppress(OSError):
+                os.remove(path)
 
 
 def reproduce(path):
@@ -2520,16 +2547,16 @@ def main(argv=None):
                 run(options, signals)
     except (BadRequest, RunFailed) as error:
         message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        print(f"cnn_vis.py: error: {message}", file=sys.stderr)
+        note(f"cnn_vis.py: error: {message}")
         return 2 if isinstance(error, BadRequest) else 1
     except OSError as error:  # of the system: no descriptors left, no /dev/shm, a folder that went away
-        print(f"cnn_vis.py: error: {one_line(error)}; the system does not allow what is needed", file=sys.stderr)
+        note(f"cnn_vis.py: error: {one_line(error)}; the system does not allow what is needed")
         return 1
     except MemoryError:
-        print("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers", file=sys.stderr)
+        note("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers")
         return 1
     except Stopped as stop:
-        print(f"cnn_vis.py: {stop}", file=sys.stderr)
+        note(f"cnn_vis.py: {stop}")
         return 128 + stop.signum
     return 0
 

@@ -56,7 +56,7 @@ def test_max_pooling_is_bit_identical(kernel, stride, pad, side, tmp_path):
     "num_output: 8 kernel_size: 3 pad: 1 group: 4", "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
     "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
 ])  # fmt: skip
-@pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56)])
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56), (131, 97)])
 def test_winograd_convolution(parameters, size, tmp_path):
     """Equal up to rounding where it is our own, and to the last bit where it is Caffe's."""
     if min(size) < 3 and "pad: 1" not in parameters:

@@ -110,7 +110,7 @@ def assert_same_run(folder, whole):
 # ---- Killed, stopped, resumed --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_kill_and_resume_at_random_moments(seed, whole, tmp_path):
     """kill -9 eight times, anywhere from the start of Python to the last step, then left to end: bitwise the same picture."""
     folder, seconds = whole
@@ -188,10 +188,13 @@ def test_killed_workers_are_replaced(whole, tmp_path):
     """Up to three times, with the same picture in the end."""
     running = start(*RUN, "--checkpoint_iter=1", cwd=tmp_path)
     wait_for((tmp_path / CHECKPOINT).exists)
-    for _ in range(3):
-        pids = wait_for(lambda: workers(running.pid))
-        os.kill(random.Random(1).choice(pids), signal.SIGKILL)
-        wait_for(lambda pids=pids: not set(pids) & set(session(running.pid)))
+    killed = 0
+    while killed < 3 and running.poll() is None:
+        for pid in workers(running.pid)[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        time.sleep(0.4)
+    assert killed
     _, said = running.communicate(timeout=60)
     assert running.returncode == 0, said
     assert_same_run(tmp_path, whole[0])
@@ -230,7 +233,7 @@ def test_resume_refuses_what_changes_the_picture(tmp_path):
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)
     for option in ("--tv_reg=3", "--num_steps=7", "--seed=6", "--layer=pool1", "--image=in.png", "--use_pixel_learning_rates"):
-        name = option.partition("=")[0].replace("layer", "layer", 1)
+        name = option.partition("=")[0]
         done = cnn_vis(f"--resume={CHECKPOINT}", option, cwd=tmp_path)
         assert_one_line(done, 2, "target_layer" if name == "--layer" else name.replace("--image", "--initial_image"), CHECKPOINT)
     other = tmp_path / "other.caffemodel"
@@ -569,6 +572,8 @@ FORGERIES = {
     "no header fields": lambda header, arrays: header.clear(),
     "command is a number": lambda header, arrays: header.update(command=3),
     "command holds numbers": lambda header, arrays: header.update(command=[3]),
+    "a number in the command": lambda header, arrays: header.update(command=["--seed", 5, "--nonsense"]),
+    "help": lambda header, arrays: header.update(command=["--help"]),
     "bad option": lambda header, arrays: header.update(command=["--nonsense"]),
     "step too large": lambda header, arrays: header["numbers"].update(step=10**9),
     "step is text": lambda header, arrays: header["numbers"].update(step="3"),
