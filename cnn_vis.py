@@ -227,10 +227,16 @@ def tiles(size, tile):
     return colours
 
 
+def all_tiles(size, tile):
+    """The tiles of both colours in one list, the even ones first."""
+    even, odd = tiles(size, tile)
+    return even + odd
+
+
 def tile_counts(size, tile):
     """How many tiles cover each pixel, float64 (H, W)."""
     counts = np.zeros(size)
-    for y0, y1, x0, x1 in sum(tiles(size, tile), []):
+    for y0, y1, x0, x1 in all_tiles(size, tile):
         counts[y0:y1, x0:x1] += 1
     return counts
 
@@ -1236,13 +1242,13 @@ class Dream:
             self.image = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
         else:
             self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
-        self.caches = np.zeros((len(sum(tiles(size, self.workers.tile_size), [])), 3, *self.workers.tile_size))
+        self.caches = np.zeros((len(all_tiles(size, self.workers.tile_size)), 3, *self.workers.tile_size))
         self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
 
     def _lay_out(self):
         """Makes what a size takes besides: its tiles {region: place in caches}, start picture, how many tiles cover a pixel."""
         size, tile_size = self.sizes[self.size_index], self.workers.tile_size
-        self.tiles = {region: place for place, region in enumerate(sum(tiles(size, tile_size), []))}
+        self.tiles = {region: place for place, region in enumerate(all_tiles(size, tile_size))}
         self.start = None
         if self.picture is not None:
             self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
@@ -1315,7 +1321,7 @@ class Dream:
         ):
             raise ValueError("its step is none of the run")
         size, tile_size = self.sizes[size_index], self.workers.tile_size
-        shapes = {"image": (1, 3, *size), "caches": (len(sum(tiles(size, tile_size), [])), 3, *tile_size)}
+        shapes = {"image": (1, 3, *size), "caches": (len(all_tiles(size, tile_size)), 3, *tile_size)}
         for name, shape in shapes.items():
             if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name].sum()):
                 raise ValueError(f"its {name} does not fit the run")
@@ -2133,9 +2139,14 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def teller(options):
+    """The function that gives notices: `note`, or with --quiet one that does not."""
+    return (lambda text: None) if options.quiet else note
+
+
 def find_files(options):
     """(deploy, weights or None, whether the classifier is to be fitted, Model) for the options. Raises BadRequest."""
-    tell = (lambda text: None) if options.quiet else note
+    tell = teller(options)
     model = choose_model(options.model, options.deploy_txt or options.caffe_model, tell)
     weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
     deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
@@ -2344,7 +2355,7 @@ def check_apart(options):
 def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
-    tell = (lambda text: None) if options.quiet else note
+    tell = teller(options)
     for line in without_effect(options):
         tell(f"note: {line}")
     check_output("output", options.output_file)
@@ -2451,7 +2462,7 @@ def loop(dream, output, signals):
     from tqdm import tqdm
 
     options = dream.options
-    counts = [len(sum(tiles(size, dream.workers.tile_size), [])) for size in dream.sizes]
+    counts = [len(all_tiles(size, dream.workers.tile_size)) for size in dream.sizes]
     total = sum(counts) * options.num_steps
     first = done = sum(counts[: dream.size_index]) * options.num_steps + counts[dream.size_index] * dream.step
     on_terminal, begun = sys.stderr.isatty(), time.monotonic()
