@@ -20,6 +20,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -42,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 import zipfile
 import zlib
@@ -386,9 +388,9 @@ class Objective:
     clip: float = 5.0
 
     def value(self, a):
-        """The objective of the activations `a` (N, C, ...), a number."""
+        """The objective of one tile's activations `a` (C, ...), a number."""
         if self.neuron is not None:
-            return float(a[:, self.neuron].sum(dtype=np.float64))
+            return float(a[self.neuron].sum(dtype=np.float64))
         a = a.astype(np.float64)
         size = np.abs(a)
         square = np.where(size <= self.clip, a * a / 2, self.clip * size - self.clip**2 / 2)
@@ -634,11 +636,27 @@ class NetworkSpec:
     use_gpu: bool = False
 
 
+@contextlib.contextmanager
+def stand_ins(*names):
+    """Within, those of the modules `names` that were not imported yet are empty ones, which have any name asked of them."""
+    names = [name for name in names if name not in sys.modules]
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = lambda _: None
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
 def import_caffe():
     """Caffe, quiet, from the Python path or else from $CAFFE_ROOT/python. Raises BadRequest."""
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        import caffe
+        # What only caffe.io uses, to read pictures, would be the half of a worker's start.
+        with stand_ins("skimage", "skimage.io", "skimage.transform", "scipy", "scipy.ndimage"):
+            import caffe
     except ImportError as error:
         root = os.environ.get("CAFFE_ROOT")
         if not root or (path := os.path.join(root, "python")) in sys.path:
@@ -851,16 +869,14 @@ class Network:
         """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where more bring nothing."""
         if not self._spec.use_gpu:
             return 1
-        import ctypes
-
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
         tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in self._net.blobs.values())  # data and diff
         return min(32, max(1, int(0.7 * free.value) // tile))
 
     def gradients(self, batch, measure=True):
-        """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective's value, None unless it
-        is to be measured."""
+        """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective of each, None unless it is
+        to be measured."""
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
@@ -870,7 +886,7 @@ class Network:
         blob.diff[...] = self._spec.objective.descent(blob.data)
         # From the layer of the target's name: an in-place ReLU after it has shaped the activations but is not passed backward.
         self._net.backward(start=self._spec.target)
-        return self._input.diff, self._spec.objective.value(blob.data) if measure else None
+        return self._input.diff, [self._spec.objective.value(a) if measure else None for a in blob.data]
 
 
 # ---- Workers ------------------------------------------------------------------------------------------------------------
@@ -902,17 +918,15 @@ def describe(spec):
 
 
 def compute_slot(spec, memory, slot, count, measure):
-    """Task: computes the gradients of the slot's first `count` tiles; returns the sum of their objectives if it is to `measure`
-    them, else None."""
+    """Task: computes the gradients of the slot's first `count` tiles; returns their objectives, None unless it is to `measure`
+    them."""
     tiles_in, gradients_out = attach(*memory)[slot, :, :count]
-    gradients_out[...], value = load_network(spec).gradients(tiles_in, measure)
-    return value
+    gradients_out[...], values = load_network(spec).gradients(tiles_in, measure)
+    return values
 
 
 def can_use_gpu():
     """Task: whether this Caffe was built with CUDA, asked of its library: Caffe itself ends the process that asks in vain."""
-    import ctypes
-
     import_caffe()
     import caffe._caffe
 
@@ -921,8 +935,6 @@ def can_use_gpu():
 
 def count_gpus():
     """How many GPUs the NVIDIA driver shows this process; 0 without a driver."""
-    import ctypes
-
     count = ctypes.c_int(0)
     with contextlib.suppress(OSError):
         driver = ctypes.CDLL("libcuda.so.1")
@@ -1010,7 +1022,7 @@ class Workers:
         os.set_blocking(self._log_end.fileno(), False)  # what nobody reads must not hold a worker up
         self._memory_file = os.memfd_create("cnn_vis")
         self._restarts = 0
-        self._jobs = {}  # slot -> (number of tiles, whether they are measured, future of their objective)
+        self._jobs = {}  # slot -> (number of tiles, whether they are measured, future of their objectives)
         self._start()
 
     def _start(self):
@@ -1098,12 +1110,11 @@ class Workers:
         self._jobs[slot] = (count, measure, future)
 
     def receive(self, slot):
-        """(gradients, float32 (N, 3, H, W); the mean of the tiles' objectives, None unless measured) of the ticket's tiles. Waits
-        for them."""
+        """[(gradient, float32 (3, H, W); objective, None unless measured), ...] of the ticket's tiles, for which it waits."""
         while True:
-            count, measure, future = self._jobs[slot]
+            count, _, future = self._jobs[slot]
             try:
-                value = future.result()
+                values = future.result()
                 break
             except concurrent.futures.process.BrokenProcessPool:
                 self._restart()
@@ -1112,10 +1123,19 @@ class Workers:
                         self._compute(other, *job)
         del self._jobs[slot]
         self._free.append(slot)
-        return self._slots[slot, 1, :count].copy(), value / count if measure else None
+        return list(zip(self._slots[slot, 1, :count].copy(), values))
 
 
 # ---- The optimisation loop ----------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory():
+    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays come and go at every step;
+    by default each is given back to the system and taken again page by page, which doubles the time of the maths."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 def overlap(a, b):
@@ -1124,8 +1144,9 @@ def overlap(a, b):
 
 
 def tile_gradients(workers, image, colours):
-    """Yields (region, gradient float32 (3, H, W), objective's value or None) for every region of `colours`, an iterable of
-    (list of regions, whether the objective is to be measured), in order. The caller steps a region before it asks for the next.
+    """Yields (region, receive) for every region of `colours`, an iterable of (list of regions, whether the objective is to be
+    measured), in order. The caller steps a region before it asks for the next; to do so it calls receive(), which waits for
+    the tile and returns (gradient float32 (3, H, W), objective's value or None), and can do what else there is to do first.
 
     A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
     earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
@@ -1159,12 +1180,12 @@ def tile_gradients(workers, image, colours):
         if not sent:
             return
         tiles_sent, ticket = sent.popleft()
-        gradients, value = workers.receive(ticket)
-        for (number, region, _), gradient in zip(tiles_sent, gradients):
+        received = functools.cache(functools.partial(workers.receive, ticket))
+        for place, (number, region, _) in enumerate(tiles_sent):
             for tile in itertools.takewhile(lambda tile, number=number: tile[0] == number, itertools.chain(batch, ahead)):
                 if tile not in kept and overlap(tile[1], region):
                     kept[tile] = cut_tile(image, tile[1]).astype(np.float32)
-            yield region, gradient, value
+            yield region, lambda received=received, place=place: received()[place]
             unstepped.popleft()
 
 
@@ -1214,6 +1235,7 @@ class Dream:
     def run(self, wants_stats=lambda step: False):
         """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
         to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
+        keep_freed_memory()
         while True:
             if self.step == 0:
                 self._begin_size()
@@ -1224,8 +1246,8 @@ class Dream:
             gradients = tile_gradients(self.workers, self.image, to_come)
             for step in steps_left:
                 gauge = Gauge() if wants_stats(step) else None
-                for region, gradient, value in itertools.islice(gradients, len(self.tiles)):
-                    self._update_tile(region, gradient, value, gauge)
+                for region, receive in itertools.islice(gradients, len(self.tiles)):
+                    self._update_tile(region, receive, gauge)
                 self._advance_schedules()
                 stats = gauge and gauge.summary(self.image)
                 yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, self.mean, stats)
@@ -1254,47 +1276,56 @@ class Dream:
             self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
         self.counts = tile_counts(size, tile_size) if self.options.use_pixel_learning_rates else None
 
-    def _update_tile(self, region, cnn, value, gauge):
-        """Regularizes one tile's gradient and takes its RMSProp step.
+    def _update_tile(self, region, receive, gauge):
+        """Regularizes one tile's gradient, which `receive` gives, and takes its RMSProp step.
 
-        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache.
+        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache. While the network
+        is at the tile, the regularizers' part is done.
         """
-        o, (y0, y1, x0, x1) = self.options, region
-        cache = self.caches[self.tiles[region]]
+        y0, y1, x0, x1 = region
+        planes = [np.s_[:, channel : channel + 1, y0:y1, x0:x1] for channel in range(3)]
+        regularizers = [self._regularizers(plane, gauge) for plane in planes]
+        gradients, value = receive()
         if gauge is not None:
             gauge.add_tile(value)
-        for channel in range(len(cnn)):
-            place = np.s_[:, channel : channel + 1, y0:y1, x0:x1]
-            plane = self.image[place]
-            pulled = plane if self.start is None else plane - self.start[place]
-            gradient = cnn[np.newaxis, channel : channel + 1].astype(np.float64)
-            parts = {}
-            if o.p_reg:
-                parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
-            if o.p_reg_aux:
-                parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
-            if self.tv_reg:
-                parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
+        cache = self.caches[self.tiles[region]]
+        for channel, (plane, parts) in enumerate(zip(planes, regularizers)):
+            gradient = gradients[np.newaxis, channel : channel + 1].astype(np.float64)
             if gauge is not None:
-                gauge.add_means(cnn_gradient=gradient, **{f"{name}_gradient": part for name, part in parts.items()})
-                gauge.add_losses(
-                    p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
-                    aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
-                    tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
-                )
-            for part in parts.values():
+                gauge.add_means(cnn_gradient=gradient)
+            for part in parts:
                 gradient += part
-            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], o.decay_rate, self.learning_rate)
+            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], self.options.decay_rate, self.learning_rate)
             if self.counts is not None:
                 step /= self.counts[y0:y1, x0:x1]
             if gauge is not None:
-                gauge.add_means(step_size=step, value=plane)
+                gauge.add_means(step_size=step, value=self.image[plane])
             if not math.isfinite(step.sum()):
                 raise NotFinite(
                     f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, --p_reg, "
                     "--p_reg_aux or --tv_reg, or the exponents --alpha, --alpha_aux and --beta"
                 )
-            plane += step
+            self.image[plane] += step
+
+    def _regularizers(self, place, gauge):
+        """The gradients of the regularizers that have a weight, by one channel of a tile, in the original's order."""
+        o, parts = self.options, {}
+        plane = self.image[place]
+        pulled = plane if self.start is None else plane - self.start[place]
+        if o.p_reg:
+            parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
+        if o.p_reg_aux:
+            parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
+        if self.tv_reg:
+            parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
+        if gauge is not None:
+            gauge.add_means(**{f"{name}_gradient": part for name, part in parts.items()})
+            gauge.add_losses(
+                p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
+                aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
+                tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
+            )
+        return parts.values()
 
     def _advance_schedules(self):
         """Counts a step. Both schedules count those at this size."""

@@ -122,7 +122,12 @@ def measure_workers(spec, tile):
     regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
     with cnn_vis.Workers(spec, cnn_vis.count_cores()) as workers:
         workers.describe()
-        return milliseconds(lambda: list(cnn_vis.tile_gradients(workers, image, [(regions, False)])), 3) / count
+
+        def gradients():
+            for _, receive in cnn_vis.tile_gradients(workers, image, [(regions, False)]):
+                receive()
+
+        return milliseconds(gradients, 3) / count
 
 
 def measure_torch(spec, tile, threads):
@@ -179,7 +184,7 @@ def measure_maths(_, tile):
         dream.start = dream.image - 3
         dream.tiles, dream.caches = {region: 0}, np.zeros((1, *tile.shape[1:]))
         cnn = np.random.RandomState(1).randn(*tile.shape[1:]).astype(np.float32)
-        results[name] = milliseconds(lambda d=dream, r=region, c=cnn: d._update_tile(r, c, 0.0, None), 30)
+        results[name] = milliseconds(lambda d=dream, r=region, c=cnn: d._update_tile(r, lambda: (c, None), None), 30)
     x, cache = tile.astype(np.float64), np.zeros(tile.shape)
     results["original"] = milliseconds(lambda: original_update(x, x - 3, tile.astype(np.float64), cache), 15)
     return results
