@@ -493,11 +493,11 @@ def choose_model(name, given_files, tell):
     return model
 
 
-def find_file(option, value):
-    """The file that an option names, with ~ and variables expanded. Raises BadRequest."""
-    path = os.path.expanduser(os.path.expandvars(value))
+def find_file(option, path):
+    """`path`, the file that an option names. Raises BadRequest."""
     if not os.path.isfile(path):
-        reason = "is a folder, not a file" if os.path.isdir(path) else "no such file"
+        there = "is a folder, not a file" if os.path.isdir(path) else "is no ordinary file"
+        reason = there if os.path.exists(path) else "no such file"
         raise BadRequest(f"--{option} {path}: {reason}; give another path")
     return path
 
@@ -695,8 +695,12 @@ def read_weights(path):
 
 
 def blob_shape(blob):
-    """A BlobProto's shape, without the leading ones that the older format filled up to four axes with."""
-    shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
+    """A BlobProto's shape; in the older format it has leading ones, up to four axes."""
+    return tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
+
+
+def without_leading_ones(shape):
+    """The shape, so that it can be compared between the formats."""
     return tuple(itertools.dropwhile(lambda side: side == 1, shape))
 
 
@@ -705,7 +709,7 @@ def fit_classifier(net, weights):
     prototxt serves all data sets. Changes `net` in place."""
     for layer in net.layer:
         if layer.type == "InnerProduct" and weights.get(layer.name):
-            layer.inner_product_param.num_output = weights[layer.name][-1][-1]  # as many biases as outputs
+            layer.inner_product_param.num_output = weights[layer.name][0][-2]
 
 
 @contextlib.contextmanager
@@ -741,9 +745,9 @@ def structure_error(deploy, path):
     fit_classifier(net, weights)
     with caffe_net(net) as loaded:
         for name, blobs in loaded.params.items():
-            expected = [tuple(itertools.dropwhile(lambda side: side == 1, blob.data.shape)) for blob in blobs]
-            if weights.get(name) != expected:
-                return f"layer {name} has weights of shape {weights.get(name)}, not {expected}"
+            expected, found = [tuple(blob.shape) for blob in blobs], weights.get(name, [])
+            if list(map(without_leading_ones, found)) != list(map(without_leading_ones, expected)):
+                return f"layer {name} has weights of shape {found or None}, not {expected}"
         loaded.copy_from(path)
     return None
 
@@ -859,6 +863,8 @@ class Network:
     def _check(spec, net, weights):
         names = targets(net)
         if spec.target not in names:
+            if not names:
+                raise BadRequest(f"--deploy_txt {spec.deploy}: has no layer that can be amplified; give a deploy.prototxt")
             close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names)}"
             raise BadRequest(f"--layer {spec.target}: {spec.deploy} has no such layer; {hint}")
@@ -961,16 +967,16 @@ def count_cores():
 
 @contextlib.contextmanager
 def signals_held_back():
-    """While processes are started: nothing interrupts that half done here, and they are born with Ctrl-C blocked, until they
-    know that it is not meant for them."""
+    """While processes are started: nothing interrupts that half done here, and they are born with Ctrl-C and the loss of the
+    terminal blocked, which are not meant for them."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     came = []
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in came:
@@ -1030,7 +1036,8 @@ class Workers:
         for gpu in self.gpus:
             gpus.put(visible_gpu(gpu))
         arguments = (self._log_end, gpus, free_memory())
-        self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
+        with signals_held_back():  # its queues start a process that looks after them
+            self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
 
     def __enter__(self):
         return self
@@ -1447,17 +1454,19 @@ def free_memory():
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, name=None):
     """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is written and on the disk, and
-    leaves no trace if that fails."""
-    path = os.path.realpath(path)
-    part = part_name(path, os.getpid())
+    leaves no trace if that fails. Raises RunFailed, which calls it `name`."""
+    place = os.path.realpath(path)
+    part = part_name(place, os.getpid())
     try:
         with open(part, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, place)
+    except OSError as error:
+        raise RunFailed(f"{name or path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
@@ -1484,7 +1493,7 @@ def checkpoint_name(output):
 
 
 def write_checkpoint(path, header, arrays):
-    """Writes the JSON-able dict `header` and the arrays {name: array} to `path`, whole or not at all. Raises OSError."""
+    """Writes the JSON-able dict `header` and the arrays {name: array} to `path`, whole or not at all. Raises RunFailed."""
     with whole_file(path) as file:
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
 
@@ -1564,13 +1573,13 @@ def numbered(path, size_index, step):
     return f"{stem}_{size_index + 1}_{step + 1}{extension}"
 
 
-FORMATS = {  # by a file name's extension: PIL's name, its options
-    ".png": ("PNG", {}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".webp": ("WEBP", {"quality": 95}),
-    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
-    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
+FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixels, PIL's options
+    ".png": ("PNG", MAX_SIDE, {}),
+    ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", 16_383, {"quality": 95}),
+    ".tif": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
+    ".tiff": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
 }
 
 
@@ -1584,18 +1593,15 @@ def write_picture(picture, path, origin=None):
     `origin`, which tells how it was made. Raises RunFailed."""
     from PIL import Image, ImageCms, PngImagePlugin
 
-    name, extra = picture_format(path)
+    name, _, extra = picture_format(path)
     extra = extra | {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
     if name == "PNG" and origin:
         extra["pnginfo"] = PngImagePlugin.PngInfo()
         extra["pnginfo"].add_text("Software", origin["program"])
         extra["pnginfo"].add_itxt("Comment", os.fsencode(origin["command"]).decode(errors="backslashreplace"))
         extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
-    try:
-        with whole_file(path) as file:
-            Image.fromarray(picture).save(file, name, **extra)
-    except (OSError, ValueError) as error:
-        raise RunFailed(f"--output {path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+    with whole_file(path, f"--output {path}") as file:
+        Image.fromarray(picture).save(file, name, **extra)
 
 
 ORIGIN_KEY = "cnn-vis"
@@ -1617,7 +1623,8 @@ def read_origin(path):
                 origin = file.read()
         origin = json.loads(origin)
         on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
-        return {name: str(origin[name]) for name in ("command", "program", "network", "weights_sha256")} | {"when": on_the_way}
+        texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
+        return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
     except FileNotFoundError:
         raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
     except Exception as error:  # strangers' files
@@ -1648,6 +1655,13 @@ def check_output(option, path, formats=FORMATS):
             file.write(bytes(4096))
     except OSError as error:
         raise BadRequest(f"--{option} {path}: cannot be written there ({error.strerror}); choose another place") from None
+
+
+def check_sides(path, sizes):
+    """Raises BadRequest where the format of `path` does not hold pictures as large as the `sizes` of the run."""
+    name, greatest, _ = picture_format(path)
+    if max(map(max, sizes)) > greatest:
+        raise BadRequest(f"--output {path}: {name} holds no sides of more than {greatest} pixels; use .png")
 
 
 def format_stats(progress):
@@ -1691,11 +1705,8 @@ class Figure:
 
 def write_figure(figure, path):
     """Writes a matplotlib figure as a PNG. Raises RunFailed."""
-    try:
-        with whole_file(path) as file:
-            figure.savefig(file, format="png")
-    except OSError as error:
-        raise RunFailed(f"{path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def beside(path, word, extension=".png"):
@@ -1710,14 +1721,13 @@ class PlotPix:
 
     def __init__(self):
         self._history = collections.defaultdict(list)
-        self._steps = 0
 
-    def record(self, image):
-        """Takes down the pixels of `image` (1, 3, H, W); to be called at every step."""
-        self._steps += 1
+    def record(self, progress):
+        """Takes down the pixels of the picture; to be called at every step."""
+        image, step = progress.image, progress.size_index * progress.num_steps + progress.step + 1
         for y, x in self.PIXELS:
             if y < image.shape[2] and x < image.shape[3]:
-                self._history[y, x].append((self._steps, *image[0, :, y, x]))
+                self._history[y, x].append((step, *image[0, :, y, x]))
 
     def draw(self, figure):
         """Draws what was recorded into a matplotlib figure."""
@@ -1739,22 +1749,20 @@ def stats_row(progress):
 
 def write_stats(rows, path):
     """Writes rows of stats_row as CSV. Raises RunFailed."""
-    try:
-        with whole_file(path) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            csv.writer(text).writerows([COLUMNS, *([*map(int, row[:4]), *row[4:]] for row in rows)])
-            text.detach()
-    except OSError as error:
-        raise RunFailed(f"--stats {path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+    with whole_file(path, f"--stats {path}") as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        csv.writer(text).writerows([COLUMNS, *([*map(int, row[:4]), *row[4:]] for row in rows)])
+        text.detach()
 
 
-def plot_stats(rows):
-    """A matplotlib figure of rows of stats_row: objective, losses and step size over all steps, size changes marked."""
+def plot_stats(rows, num_steps):
+    """A matplotlib figure of rows of stats_row: objective, losses and step size over all steps, of which a size has num_steps;
+    size changes marked."""
     from matplotlib.figure import Figure as Plain
 
     columns = dict(zip(COLUMNS, np.array(rows, float).T))
-    steps = np.arange(1, len(rows) + 1)
-    changes = steps[:-1][np.diff(columns["size"]) > 0] + 0.5
+    steps = (columns["size"] - 1) * num_steps + columns["step"]
+    changes = steps[1:][np.diff(columns["size"]) > 0] - 0.5
     figure = Plain(figsize=(8, 9), layout="constrained")
     groups = {"objective": ["objective"], "loss": ["p_loss", "aux_loss", "tv_loss"], "mean step": ["step_size"]}
     for axes, (label, names) in zip(figure.subplots(len(groups), sharex=True), groups.items()):
@@ -1787,11 +1795,8 @@ def write_gif(frames, path):
 
     first, *others = (Image.fromarray(frame) for frame in frames)
     durations = [100] * len(others) + [2000]
-    try:
-        with whole_file(path) as file:
-            first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
-    except OSError as error:
-        raise RunFailed(f"{path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+    with whole_file(path) as file:
+        first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 class Output:
@@ -1834,7 +1839,7 @@ class Output:
         if self.every_step:
             self.rows.append(stats_row(progress))
         if self.plot_pix is not None:
-            self.pixels.record(progress.image)
+            self.pixels.record(progress)
         if self.is_due(progress.step):
             if "print" in self.behavior:
                 say(format_stats(progress))
@@ -1871,7 +1876,7 @@ class Output:
 
     def _plots(self, *_):
         if "plot" in self.behavior and self.rows:
-            write_figure(plot_stats(self.rows), beside(self.path, "plot"))
+            write_figure(plot_stats(self.rows, self.options.num_steps), beside(self.path, "plot"))
         if self.options.stats and self.rows:
             write_stats(self.rows, self.options.stats)
 
@@ -1890,14 +1895,13 @@ class Output:
         header = self.header | {"numbers": numbers, "seconds": time.monotonic() - self.begun}
         try:
             write_checkpoint(self.checkpoint, header, arrays)
-        except OSError as error:
-            tell(f"cnn_vis.py: {self.checkpoint}: cannot be written ({one_line(error)}); the last one stays")
+        except RunFailed as error:
+            tell(f"cnn_vis.py: {error}")
 
     def hint(self):
         """How to go on after the run has ended too early, if there is a checkpoint."""
-        if not os.path.exists(self.checkpoint):
-            return ""
-        return f"; go on with: python cnn_vis.py --resume {shlex.quote(self.checkpoint)}"
+        path = next(filter(os.path.exists, filter(None, (self.checkpoint, self.options.resume))), None)
+        return f"; go on with: python cnn_vis.py --resume {shlex.quote(path)}" if path else ""
 
     def finish(self, dream):
         """Writes the picture as it stands, and all that goes with it."""
@@ -1906,11 +1910,8 @@ class Output:
         origin = self.origin_now(**({} if dream.is_done() else numbers))
         write_picture(picture, self.path, origin)
         if self.options.sidecar:
-            try:
-                with whole_file(f"{self.path}.json") as file:
-                    file.write(json.dumps(origin, indent=1).encode())
-            except OSError as error:
-                raise RunFailed(f"{self.path}.json: cannot be written ({one_line(error)})") from None
+            with whole_file(f"{self.path}.json") as file:
+                file.write(json.dumps(origin, indent=1).encode())
         self._plots()
         if "gif" in self.behavior:
             last = gif_frame(picture, dream.sizes[-1])
@@ -2016,11 +2017,16 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
-def file_name(text):
+def given(text):
     """A type for argparse: anything but nothing, which an unset variable of a shell script gives."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no name; give one, or leave the option out")
     return text
+
+
+def file_name(text):
+    """A type for argparse: a file name, with ~ and variables expanded."""
+    return os.path.expanduser(os.path.expandvars(given(text)))
 
 
 def gpu_numbers(text):
@@ -2074,7 +2080,7 @@ def build_parser():
     add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
     add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
         help="download a network (%(choices)s), check it, and stop")
-    add("--model_url", metavar="URL", type=file_name, help="where to download it from (default: the official place)")
+    add("--model_url", metavar="URL", type=given, help="where to download it from (default: the official place)")
     add("--deploy_txt", metavar="FILE", type=file_name, help="network description (default: the model's)")
     add("--caffe_model", metavar="FILE", type=file_name, help="the network's weights (default: the model's)")
     add("--mean_image", metavar="FILE", type=file_name,
@@ -2269,11 +2275,6 @@ FREE_OPTIONS = {
 }  # fmt: skip
 
 
-def absolute(path):
-    """A path that can be found from any folder."""
-    return os.path.abspath(os.path.expanduser(os.path.expandvars(path)))
-
-
 def command_words(options, portable=False):
     """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
     folder, and the output is left out."""
@@ -2295,7 +2296,7 @@ def command_words(options, portable=False):
         elif action.dest == "gpu":
             value = ",".join(map(str, value)) or "-1"
         elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
-            value = absolute(value)
+            value = os.path.abspath(value)
         words.append(f"{action.option_strings[0]}={value}")
     return words
 
@@ -2321,8 +2322,9 @@ def without_effect(options):
         ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
     }  # fmt: skip
     for names, reason in idle.items():
-        given = [name for name in names if reason and getattr(o, name) != parser.get_default(name)]
-        for name in given:
+        for name in names:
+            if not reason or getattr(o, name) == parser.get_default(name):
+                continue
             yield f"--{name} has no effect with {reason}"
 
 
@@ -2346,7 +2348,7 @@ def resume(path, argv):
         raise BadRequest(f"--resume {path}: holds a command that cannot be run ({error}); start anew without --resume") from None
     options = parser.parse_args([*words, *argv])
     if options.initial_image:
-        options.initial_image = absolute(options.initial_image)
+        options.initial_image = os.path.abspath(options.initial_image)
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS and value != getattr(saved, name):
             raise BadRequest(
@@ -2421,6 +2423,7 @@ def run(options, signals, header=None, arrays=None):
                 dream.restore(header["numbers"], arrays)
             except (ValueError, KeyError, TypeError) as error:
                 raise BadRequest(f"--resume {options.resume}: {one_line(error)}; start anew without --resume") from None
+        check_sides(options.output_file, dream.sizes)
         tell(
             f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {workers.device}, "
             f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}" + (f", noise seed {options.seed}" if picture is None else "")
@@ -2478,7 +2481,7 @@ def dream(image=None, **options):
             raise BadRequest(f"{name}: is of the command line only")
     image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        image, _ = read_picture(find_file("image", os.fspath(image)), parsed.background)
+        image, _ = read_picture(find_file("image", file_name(os.fspath(image))), parsed.background)
     elif image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
         raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     _, mean, workers = set_up(parsed)
@@ -2546,10 +2549,23 @@ def loop(dream, output, signals):
 def reproduce(path):
     """Prints the command that made a picture."""
     origin = read_origin(path)
-    note(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}")
+    note(printable(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}"))
     if origin["when"]:
-        note(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one")
-    say(origin["command"])
+        note(printable(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one"))
+    say(" ".join(map(shell_word, origin["words"])))
+
+
+def printable(text):
+    """The text with what a terminal might obey, or not show, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shell_word(word):
+    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
+    return f"$'{''.join(escaped)}'"
 
 
 def mend_streams():
@@ -2588,8 +2604,7 @@ def main(argv=None):
             else:
                 run(options, signals)
     except (BadRequest, RunFailed) as error:
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        note(f"cnn_vis.py: error: {message}")
+        note(printable(f"cnn_vis.py: error: {error}"))
         return 2 if isinstance(error, BadRequest) else 1
     except OSError as error:  # of the system: no descriptors left, no /dev/shm, a folder that went away
         note(f"cnn_vis.py: error: {one_line(error)}; the system does not allow what is needed")

@@ -29,7 +29,7 @@ PLACES_NAME = "googlelet_places205_train_iter_2400000.caffemodel"
 def googlenet_weights(classes):
     """The bytes of a caffemodel that fits GoogLeNet's prototxt, with random weights and `classes` classes."""
     net = program.read_prototxt(program.find_in_caffe(program.GOOGLENET_DEPLOY, program.GOOGLENET_DEPLOY))
-    program.fit_classifier(net, {"loss3/classifier": [(classes,)]})
+    program.fit_classifier(net, {"loss3/classifier": [(classes, 1024), (classes,)]})
     with program.caffe_net(net) as loaded, tempfile.NamedTemporaryFile() as file:
         loaded.save(file.name)
         return file.read()
@@ -323,3 +323,37 @@ def test_distill(weights, photographs, tmp_path):
                    "--num_steps=1", "--gpu=-1", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "inception_5b/output 256x7x7" in done.stderr
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_classifiers_of_any_width(classes, bias, legacy, tmp_path):
+    """The width is that of the weights: in the older format of shapes too, where there is no bias, and for one class."""
+    program.import_caffe()
+    from caffe.proto import caffe_pb2
+
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    if not bias:
+        text = re.sub(r"param { lr_mult: 2 } (inner_product_param {)", r"\1 bias_term: false", text)
+    (tmp_path / "deploy.prototxt").write_text(text)
+    net = program.read_prototxt(str(tmp_path / "deploy.prototxt"))
+    (layer,) = (layer for layer in net.layer if layer.type == "InnerProduct")
+    layer.inner_product_param.num_output = classes
+    with program.caffe_net(net) as loaded:
+        loaded.save(str(tmp_path / "new.caffemodel"))
+    weights = caffe_pb2.NetParameter.FromString((tmp_path / "new.caffemodel").read_bytes())
+    for blob in (blob for layer in weights.layer for blob in layer.blobs if legacy):
+        blob.num, blob.channels, blob.height, blob.width = [1] * (4 - len(blob.shape.dim)) + list(blob.shape.dim)
+        blob.ClearField("shape")
+    (tmp_path / "new.caffemodel").write_bytes(weights.SerializeToString())
+    files = (str(tmp_path / "deploy.prototxt"), str(tmp_path / "new.caffemodel"))
+    assert program.structure_error(*files) is None
+    assert dict(program.layer_shapes(*files))[layer.name] == (classes,)
+
+
+def test_gpus_are_those_that_this_process_sees(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [program.visible_gpu(number) for number in (0, 2)] == ["0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a1f")
+    assert [program.visible_gpu(number) for number in (0, 1)] == ["3", "GPU-8a1f"]

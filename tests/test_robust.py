@@ -21,7 +21,7 @@ import pytest
 from conftest import GOLDEN, ROOT, TINY, assert_one_line, cnn_vis, psnr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 import cnn_vis as program
 
@@ -160,6 +160,21 @@ def test_ctrl_c_from_a_terminal(tmp_path):
             assert "Traceback" not in said, said
             assert "stopped" in said
         wait_for(lambda running=running: not session(running.pid))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_signals_to_all_processes(signum, whole, tmp_path):
+    """As the loss of a terminal sends them, and a cluster's scheduler: one line, and the run can go on."""
+    running = start(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
+    wait_for((tmp_path / CHECKPOINT).exists)
+    os.killpg(running.pid, signum)
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 128 + signum, said
+    (line,) = said.splitlines()
+    assert "out.png" in line
+    wait_for(lambda: not session(running.pid))
+    assert cnn_vis(f"--resume={CHECKPOINT}", cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path, whole[0])
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
@@ -324,6 +339,17 @@ def test_formats(extension, tmp_path):
         picture.load()
 
 
+@pytest.mark.parametrize(("extension", "side"), [("jpg", 65501), ("webp", 16384)])
+def test_sides_that_a_format_does_not_hold(extension, side, tmp_path):
+    """Told before work begins; one pixel less is written."""
+    options = [*TINY, "--layer=inception_a/output", f"--output=out.{extension}"]
+    done = cnn_vis(*options, f"--initial_size=32x{side}", cwd=tmp_path)
+    assert_one_line(done, 2, "--output", str(side - 1), ".png")
+    path = tmp_path / f"long.{extension}"
+    program.write_picture(np.zeros((2, side - 1, 3), np.uint8), str(path))
+    assert Image.open(path).width == side - 1
+
+
 # ---- How a picture was made ----------------------------------------------------------------------------------------------
 
 
@@ -350,6 +376,24 @@ def test_reproduce(extension, tmp_path):
     os.remove(folder / f"an out.{extension}")
     assert cnn_vis(*command[2:], cwd=folder).returncode == 0
     assert np.array_equal(pixels(folder / f"an out.{extension}"), first)
+
+
+def test_reproduce_of_a_stranger_s_picture(tmp_path):
+    """What a terminal would obey comes out as escapes, which a shell reads as what they were."""
+    name = "a \x1b]0;title\x07 'quoted' \\ name.png"
+    origin = {"command": shlex.join(["python", "cnn_vis.py", f"--output_file={name}"]), "program": "\x1b[2J", "network": "n"}
+    for command, expected in ((origin["command"], 0), ("python 'unfinished", 2), (7, 2)):
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("cnn-vis", json.dumps(origin | {"command": command, "weights_sha256": "0"}))
+        CARD.save(tmp_path / "stranger.png", pnginfo=text)
+        done = cnn_vis("--reproduce=stranger.png", cwd=tmp_path)
+        assert done.returncode == expected
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+        if expected:
+            assert_one_line(done, 2, "--reproduce", "stranger.png")
+        else:
+            words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {done.stdout}"], text=True)
+            assert words.split("\0")[:-1] == ["python", "cnn_vis.py", f"--output_file={name}"]
 
 
 def test_reproduce_of_other_files(tmp_path):
@@ -770,6 +814,35 @@ def test_closed_and_full_streams(redirection, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     Image.open(tmp_path / "out.png").verify()
+
+
+def test_errors_on_a_full_stderr(tmp_path):
+    """Nobody reads the line; the exit status says it."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *TINY, "--image=nope.jpg"])
+    assert subprocess.run(["sh", "-c", f"{command} 2>/dev/full"], cwd=tmp_path).returncode == 2
+
+
+def test_paths_are_expanded(tmp_path):
+    """All of them alike, also where the shell did not do it, as in --output=~/o.png."""
+    done = cnn_vis(*ONE, "--output=~/o.png", "--stats=$PLACE/s.csv", cwd="/", HOME=str(tmp_path), PLACE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["o.png", "s.csv"]
+
+
+def test_parts_of_killed_runs_are_removed(tmp_path):
+    """Those of this output and of processes of this machine that are no more."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = [program.part_name(str(tmp_path / name), dead.pid) for name in ("out.png", "out.png.checkpoint", "out_1_50.png")]
+    kept = [
+        program.part_name(str(tmp_path / "out.png"), os.getpid()),
+        program.part_name(str(tmp_path / "other.png"), dead.pid),
+        program.part_name(str(tmp_path / "out.png"), dead.pid).replace(os.uname().nodename, "elsewhere"),
+    ]
+    for path in stale + kept:
+        open(path, "w").close()
+    assert cnn_vis(*ONE, cwd=tmp_path).returncode == 0
+    assert {path for path in stale + kept if os.path.exists(path)} == set(kept)
 
 
 def test_reproduce_prefers_what_the_picture_says(tmp_path):
