@@ -1036,8 +1036,13 @@ class Workers:
         for gpu in self.gpus:
             gpus.put(visible_gpu(gpu))
         arguments = (self._log_end, gpus, free_memory())
-        with signals_held_back():  # its queues start a process that looks after them
-            self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
+        try:
+            with signals_held_back():  # its queues start a process that looks after them
+                self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
+        except OSError as error:
+            raise RunFailed(
+                f"workers cannot be started ({error.strerror}); they take a little of /dev/shm, and open files: see ulimit -n"
+            ) from None
 
     def __enter__(self):
         return self
@@ -2499,12 +2504,13 @@ def loop(dream, output, signals):
     counts = [len(all_tiles(size, dream.workers.tile_size)) for size in dream.sizes]
     total = sum(counts) * options.num_steps
     first = done = sum(counts[: dream.size_index]) * options.num_steps + counts[dream.size_index] * dream.step
-    on_terminal, begun = sys.stderr.isatty(), time.monotonic()
+    on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0: nobody looks at it
+    begun = time.monotonic()
     form = "{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left"
     signals.held = True
     with tqdm(
-        total=total, initial=done, unit=" tiles", disable=options.quiet or not on_terminal, leave=False, bar_format=form,
-        dynamic_ncols=True,
+        desc="starting", total=total, initial=done, unit=" tiles", disable=options.quiet or not on_terminal, leave=False,
+        bar_format=form, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         try:
             for progress in dream.run(output.wants_stats):

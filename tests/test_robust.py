@@ -1,18 +1,23 @@
 """Nothing lost, nothing cryptic: killed workers, killed runs, signals, full disks, and files from strangers. README.md beside
 this file has a table of what is tried and how often."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import zipfile
 
@@ -716,6 +721,36 @@ def test_quiet(tmp_path):
     loud = cnn_vis(*TINY, *options, cwd=tmp_path)
     assert [line for line in loud.stderr.splitlines() if "tiles/s" in line]
     assert psnr(tmp_path / "out.png", tmp_path / "out_1_2.png") == np.inf
+
+
+def on_terminal(columns, *arguments, cwd):
+    """What the program writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 30, columns, 0, 0))
+    command = [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)]
+    running, said = subprocess.Popen(command, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs), b""
+    os.close(theirs)
+    with contextlib.suppress(OSError):  # which is how a terminal ends
+        while data := os.read(ours, 1 << 16):
+            said += data
+    os.close(ours)
+    assert running.wait() == 0, said
+    return said.decode()
+
+
+def test_progress_bar(tmp_path):
+    """On a terminal a bar, which statistics pass by and which goes when the run is done; without columns to draw it in, lines."""
+    options = [*RUN, "--iter_behavior=print", "--output_iter=20"]
+    said = on_terminal(120, *options, cwd=tmp_path)
+    bars = re.findall(r"size ./2 \d+x\d+, step \d+/60 \|[^|]{20,}\| +\d+% +\d+\.\d+ tiles/s, [\d:]+ left", said)
+    assert len(bars) > 5
+    assert {line.split()[1] for line in bars} == {"1/2", "2/2"}
+    seen = [line.rstrip("\r").rpartition("\r")[2] for line in said.split("\n")]  # without what is written over
+    assert sum(bool(re.fullmatch(r"size ./2 \d+x\d+, step \d+/60, objective \S+", line)) for line in seen) == 6
+    assert not any("tiles/s" in line for line in seen)
+    plain = on_terminal(0, *options, cwd=tmp_path)
+    assert len(re.findall(r"step \d+/60: \d+\.\d+ tiles/s, [\d:]+ left", plain)) == 6
+    assert on_terminal(120, *options[:-2], "--iter_behavior=none", "--quiet", cwd=tmp_path) == ""
 
 
 def test_all_behaviors_together(tmp_path):
