@@ -23,6 +23,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -407,6 +408,7 @@ class Objective:
 
 # ---- Network: which one -------------------------------------------------------------------------------------------------
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 ILSVRC_MEAN = "imagenet/ilsvrc_2012_mean.npy"
 GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
 
@@ -416,7 +418,7 @@ class Model:
     """A network known by name.
 
     `mean` is taken off its input; None: the mean of Caffe's ilsvrc mean image. `url` is where the weights are to be had, or
-    an archive with a file `member` in it; `hashes` ("sha1:..." or "sha256:...") are those of the right weights or archive.
+    an archive with a file `member` in it; `hashes` ("sha1:..." or "sha256:...") are those of the right weights.
     """
 
     name: str
@@ -447,14 +449,14 @@ class Model:
         return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
 
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = {
     model.name: model
     for model in (
         Model("googlenet_mini", hashes=("sha256:1ec4ffee98d64fdbb37cc2419d447d463d116bb353d544e9418c65e7d20521c4",)),
         Model("bvlc_googlenet", "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
               ("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",)),
-        # The published sha1 of Places205 does not say whether it is the archive's or the weights'.
+        # The published sha1 of Places205 does not say whether it is the archive's or the weights'. If the archive's, the weights
+        # do not match it, and count as "structure checked".
         Model("googlenet_places205", "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
               ("sha1:d767debf686fa15df1e05fbc9b4598076127134a",), mean=np.mean([105.417, 113.753, 116.047]),
               member="googlelet_places205_train_iter_2400000.caffemodel",
@@ -596,15 +598,14 @@ def download(model, url, check_structure):
                 start = file.read(512).lstrip().lower()
             if start.startswith((b"<!doctype", b"<html", b"<?xml")):
                 raise RunFailed(f"{url}: a web page came instead of the network; is there a login page on this connection?")
-            verified = has_known_hash(fetched, model)
             if model.member is not None:
                 weights = os.path.join(temporary, "weights")
                 try:
                     unpack(fetched, model.member, weights)
                 except RunFailed as error:
                     raise RunFailed(f"{url}: {error}; try again, or --model_url") from None
-                verified = has_known_hash(weights, model)
-            elif model.hashes and not verified:
+            verified = has_known_hash(weights, model)
+            if model.member is None and model.hashes and not verified:
                 raise RunFailed(f"{url}: not the right file: its {file_hash(fetched, 'sha1')} is not {model.hashes[0]}; removed")
             if not verified:
                 error = check_structure(weights)
@@ -708,7 +709,7 @@ def fit_classifier(net, weights):
     """Gives the classifier of the NetParameter `net` the width that `weights` (of read_weights) have: one GoogLeNet
     prototxt serves all data sets. Changes `net` in place."""
     for layer in net.layer:
-        if layer.type == "InnerProduct" and weights.get(layer.name):
+        if layer.type == "InnerProduct" and weights.get(layer.name) and len(weights[layer.name][0]) > 1:
             layer.inner_product_param.num_output = weights[layer.name][0][-2]
 
 
@@ -759,21 +760,26 @@ def layer_shapes(deploy, weights):
     if weights is not None:
         fit_classifier(net, read_weights(weights))
     with caffe_net(net) as loaded:
-        return [(name, tuple(loaded.blobs[name].shape)[1:]) for name in targets(net)]
+        shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
+    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
 
 
 def runs_in_test(layer):
-    """Whether Caffe keeps this LayerParameter in its TEST phase."""
+    """Whether Caffe keeps this LayerParameter in its TEST phase, at level 0 and without stages."""
     from caffe import TEST
 
-    included = [rule.phase for rule in layer.include if rule.HasField("phase")]
-    excluded = [rule.phase for rule in layer.exclude if rule.HasField("phase")]
-    return TEST not in excluded and (not included or TEST in included)
+    def is_met(rule):
+        phase = not rule.HasField("phase") or rule.phase == TEST
+        level = not rule.HasField("min_level") or rule.min_level <= 0
+        level = level and (not rule.HasField("max_level") or rule.max_level >= 0)
+        return phase and level and not rule.stage
+
+    return any(map(is_met, layer.include)) if layer.include else not any(map(is_met, layer.exclude))
 
 
 def targets(net):
     """The layers of a caffe_pb2.NetParameter that can be amplified: those with a blob of their own name, in order."""
-    return [layer.name for layer in net.layer if layer.name in layer.top and layer.bottom]
+    return [layer.name for layer in net.layer if layer.name in layer.top and layer.bottom and runs_in_test(layer)]
 
 
 def cut(net, target, blob_counts):
@@ -811,7 +817,7 @@ def cut(net, target, blob_counts):
             del net.layer[index]
 
 
-# Layers of this program's build of Caffe that compute the same as Caffe's own, in less time.
+# Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in less time.
 FAST_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
 
 
@@ -854,6 +860,8 @@ class Network:
             raise BadRequest(f"--deploy_txt {spec.deploy}: its input has shape {shape}; it must take 3-channel pictures")
         self.tile_size = shape[2:]
         self.target_shape = tuple(self._net.blobs[spec.target].shape)[1:]
+        if not self.target_shape:
+            raise BadRequest(f"--layer {spec.target}: is one number, without channels; choose another of --list_layers")
         if spec.objective.neuron is not None and spec.objective.neuron >= self.target_shape[0]:
             raise BadRequest(
                 f"--target_neuron {spec.objective.neuron}: {spec.target} has {self.target_shape[0]} channels, counted from 0"
@@ -955,14 +963,43 @@ def visible_gpu(number):
     return visible.split(",")[number].strip() if visible else str(number)
 
 
+def cgroup_folders():
+    """The folders that tell this process's limits: its control group's (version 2), and those above it."""
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as file:
+        path = re.search(r"^0::/(.*)$", file.read(), re.MULTILINE)
+        parts = path[1].split("/") if path else []
+        for depth in range(len(parts), -1, -1):
+            yield os.path.join("/sys/fs/cgroup", *parts[:depth])
+
+
 def count_cores():
-    """How many cores this process may use, by its affinity and its cgroup's quota."""
+    """How many cores this process may use, by its affinity and its control groups' quotas."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:
+    for folder in cgroup_folders():
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/cpu.max") as file:
             quota, period = file.read().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
+            cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def free_memory():
+    """How many bytes this process may still take, by the system's account and its control groups'; infinite where none tells."""
+    free = [math.inf]
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        free += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", file.read())]
+    for folder in cgroup_folders():
+        with contextlib.suppress(OSError, ValueError):
+            limit, current, stat = (read_text(f"{folder}/memory.{name}") for name in ("max", "current", "stat"))
+            # A file cache counts as taken, and is given back when asked for.
+            cached = sum(int(size) for size in re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE))
+            free.append(int(limit) - int(current) + cached)
+    return max(0, min(free))
+
+
+def read_text(path):
+    """The text of a small file."""
+    with open(path) as file:
+        return file.read()
 
 
 @contextlib.contextmanager
@@ -1047,7 +1084,10 @@ class Workers:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is Stopped:  # at once; from Python 3.14 on the executor has kill_workers() for it
+            for process in list((self._executor._processes or {}).values()):
+                process.kill()
         self._executor.shutdown(cancel_futures=True)
         self._log.close()
         self._log_end.close()
@@ -1093,11 +1133,15 @@ class Workers:
 
     def describe(self):
         """(tile_size, target_shape) of the network. Starts all workers."""
-        for _ in range(self.number - 1):
-            self._submit(describe, self.spec)
+        others = [self._submit(describe, self.spec) for _ in range(self.number - 1)]
         self.tile_size, self.target_shape, suits = self.call(describe, self.spec)
-        # On the CPU a tile goes alone: more would bring nothing, and a sum could come out otherwise for the company it is in.
-        self.batch_size = (self.batch_size or suits) if self.gpus else 1
+        if self.gpus and not self.batch_size:
+            for future in others:
+                with contextlib.suppress(concurrent.futures.process.BrokenProcessPool):  # which the next task finds too
+                    suits = min(suits, future.result()[2])
+            self.batch_size = suits
+        if not self.gpus:  # more than one would bring nothing, and a sum could come out otherwise for the company it is in
+            self.batch_size = 1
         shape = (2 * self.number + 1, 2, self.batch_size, 3, *self.tile_size)
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
@@ -1220,6 +1264,10 @@ class Progress:
     mean: float
     stats: dict | None
 
+    def steps_done(self):
+        """How many steps the run has done, at all sizes."""
+        return self.size_index * self.num_steps + self.step + 1
+
     def picture(self, rescale=False):
         """What one sees of it: uint8 (H, W, 3), RGB."""
         return to_uint8(self.image, self.mean, rescale)
@@ -1249,9 +1297,9 @@ class Dream:
         to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
         keep_freed_memory()
         while True:
+            self._lay_out()
             if self.step == 0:
                 self._begin_size()
-            self._lay_out()
             steps_left = range(self.step, self.options.num_steps)
             colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
             to_come = ((colour, wants_stats(step)) for step in steps_left for colour in colours)
@@ -1273,7 +1321,7 @@ class Dream:
         if self.image is not None:
             self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
         elif self.picture is not None:
-            self.image = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
+            self.image = self.start.copy()
         else:
             self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
         self.caches = np.zeros((len(all_tiles(size, self.workers.tile_size)), 3, *self.workers.tile_size))
@@ -1308,11 +1356,12 @@ class Dream:
             for part in parts:
                 gradient += part
             step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], self.options.decay_rate, self.learning_rate)
+            overflow = not math.isfinite(step.sum() + cache[channel].sum())
             if self.counts is not None:
                 step /= self.counts[y0:y1, x0:x1]
             if gauge is not None:
                 gauge.add_means(step_size=step, value=self.image[plane])
-            if not math.isfinite(step.sum()):
+            if overflow:
                 raise NotFinite(
                     f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, --p_reg, "
                     "--p_reg_aux or --tv_reg, or the exponents --alpha, --alpha_aux and --beta"
@@ -1407,18 +1456,21 @@ class Gauge:
         return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
 
 
+BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
+
+
 def plan_sizes(options, picture, tile_size):
     """The sizes of a run, [(height, width), ...], all at least the network's input and no larger than memory. Raises
     BadRequest."""
     base = tile_size if picture is None else picture.shape[:2]
     ends = []
-    for name in ("initial_size", "final_size"):
+    for name in ("initial_size", "final_size")[: options.num_sizes]:
         try:
             ends.append(parse_size(getattr(options, name), base))
         except (ValueError, OverflowError) as error:
             value = getattr(options, name)
             raise BadRequest(f"--{name} {value}: {one_line(error)}; give HxW in pixels or xF, as 540x960 or x0.5") from None
-    sizes = size_sequence(*ends, options.num_sizes, options.resize_type)
+    sizes = size_sequence(ends[0], ends[-1], options.num_sizes, options.resize_type)
     for size in sizes:
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
             name = "initial_size" if size == sizes[0] else "final_size"
@@ -1436,22 +1488,6 @@ def plan_sizes(options, picture, tile_size):
             f"{free / 1e9:.1f} GB are free; give a smaller one"
         )
     return sizes
-
-
-BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
-
-
-def free_memory():
-    """How many bytes this process may still take, by the system's and its cgroup's account; infinite where neither tells."""
-    free = [math.inf]
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        free += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", file.read())]
-    group = "/sys/fs/cgroup/memory"
-    with contextlib.suppress(OSError, ValueError), open(f"{group}.max") as limit, open(f"{group}.current") as current:
-        free.append(int(limit.read()) - int(current.read()))
-        with open(f"{group}.stat") as file:  # a file cache counts as taken, and is given back when asked for
-            free[-1] += sum(int(size) for size in re.findall(r"^inactive_file (\d+)", file.read(), re.MULTILINE))
-    return max(0, min(free))
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------------------------------
@@ -1477,10 +1513,15 @@ def whole_file(path, name=None):
             os.remove(part)
 
 
+def hidden_name(path, ending):
+    """The name of a hidden file beside `path`, for as long as work on it goes on."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{ending}")
+
+
 def part_name(path, pid):
     """Where process `pid` of this machine writes what is to become `path`."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{os.uname().nodename}.{pid}.part")
+    return hidden_name(path, f"{os.uname().nodename}.{pid}.part")
 
 
 def remove_parts(output):
@@ -1490,6 +1531,24 @@ def remove_parts(output):
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
             with contextlib.suppress(OSError):
                 os.remove(part)
+
+
+@contextlib.contextmanager
+def sole_writer(path):
+    """Within, no other run on this machine writes to `path`. Raises BadRequest where one does."""
+    lock = hidden_name(os.path.realpath(path), "lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadRequest(f"--output {path}: another run is writing there; choose another name, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(lock)
 
 
 def checkpoint_name(output):
@@ -1517,6 +1576,7 @@ CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
     "picture": (np.uint8, None, None, 3),
     "rows": (np.float64, None, len(COLUMNS)),
     "frames": (np.uint8, None, None, None, 3),
+    "pixels": (np.float64, None, 6),
 }
 
 
@@ -1588,6 +1648,9 @@ FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixe
 }
 
 
+ORIGIN_KEY = "cnn-vis"  # of the text in a PNG that tells how it was made
+
+
 def picture_format(path):
     """The entry of FORMATS for a file name, or None."""
     return FORMATS.get(os.path.splitext(path)[1].lower())
@@ -1609,30 +1672,27 @@ def write_picture(picture, path, origin=None):
         Image.fromarray(picture).save(file, name, **extra)
 
 
-ORIGIN_KEY = "cnn-vis"
-
-
 def read_origin(path):
     """The dict that tells how a picture was made, from the PNG `path`, or from the JSON file `path` or `path`.json. Raises
     BadRequest."""
     from PIL import Image
 
     try:
-        origin = None
+        origin, sidecar = None, path
         if not path.lower().endswith(".json"):
             with Image.open(path) as file:
                 origin = file.info.get(ORIGIN_KEY)
-            path = f"{path}.json"
+            sidecar = f"{path}.json"
         if origin is None:
-            with open(path, encoding="utf-8") as file:
+            with open(sidecar, encoding="utf-8") as file:
                 origin = file.read()
         origin = json.loads(origin)
         on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
         texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
         return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
-    except FileNotFoundError:
-        raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
     except Exception as error:  # strangers' files
+        if not os.path.exists(path):
+            raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
         raise BadRequest(
             f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
             "file that --sidecar wrote"
@@ -1682,15 +1742,22 @@ def format_stats(progress):
     )
 
 
+def check_matplotlib():
+    """Raises BadRequest where matplotlib is not installed, or set up for something that it does not have."""
+    try:
+        import matplotlib.figure
+        import matplotlib.pyplot  # noqa: F401
+    except (ImportError, ValueError) as error:
+        raise BadRequest(f"--iter_behavior: matplotlib does not work ({one_line(error)}); pip install matplotlib") from None
+
+
 class Figure:
-    """A matplotlib figure in a window; where there is no display, in the file `path`. Raises BadRequest without matplotlib."""
+    """A matplotlib figure in a window; where there is no display, in the file `path`."""
 
     def __init__(self, path, **arguments):
-        try:
-            import matplotlib.figure
-            import matplotlib.pyplot
-        except ImportError as error:
-            raise BadRequest(f"--iter_behavior: needs matplotlib ({one_line(error)}); pip install matplotlib") from None
+        import matplotlib.figure
+        import matplotlib.pyplot
+
         try:
             self.figure, self._pyplot = matplotlib.pyplot.figure(**arguments), matplotlib.pyplot
         except Exception:  # each toolkit fails in its own way without a display
@@ -1724,25 +1791,24 @@ class PlotPix:
 
     PIXELS = ((100, 100), (200, 200), (100, 200), (200, 100))
 
-    def __init__(self):
-        self._history = collections.defaultdict(list)
+    def __init__(self, history=()):
+        self.history = list(history)  # (step, y, x, b, g, r)
 
     def record(self, progress):
         """Takes down the pixels of the picture; to be called at every step."""
-        image, step = progress.image, progress.size_index * progress.num_steps + progress.step + 1
+        image = progress.image
         for y, x in self.PIXELS:
             if y < image.shape[2] and x < image.shape[3]:
-                self._history[y, x].append((step, *image[0, :, y, x]))
+                self.history.append((progress.steps_done(), y, x, *image[0, :, y, x]))
 
     def draw(self, figure):
         """Draws what was recorded into a matplotlib figure."""
         figure.clf()
-        for place, pixel in enumerate(self.PIXELS, 1):
-            axes = figure.add_subplot(2, 2, place, title=f"pixel {pixel}", xlabel="step")
-            if self._history[pixel]:
-                steps, *channels = zip(*self._history[pixel])
-                for colour, values in zip("bgr", channels):
-                    axes.plot(steps, values, colour)
+        for place, (y, x) in enumerate(self.PIXELS, 1):
+            axes = figure.add_subplot(2, 2, place, title=f"pixel {(y, x)}", xlabel="step")
+            rows = [row for row in self.history if row[1:3] == (y, x)]
+            for colour, channel in zip("bgr", (3, 4, 5)):
+                axes.plot([row[0] for row in rows], [row[channel] for row in rows], colour)
         figure.tight_layout()
 
 
@@ -1820,11 +1886,14 @@ class Output:
         self.rows = kept["rows"].tolist() if "rows" in kept else []
         self.frames = list(kept.get("frames", []))
         self.show = self.plot_pix = None
+        if self.behavior & {"show", "plot", "plot_pix"}:
+            check_matplotlib()
         if "show" in self.behavior:
             size = (options.show_width, options.show_height)
             self.show = Figure(beside(self.path, "show"), num="cnn-vis", figsize=size)
         if "plot_pix" in self.behavior:
-            self.plot_pix, self.pixels = Figure(beside(self.path, "plot_pix"), num="cnn-vis pixels"), PlotPix()
+            self.plot_pix = Figure(beside(self.path, "plot_pix"), num="cnn-vis pixels")
+            self.pixels = PlotPix(map(tuple, kept.get("pixels", np.empty((0, 6))).tolist()))
         self.every_step = bool(options.stats) or "plot" in self.behavior
 
     def files(self):
@@ -1856,7 +1925,7 @@ class Output:
                     write(picture, progress)
                 except RunFailed as error:
                     note(f"cnn_vis.py: {error}")
-        if self.checkpoint_iter and (progress.step + 1) % self.checkpoint_iter == 0:
+        if self.checkpoint_iter and progress.steps_done() % self.checkpoint_iter == 0:
             self.write_checkpoint(dream)
 
     def _save(self, picture, progress):
@@ -1897,6 +1966,8 @@ class Output:
         arrays["rows"] = np.array(self.rows, np.float64).reshape(-1, len(COLUMNS))
         if self.frames:
             arrays["frames"] = np.stack(self.frames)
+        if self.plot_pix is not None:
+            arrays["pixels"] = np.array(self.pixels.history, np.float64).reshape(-1, 6)
         header = self.header | {"numbers": numbers, "seconds": time.monotonic() - self.begun}
         try:
             write_checkpoint(self.checkpoint, header, arrays)
@@ -1948,6 +2019,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         def underscored(arg):
             name, equals, value = arg.partition("=")
+            if value == "--" and name.startswith("--"):  # which some versions of argparse take for no value at all
+                self.error(f"{name}: -- is no value")
             return name.replace("-", "_").replace("__", "--", 1) + equals + value if arg.startswith("--") else arg
 
         return super().parse_known_args([underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
@@ -2036,10 +2109,10 @@ def file_name(text):
 
 def gpu_numbers(text):
     """A type for argparse: GPUs as a list, [] for the CPU."""
-    numbers = [int(word) if word.lstrip("-").isdecimal() else -2 for word in text.split(",")]
-    if min(numbers) >= 0 and len(set(numbers)) == len(numbers):
-        return numbers
-    if len(numbers) == 1 and text.lstrip("-").isdecimal():
+    words = text.split(",")
+    if all(re.fullmatch(r"[0-9]{1,9}", word) for word in words) and len(set(map(int, words))) == len(words):
+        return list(map(int, words))
+    if re.fullmatch(r"-[0-9]+", text):
         return []
     raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
 
@@ -2079,8 +2152,8 @@ def build_parser():
 
     group = parser.add_argument_group("network")
     add = group.add_argument
-    add("--model", choices=tuple(MODELS), help="network to use; its three files are looked for in "
-        "$CAFFE_ROOT, then in ~/.cache/cnn-vis or $CNN_VIS_MODELS (default: bvlc_googlenet if installed, else googlenet_mini)")
+    add("--model", choices=tuple(MODELS), help="network to use; its weights are looked for in "
+        "$CAFFE_ROOT, then in $CNN_VIS_MODELS or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
     add("--list_models", action="store_true", help="list these networks, and which are installed, and stop")
     add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
     add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
@@ -2262,14 +2335,12 @@ def list_layers(options):
 def download_model(options):
     """Does --download_model."""
     model = MODELS[options.download_model]
-    if model.url is None:
-        raise BadRequest(f"--download_model {model.name}: it comes with this program; there is nothing to download")
     deploy = model.find_deploy()
     if deploy is None:
         raise BadRequest(f"--download_model {model.name}: Caffe is needed to check it; pip install ./pycaffe")
     download(model, options.model_url or model.url, functools.partial(in_a_worker, structure_error, deploy))
     place = model.cache_place()
-    print(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
+    say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
 
 
 # Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
@@ -2320,7 +2391,14 @@ def without_effect(options):
         ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
         ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
         ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
+        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
         ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
+        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
+        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
+        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
+            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
         ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
         ("model_url",): not o.download_model and "no --download_model",
         ("workers",): o.gpu and "--gpu",
@@ -2378,15 +2456,22 @@ def check_same_network(path, header, identity):
             )
 
 
-def check_apart(options):
-    """Raises BadRequest where the run would write over its own start picture, or two files under one name."""
+def check_apart(options, spec):
+    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
     stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
-    others = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)|_\d+_\d+{extension})"
-    if options.initial_image and re.fullmatch(others, os.path.realpath(options.initial_image)):
-        raise BadRequest(f"--output {options.output_file}: --image has a name that the run may write to; choose another")
+    ours = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)?|_\d+_\d+{extension})"
+    read = {
+        "image": options.initial_image,
+        "caffe_model": spec.weights,
+        "deploy_txt": spec.deploy,
+        "mean_image": options.mean_image,
+    }
+    for name, path in read.items():
+        if path and re.fullmatch(ours, os.path.realpath(path)):
+            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
     if options.stats:
-        stats, taken = os.path.realpath(options.stats), [options.output_file, options.initial_image]
-        if re.fullmatch(others, stats) or stats in [os.path.realpath(path) for path in taken if path]:
+        stats = os.path.realpath(options.stats)
+        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
             raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
 
 
@@ -2394,26 +2479,26 @@ def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
     tell = teller(options)
-    for line in without_effect(options):
-        tell(f"note: {line}")
+    notices = list(without_effect(options))
     check_output("output", options.output_file)
     if options.stats:
         check_output("stats", options.stats, ())
-    check_apart(options)
     picture = arrays.pop("picture", None)
     if header is None and options.initial_image is not None:
         picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
-        for line in remarks:
-            tell(f"note: {line}")
+        notices += remarks
     if picture is None and options.seed is None:
         options.seed = np.random.SeedSequence().entropy % 2**32
     network_name, mean, workers = set_up(options)
     spec = workers.spec
+    check_apart(options, spec)
     if not (options.deploy_txt or options.caffe_model):
         options.model = network_name  # the command that makes it again is to find the same one
     if options.batch_size and not spec.use_gpu:
-        tell("note: --batch_size has no effect on the CPU")
-    with workers:
+        notices.append("--batch_size has no effect on the CPU")
+    if options.workers and spec.use_gpu and not options.gpu:
+        notices.append("--workers has no effect on a GPU")
+    with workers, sole_writer(options.output_file):
         identity = {
             "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
             "deploy_sha256": file_hash(spec.deploy, "sha256").partition(":")[2],
@@ -2429,6 +2514,8 @@ def run(options, signals, header=None, arrays=None):
             except (ValueError, KeyError, TypeError) as error:
                 raise BadRequest(f"--resume {options.resume}: {one_line(error)}; start anew without --resume") from None
         check_sides(options.output_file, dream.sizes)
+        for line in notices:  # not before all is known to be right: an error is to be the one line
+            tell(f"note: {line}")
         tell(
             f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {workers.device}, "
             f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}" + (f", noise seed {options.seed}" if picture is None else "")
@@ -2471,9 +2558,9 @@ def dream(image=None, **options):
         for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
             picture = progress.picture()  # uint8 (H, W, 3)
 
-    `image` is a file name, an array uint8 (H, W, 3), RGB, or None for noise. The options are the command line's, by any of
-    their names and with the same defaults; those of output have no effect. Workers are processes that import the calling
-    script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
+    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for noise. The options are the
+    command line's, by any of their names and with the same defaults; those of output have no effect. Workers are processes
+    that import the calling script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
     """
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
@@ -2487,8 +2574,10 @@ def dream(image=None, **options):
     image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         image, _ = read_picture(find_file("image", file_name(os.fspath(image))), parsed.background)
-    elif image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
-        raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+    elif image is not None:
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     _, mean, workers = set_up(parsed)
     with workers:
         workers.describe()
@@ -2524,6 +2613,8 @@ def loop(dream, output, signals):
                     rate = (done - first) / (time.monotonic() - begun)
                     left = tqdm.format_interval((total - done) / rate)
                     note(f"{whereabouts(progress)}: {rate:.1f} tiles/s, {left} left")
+        except Stopped as stop:
+            raise Stopped(stop.signum, f"stopped at once{output.hint()}") from None
         except (RunFailed, MemoryError, OSError) as error:  # amid a step: there is a picture, but nothing to go on from
             bar.close()
             if isinstance(error, MemoryError):

@@ -100,8 +100,8 @@ def test_seed_makes_noise_repeatable(tmp_path):
     assert psnr(tmp_path / "a.png", tmp_path / "c.png") < 30
 
 
-@pytest.mark.parametrize("options", [["--batch_size=4"], ["--workers=1"], ["--workers=3", "--batch_size=2"]])
-def test_batches_and_workers_change_nothing(options, picture, tmp_path):
+@pytest.mark.parametrize("options", [["--workers=1"], ["--workers=3", "--batch_size=2"]])
+def test_workers_change_nothing(options, picture, tmp_path):
     common = [*QUICK, f"--image={picture}", "--initial_size=100x130", "--iter_behavior=none"]
     assert cnn_vis(*common, "--output=a.png", cwd=tmp_path).returncode == 0
     assert cnn_vis(*common, *options, "--output=b.png", cwd=tmp_path).returncode == 0

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -358,16 +359,39 @@ def test_parallel(cat):
 
 
 def test_slurm(cat):
-    """Run as Slurm runs it: a copy elsewhere, in the folder of submission, with its variables. A checkpoint is gone on from,
-    and a picture that is there is not made again."""
+    """Run as Slurm runs it: a copy elsewhere, in the folder of submission, with its variables. A checkpoint is gone on from."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
     environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "2"}
     options = options_of(copy, cat.name, "--num_steps", "7", cwd=cat.parent, **environment)
     assert options["--layer"] == "inception_4b/output"
-    assert options["--output"] == "my <cat> & co_inception_4b-output.png"
+    assert options["--output"] == "my <cat> & co_inception_4b-output.part.png"
     assert (options["--image"], options["--num_steps"], options["--workers"]) == (cat.name, "7", "2")
-    checkpoint = cat.parent / "my <cat> & co_inception_4b-output.png.checkpoint"
+    checkpoint = cat.parent / "my <cat> & co_inception_4b-output.part.png.checkpoint"
     checkpoint.touch()
     assert options_of(copy, cat.name, cwd=cat.parent, **environment) == {"--resume": checkpoint.name}
-    checkpoint.rename(checkpoint.with_suffix(""))
+    checkpoint.unlink()
+
+
+def test_slurm_ends_a_task_and_starts_it_again(cat):
+    """With the signal that comes when time is up: all is saved, goes on, and is not made again when it is done."""
+    copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
+    environment = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_CPUS_PER_TASK": "1",
+        "LAYERS": "pool1/3x3_s2",
+    }
+    picture = cat.parent / "my <cat> & co_pool1-3x3_s2.png"
+    part = picture.with_suffix(".part.png")
+    task = subprocess.Popen(["bash", copy, cat.name, "--model=googlenet_mini", "--gpu=-1", "--num_steps=30"], cwd=cat.parent,
+                            env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment)  # fmt: skip
+    while not pathlib.Path(f"{part}.checkpoint").exists():
+        time.sleep(0.01)
+        assert task.poll() is None
+    task.terminate()
+    assert task.wait() == 143
+    assert not picture.exists()
+    run(copy, cat.name, cwd=cat.parent, **environment)
+    assert picture.exists()
+    assert not list(cat.parent.glob("*.part*"))
     assert run(copy, cat.name, cwd=cat.parent, **environment) == ""

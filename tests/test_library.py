@@ -23,7 +23,8 @@ def test_dream_is_the_command_line(tmp_path):
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     done = cnn_vis(*TINY, "--layer=inception_a/output", f"--image={GOLDEN}/input.png", *words, "--output_iter=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for image in (f"{GOLDEN}/input.png", np.asarray(Image.open(GOLDEN / "input.png").convert("RGB"))):
+    picture = Image.open(GOLDEN / "input.png").convert("RGB")
+    for image in (f"{GOLDEN}/input.png", np.asarray(picture), picture):
         seen = 0
         for progress in program.dream(image, **OPTIONS, **options):
             expected = Image.open(tmp_path / f"out_{progress.size_index + 1}_{progress.step + 1}.png")
@@ -56,6 +57,8 @@ def test_dream_refuses():
         next(program.dream(None, **OPTIONS, num_steps=0))
     with pytest.raises(program.BadRequest, match="uint8"):
         next(program.dream(np.zeros((40, 40, 3)), **OPTIONS))
+    with pytest.raises(program.BadRequest, match="uint8"):
+        next(program.dream(Image.open(GOLDEN / "input.png").convert("L"), **OPTIONS))
     with pytest.raises(program.BadRequest, match="--nonsense"):
         next(program.dream(None, **OPTIONS, nonsense=1))
 

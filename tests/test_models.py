@@ -287,7 +287,7 @@ def test_every_listed_layer_can_be_amplified():
     batch = np.random.default_rng(0).normal(0, 50, (1, 3, 224, 224)).astype(np.float32)
     names = [name for name, _ in program.layer_shapes(deploy, None)]
     for name in names[::7] + names[-1:]:
-        gradient, value = program.Network(program.NetworkSpec(deploy, str(MINI), name, program.Objective())).gradients(batch)
+        gradient, (value,) = program.Network(program.NetworkSpec(deploy, str(MINI), name, program.Objective())).gradients(batch)
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0, name
         assert value > 0

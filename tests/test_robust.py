@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import pty
 import random
 import re
@@ -161,6 +162,7 @@ def test_ctrl_c_from_a_terminal(tmp_path):
         time.sleep(moment)
         os.killpg(running.pid, signal.SIGINT)
         out, said = running.communicate(timeout=20)
+        assert running.returncode in (130, -signal.SIGINT), said
         if running.returncode == 130:  # else Python itself was still starting
             assert "Traceback" not in said, said
             assert "stopped" in said
@@ -194,13 +196,10 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     time.sleep(0.5)
     assert running.poll() is None
     running.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=5) == 130
-    for pid in held:
-        os.kill(pid, signal.SIGCONT)
+    _, said = running.communicate(timeout=5)
+    assert running.returncode == 130
+    assert f"--resume {CHECKPOINT}" in said.splitlines()[-1]
     wait_for(lambda: not session(running.pid))
-    running.communicate()
     assert (tmp_path / CHECKPOINT).exists()
 
 
@@ -273,6 +272,47 @@ def test_a_new_run_keeps_the_checkpoint_of_an_unfinished_one(tmp_path):
     assert cnn_vis(*RUN, "--num_steps=1", "--num_sizes=1", cwd=tmp_path).returncode == 0
     assert (tmp_path / f"{CHECKPOINT}.old1").read_bytes() == b"hours of work"
     assert (tmp_path / f"{CHECKPOINT}.old2").read_bytes() == b"more work"
+
+
+def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
+    running = start(*TINY, "--layer=inception_a/output", f"--image={GOLDEN}/input.png", "--num_sizes=500", "--num_steps=2",
+                    "--final_size=x2", "--checkpoint_iter=5", cwd=tmp_path)  # fmt: skip
+    wait_for((tmp_path / CHECKPOINT).exists)
+    running.kill()
+    running.communicate()
+    numbers = program.read_checkpoint(str(tmp_path / CHECKPOINT))[0]["numbers"]
+    assert (numbers["size_index"] * 2 + numbers["step"]) % 5 == 0
+
+
+def test_one_run_at_a_time_writes_an_output(tmp_path):
+    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    wait_for((tmp_path / CHECKPOINT).exists)
+    assert_one_line(cnn_vis(*RUN, "--quiet", cwd=tmp_path), 2, "--output", "out.png", "another run")
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=20)
+    assert "--resume" in said
+    assert sorted(os.listdir(tmp_path)) == ["out.png", CHECKPOINT, "out_run.gif", "stats.csv"]
+
+
+def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
+    """Also after --resume."""
+    running = start(*RUN, "--num_steps=2000", "--iter_behavior=plot_pix", "--checkpoint_iter=3", cwd=tmp_path)
+    wait_for((tmp_path / CHECKPOINT).exists)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    header, arrays = program.read_checkpoint(str(tmp_path / CHECKPOINT))
+    assert "pixels" in arrays
+    history = program.PlotPix([(1, 100, 100, 5, 6, 7)])
+    image = np.zeros((1, 3, 120, 120))
+    history.record(program.Progress([(120, 120)] * 2, 1, 0, 10, image, 0, None))
+    assert history.history == [(1, 100, 100, 5, 6, 7), (11, 100, 100, 0, 0, 0)]
+
+
+def test_overflow_is_not_finite(tmp_path):
+    """In the running square first, where it would stop the picture's pixels and say nothing."""
+    done = cnn_vis(*TINY, "--layer=inception_a/output", "--initialization_scale=30", "--seed=1", "--alpha=140", "--p_reg=1",
+                   "--num_steps=9", "--quiet", cwd=tmp_path)  # fmt: skip
+    assert_one_line(done, 1, "no longer finite", "--alpha", "out.png")
 
 
 def test_not_finite(tmp_path):
@@ -402,8 +442,10 @@ def test_reproduce_of_a_stranger_s_picture(tmp_path):
 
 
 def test_reproduce_of_other_files(tmp_path):
-    for name in ("none.png", GOLDEN / "input.png", GOLDEN / "cases.json", "."):
-        assert_one_line(cnn_vis(f"--reproduce={name}", cwd=tmp_path), 2, "--reproduce", str(name))
+    CARD.save(tmp_path / "photo.jpg")
+    for name in ("none.png", GOLDEN / "input.png", GOLDEN / "cases.json", ".", "photo.jpg"):
+        done = cnn_vis(f"--reproduce={name}", cwd=tmp_path)
+        assert_one_line(done, 2, f"--reproduce {name}:", "no such file;" if name == "none.png" else "holds no word")
 
 
 # ---- Pictures as people have them ----------------------------------------------------------------------------------------
@@ -555,7 +597,8 @@ def test_fuzzed_networks(kind, tmp_path, monkeypatch):
             path = tmp_path / str(number)
             path.write_bytes(mutated(data, randomly))
             given = {name: str(path if name == kind else file) for name, file in files.items()}
-            spec = program.NetworkSpec(**given, target="inception_a/output", objective=program.Objective())
+            fit = bool(number % 2)
+            spec = program.NetworkSpec(**given, target="inception_a/output", objective=program.Objective(), fit_classifier=fit)
             try:
                 workers.call(program.describe, spec)
                 outcomes.append("loaded")
@@ -701,6 +744,36 @@ def test_options_without_effect_are_told(tmp_path):
     assert done.returncode == 0
     for name in ("final_size", "target_neuron", "seed", "alpha"):
         assert f"--{name} has no effect with" in done.stderr
+    words = ["--num_steps=40", "--tv_reg_step=1", "--learning_rate_decay_fraction=.5", "--iter_behavior=save"]
+    told = list(program.without_effect(program.build_parser().parse_args(words)))
+    assert [line.split()[0] for line in told] == ["--tv_reg_step", "--learning_rate_decay_fraction", "--iter_behavior"]
+    assert not list(program.without_effect(program.build_parser().parse_args(["--num_steps=101", *words[1:]])))
+
+
+def test_a_matplotlib_that_does_not_work(tmp_path):
+    for word in ("plot", "show", "plot_pix"):
+        done = cnn_vis(*ONE[:-1], f"--iter_behavior={word}", cwd=tmp_path, MPLBACKEND="nonsense")
+        assert_one_line(done, 2, "--iter_behavior", "nonsense")
+
+
+def test_final_size_is_not_looked_at_with_one_size(tmp_path):
+    assert cnn_vis(*ONE, "--final_size=0x0", cwd=tmp_path).returncode == 0
+
+
+def test_layers_of_training_and_numbers_without_channels(tmp_path):
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    text += 'layer { name: "drop" type: "Dropout" bottom: "classifier" top: "drop" include { phase: TRAIN } }\n'
+    text += 'layer { name: "stage" type: "Power" bottom: "classifier" top: "stage" include { stage: "deploy" } }\n'
+    text += 'layer { name: "sums" type: "Reduction" bottom: "classifier" top: "sums" reduction_param { axis: 1 } }\n'
+    text += 'layer { name: "sum" type: "Reduction" bottom: "classifier" top: "sum" }\n'
+    (tmp_path / "more.prototxt").write_text(text)
+    done = cnn_vis("--deploy_txt=more.prototxt", "--list_layers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not {"drop", "stage", "sums", "sum"} & {line.split()[0] for line in done.stdout.splitlines()}
+    for layer, words in (("drop", "no such layer"), ("stage", "no such layer"), ("sums", "channels"), ("sum", "channels")):
+        for neuron in ([], ["--image_type=amplify_neuron"]):
+            done = cnn_vis(*ONE, "--deploy_txt=more.prototxt", f"--layer={layer}", *neuron, cwd=tmp_path)
+            assert_one_line(done, 2, f"--layer {layer}", words)
 
 
 def test_a_layer_without_gradient(tmp_path):
@@ -791,6 +864,20 @@ ONE = [
 ]
 
 
+@pytest.mark.parametrize("option", ["caffe_model", "deploy_txt", "mean_image", "image"])
+def test_inputs_are_not_overwritten(option, tmp_path):
+    files = {"caffe_model": "tiny_inception.caffemodel", "deploy_txt": "deploy.prototxt", "mean_image": "mean.npy",
+             "image": "input.png"}  # fmt: skip
+    file = shutil.copy(GOLDEN / files[option], tmp_path)
+    before = pathlib.Path(file).read_bytes()
+    done = cnn_vis(*ONE, f"--{option}={file}", f"--stats={file}", cwd=tmp_path)
+    assert_one_line(done, 2, "--stats", file)
+    linked = tmp_path / "linked.png"
+    linked.symlink_to(file)
+    assert_one_line(cnn_vis(*ONE, f"--{option}={file}", "--output=linked.png", cwd=tmp_path), 2, "--output", f"--{option}")
+    assert pathlib.Path(file).read_bytes() == before
+
+
 @pytest.mark.parametrize("stats", ["in.png", "o.png", "o.png.checkpoint", "o_plot.png", "o_1_1.png", "o.png.json", "./o.png"])
 def test_stats_overwrite_nothing(stats, tmp_path):
     shutil.copy(GOLDEN / "input.png", tmp_path / "in.png")
@@ -839,7 +926,7 @@ def test_resume_of_one_set_aside(tmp_path):
     running.kill()
     running.communicate()
     assert program.read_checkpoint(str(tmp_path / f"{CHECKPOINT}.old2"))[0] == second
-    assert "seed" not in program.read_checkpoint(str(tmp_path / f"{CHECKPOINT}.old1"))[0]
+    assert "--seed=1" in program.read_checkpoint(str(tmp_path / f"{CHECKPOINT}.old1"))[0]["command"]
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "2>&-", "2>/dev/full", ">&- 2>&- <&-"])

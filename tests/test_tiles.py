@@ -33,7 +33,7 @@ class PretendedWorkers:
         assert self.has_room()
         assert 1 <= len(tiles_in) <= self.batch_size
         ticket = len(self.batches)
-        self.held[ticket] = [(gradient(tile), ticket if measure else None) for tile in tiles_in]
+        self.held[ticket] = [(gradient(tile), float(np.sum(tile)) if measure else None) for tile in tiles_in]
         self.batches.append(len(tiles_in))
         return ticket
 
@@ -56,11 +56,15 @@ def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed)
 
     workers = PretendedWorkers(slots, batch_size)
     measured = [seed % (number + 2) == 0 for number in range(len(colours))]
-    regions = []
+    regions, values = [], []
     for region, receive in cnn_vis.tile_gradients(workers, image, zip(colours, measured)):
         regions.append(region)
-        step(image, region, receive()[0])
+        downhill, value = receive()
+        values.append(value)
+        step(image, region, downhill)
     assert regions == order
+    asked = [measure for colour, measure in zip(colours, measured) for _ in colour]
+    assert all(value is not None for value, measure in zip(values, asked) if measure)
     assert image.tobytes() == expected.tobytes()
     assert not workers.held
 
