@@ -1551,6 +1551,15 @@ def sole_writer(path):
                 os.remove(lock)
 
 
+def set_aside(checkpoint, resumed):
+    """Gives the checkpoint of an earlier run, if there is one and it is not `resumed`, another name; returns that, or None."""
+    if not os.path.exists(checkpoint) or (resumed and os.path.samefile(checkpoint, resumed)):
+        return None
+    old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{checkpoint}.old{n}"))
+    os.replace(checkpoint, old)
+    return old
+
+
 def checkpoint_name(output):
     """Where the checkpoint of a run lies."""
     return f"{output}.checkpoint"
@@ -2249,14 +2258,98 @@ def build_parser():
     return parser
 
 
+def given_options(argv):
+    """The names of the options that a command line gives, whatever their values."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def without_effect(options):
+    """Notices of options that were given and change nothing."""
+    o, parser = options, build_parser()
+    idle = {
+        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
+        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
+        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
+            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
+        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
+        ("background",): not o.initial_image and "no --image",
+        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
+        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
+        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
+        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
+        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
+        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
+        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
+        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
+        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
+            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
+        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
+        ("model_url",): not o.download_model and "no --download_model",
+        ("workers",): o.gpu and "--gpu",
+        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
+    }  # fmt: skip
+    for names, reason in idle.items():
+        for name in names:
+            if not reason or getattr(o, name) == parser.get_default(name):
+                continue
+            yield f"--{name} has no effect with {reason}"
+
+
+def command_words(options, portable=False):
+    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
+    folder, and the output is left out."""
+    parser, words = build_parser(), []
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if (
+            value == action.default
+            or value is None
+            or action.dest in ("resume", "quiet")
+            or (portable and action.dest == "output_file")
+        ):
+            continue
+        if action.nargs == 0:
+            words.append(action.option_strings[0])
+            continue
+        if action.dest == "iter_behavior":
+            value = "+".join(sorted(value)) or "none"
+        elif action.dest == "gpu":
+            value = ",".join(map(str, value)) or "-1"
+        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
+            value = os.path.abspath(value)
+        words.append(f"{action.option_strings[0]}={value}")
+    return words
+
+
 def one_line(error):
     """An exception's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text):
+    """The text with what a terminal might obey, or not show, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shell_word(word):
+    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
+    return f"$'{''.join(escaped)}'"
+
+
 def teller(options):
     """The function that gives notices: `note`, or with --quiet one that does not."""
     return (lambda text: None) if options.quiet else note
+
+
+# ---- A run --------------------------------------------------------------------------------------------------------------
 
 
 def find_files(options):
@@ -2315,32 +2408,49 @@ def in_a_worker(task, *arguments):
         return workers.call(task, *arguments)
 
 
-def list_models():
-    """Prints the networks known by name: where found, size, how far verified."""
-    for model in MODELS.values():
-        path = model.find_weights()
-        if path is None:
-            say(f"{model.name:20} not installed; python cnn_vis.py --download_model {model.name}")
-        else:
-            say(f"{model.name:20} {os.path.getsize(path) / 1e6:5.1f} MB, {standing(path, model)}: {path}")
+def set_up(options):
+    """(name of the network, scalar mean, Workers not yet entered) for the options. Raises BadRequest."""
+    spec, name, mean = find_network(options)
+    gpus, reason = choose_gpus(options.gpu)
+    workers = Workers(dataclasses.replace(spec, use_gpu=bool(gpus)), options.workers or count_cores(), gpus, options.batch_size)
+    many = "s" * (workers.number > 1)
+    workers.device = f"GPU{many} {','.join(map(str, gpus))}" if gpus else f"CPU{reason}, {workers.number} worker{many}"
+    return name, mean, workers
 
 
-def list_layers(options):
-    """Prints the layers that can be amplified, in order, each with its shape for one tile."""
-    deploy, weights, fit, _ = find_files(options)
-    for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
-        say(f"{name:32} {'x'.join(map(str, shape))}")
+def check_apart(options, spec):
+    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
+    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
+    ours = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)?|_\d+_\d+{extension})"
+    read = {
+        "image": options.initial_image,
+        "caffe_model": spec.weights,
+        "deploy_txt": spec.deploy,
+        "mean_image": options.mean_image,
+    }
+    for name, path in read.items():
+        if path and re.fullmatch(ours, os.path.realpath(path)):
+            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
+    if options.stats:
+        stats = os.path.realpath(options.stats)
+        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
+            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
 
 
-def download_model(options):
-    """Does --download_model."""
-    model = MODELS[options.download_model]
-    deploy = model.find_deploy()
-    if deploy is None:
-        raise BadRequest(f"--download_model {model.name}: Caffe is needed to check it; pip install ./pycaffe")
-    download(model, options.model_url or model.url, functools.partial(in_a_worker, structure_error, deploy))
-    place = model.cache_place()
-    say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
+def identify(spec, mean):
+    """What tells a network from others, as a dict."""
+    hashes = {name: file_hash(getattr(spec, name), "sha256").partition(":")[2] for name in ("weights", "deploy")}
+    return {"weights_sha256": hashes["weights"], "deploy_sha256": hashes["deploy"], "mean": mean}
+
+
+def check_same_network(path, header, identity):
+    """Raises BadRequest where the network is not the one that the checkpoint `path` was begun with."""
+    for name, option in (("weights_sha256", "caffe_model"), ("deploy_sha256", "deploy_txt"), ("mean", "mean_image")):
+        if header[name] != identity[name]:
+            raise BadRequest(
+                f"--{option}: not the one that {path} was begun with ({name} {identity[name]}, not {header[name]}); "
+                "name the right one"
+            )
 
 
 # Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
@@ -2349,74 +2459,6 @@ FREE_OPTIONS = {
     "iter_behavior", "stats", "sidecar", "checkpoint_iter", "resume", "quiet", "show_width", "show_height", "list_models",
     "list_layers", "download_model", "model_url", "reproduce",
 }  # fmt: skip
-
-
-def command_words(options, portable=False):
-    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
-    folder, and the output is left out."""
-    parser, words = build_parser(), []
-    for action in parser._actions:
-        value = getattr(options, action.dest, None)
-        if (
-            value == action.default
-            or value is None
-            or action.dest in ("resume", "quiet")
-            or (portable and action.dest == "output_file")
-        ):
-            continue
-        if action.nargs == 0:
-            words.append(action.option_strings[0])
-            continue
-        if action.dest == "iter_behavior":
-            value = "+".join(sorted(value)) or "none"
-        elif action.dest == "gpu":
-            value = ",".join(map(str, value)) or "-1"
-        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
-            value = os.path.abspath(value)
-        words.append(f"{action.option_strings[0]}={value}")
-    return words
-
-
-def without_effect(options):
-    """Notices of options that were given and change nothing."""
-    o, parser = options, build_parser()
-    idle = {
-        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
-        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
-        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
-            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
-        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
-        ("background",): not o.initial_image and "no --image",
-        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
-        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
-        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
-        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
-        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
-        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
-        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
-        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
-        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
-            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
-        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
-        ("model_url",): not o.download_model and "no --download_model",
-        ("workers",): o.gpu and "--gpu",
-        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
-    }  # fmt: skip
-    for names, reason in idle.items():
-        for name in names:
-            if not reason or getattr(o, name) == parser.get_default(name):
-                continue
-            yield f"--{name} has no effect with {reason}"
-
-
-def given_options(argv):
-    """The names of the options that a command line gives, whatever their values."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
 
 
 def resume(path, argv):
@@ -2446,35 +2488,6 @@ def resume(path, argv):
     return options, header, arrays
 
 
-def check_same_network(path, header, identity):
-    """Raises BadRequest where the network is not the one that the checkpoint `path` was begun with."""
-    for name, option in (("weights_sha256", "caffe_model"), ("deploy_sha256", "deploy_txt"), ("mean", "mean_image")):
-        if header[name] != identity[name]:
-            raise BadRequest(
-                f"--{option}: not the one that {path} was begun with ({name} {identity[name]}, not {header[name]}); "
-                "name the right one"
-            )
-
-
-def check_apart(options, spec):
-    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
-    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
-    ours = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)?|_\d+_\d+{extension})"
-    read = {
-        "image": options.initial_image,
-        "caffe_model": spec.weights,
-        "deploy_txt": spec.deploy,
-        "mean_image": options.mean_image,
-    }
-    for name, path in read.items():
-        if path and re.fullmatch(ours, os.path.realpath(path)):
-            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
-    if options.stats:
-        stats = os.path.realpath(options.stats)
-        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
-            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
-
-
 def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
@@ -2499,11 +2512,7 @@ def run(options, signals, header=None, arrays=None):
     if options.workers and spec.use_gpu and not options.gpu:
         notices.append("--workers has no effect on a GPU")
     with workers, sole_writer(options.output_file):
-        identity = {
-            "weights_sha256": file_hash(spec.weights, "sha256").partition(":")[2],
-            "deploy_sha256": file_hash(spec.deploy, "sha256").partition(":")[2],
-            "mean": mean,
-        }
+        identity = identify(spec, mean)
         if header is not None:
             check_same_network(options.resume, header, identity)
         workers.describe()
@@ -2534,54 +2543,11 @@ def run(options, signals, header=None, arrays=None):
             tell(f"note: there is no display; see {path}")
         for path in filter(None, (output.path, options.stats)):
             remove_parts(path)
-        if os.path.exists(output.checkpoint) and not (header and os.path.samefile(output.checkpoint, options.resume)):
-            old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{output.checkpoint}.old{n}"))
-            os.replace(output.checkpoint, old)
+        old = set_aside(output.checkpoint, options.resume)
+        if old:
             tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {shlex.quote(old)}")
         with np.errstate(all="ignore"):  # what is not finite is told in our own words
             loop(dream, output, signals)
-
-
-def set_up(options):
-    """(name of the network, scalar mean, Workers not yet entered) for the options. Raises BadRequest."""
-    spec, name, mean = find_network(options)
-    gpus, reason = choose_gpus(options.gpu)
-    workers = Workers(dataclasses.replace(spec, use_gpu=bool(gpus)), options.workers or count_cores(), gpus, options.batch_size)
-    many = "s" * (workers.number > 1)
-    workers.device = f"GPU{many} {','.join(map(str, gpus))}" if gpus else f"CPU{reason}, {workers.number} worker{many}"
-    return name, mean, workers
-
-
-def dream(image=None, **options):
-    """The program as a library: does a run, yielding a Progress after every step.
-
-        for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
-            picture = progress.picture()  # uint8 (H, W, 3)
-
-    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for noise. The options are the
-    command line's, by any of their names and with the same defaults; those of output have no effect. Workers are processes
-    that import the calling script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
-    """
-    words = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in options.items()
-        if value is not False and value is not None
-    ]
-    parsed = build_parser().parse_args(words)
-    for name in ("resume", "reproduce", "download_model", "list_models", "list_layers"):
-        if getattr(parsed, name):
-            raise BadRequest(f"{name}: is of the command line only")
-    image = parsed.initial_image if image is None else image
-    if isinstance(image, (str, os.PathLike)):
-        image, _ = read_picture(find_file("image", file_name(os.fspath(image))), parsed.background)
-    elif image is not None:
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
-    _, mean, workers = set_up(parsed)
-    with workers:
-        workers.describe()
-        yield from Dream(parsed, image, mean, workers).run()
 
 
 def loop(dream, output, signals):
@@ -2627,6 +2593,10 @@ def loop(dream, output, signals):
             except RunFailed:
                 raise RunFailed(f"{error}{hint}") from None
             raise RunFailed(f"{error}; the picture so far is in {output.path}{hint}") from None
+        except Exception:  # a fault in this program, whose traceback is to be seen; the picture is kept all the same
+            with contextlib.suppress(Exception):
+                output.finish(dream)
+            raise
     stopped = done < total
     if stopped and options.checkpoint_iter != 0:
         output.write_checkpoint(dream)
@@ -2643,6 +2613,69 @@ def loop(dream, output, signals):
                 os.remove(path)
 
 
+def dream(image=None, **options):
+    """The program as a library: does a run, yielding a Progress after every step.
+
+        for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
+            picture = progress.picture()  # uint8 (H, W, 3)
+
+    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for noise. The options are the
+    command line's, by any of their names and with the same defaults; those of output have no effect. Workers are processes
+    that import the calling script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
+    """
+    words = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in options.items()
+        if value is not False and value is not None
+    ]
+    parsed = build_parser().parse_args(words)
+    for name in ("resume", "reproduce", "download_model", "list_models", "list_layers"):
+        if getattr(parsed, name):
+            raise BadRequest(f"{name}: is of the command line only")
+    image = parsed.initial_image if image is None else image
+    if isinstance(image, (str, os.PathLike)):
+        image, _ = read_picture(find_file("image", file_name(os.fspath(image))), parsed.background)
+    elif image is not None:
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+    _, mean, workers = set_up(parsed)
+    with workers:
+        workers.describe()
+        yield from Dream(parsed, image, mean, workers).run()
+
+
+# ---- Commands -----------------------------------------------------------------------------------------------------------
+
+
+def list_models():
+    """Prints the networks known by name: where found, size, how far verified."""
+    for model in MODELS.values():
+        path = model.find_weights()
+        if path is None:
+            say(f"{model.name:20} not installed; python cnn_vis.py --download_model {model.name}")
+        else:
+            say(f"{model.name:20} {os.path.getsize(path) / 1e6:5.1f} MB, {standing(path, model)}: {path}")
+
+
+def list_layers(options):
+    """Prints the layers that can be amplified, in order, each with its shape for one tile."""
+    deploy, weights, fit, _ = find_files(options)
+    for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
+        say(f"{name:32} {'x'.join(map(str, shape))}")
+
+
+def download_model(options):
+    """Does --download_model."""
+    model = MODELS[options.download_model]
+    deploy = model.find_deploy()
+    if deploy is None:
+        raise BadRequest(f"--download_model {model.name}: Caffe is needed to check it; pip install ./pycaffe")
+    download(model, options.model_url or model.url, functools.partial(in_a_worker, structure_error, deploy))
+    place = model.cache_place()
+    say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
+
+
 def reproduce(path):
     """Prints the command that made a picture."""
     origin = read_origin(path)
@@ -2650,19 +2683,6 @@ def reproduce(path):
     if origin["when"]:
         note(printable(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one"))
     say(" ".join(map(shell_word, origin["words"])))
-
-
-def printable(text):
-    """The text with what a terminal might obey, or not show, as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def shell_word(word):
-    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
-    return f"$'{''.join(escaped)}'"
 
 
 def mend_streams():
