@@ -102,7 +102,26 @@ def test_options_in_the_readme_exist():
     assert mentioned <= known
 
 
-def test_links_in_the_readme_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "tests/README.md", "models/googlenet_mini/README.md"])
+def test_links_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_gallery():
+    """Every picture has its command, of a script that is there (test_examples.py runs them all) and options that it takes."""
+    import cnn_vis as program
+
+    text = (ROOT / "examples" / "README.md").read_text()
+    pictures = re.findall(r"!\[[^\]]+\]\((pictures/[^)]+)\)\n\n```sh\nexamples/", text)
+    assert len(pictures) == text.count("![") >= 10
+    for path in (ROOT / "examples" / "pictures").iterdir():
+        assert path.stat().st_size < 200_000, path
+    known = {name for action in program.build_parser()._actions for name in action.option_strings}
+    for line in re.findall(r"^examples/.*", text, re.MULTILINE):
+        script, *words = shlex.split(line, comments=True)
+        assert os.access(ROOT / script, os.X_OK), script
+        assert {word for word in words if word.startswith("--")} <= known
+    for script in set(re.findall(r"`(\w+\.(?:sh|sbatch|py|ipynb))\b", text)) - {"cnn_vis.py"}:
+        assert (ROOT / "examples" / script).exists(), script

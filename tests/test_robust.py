@@ -162,10 +162,11 @@ def test_ctrl_c_from_a_terminal(tmp_path):
         time.sleep(moment)
         os.killpg(running.pid, signal.SIGINT)
         out, said = running.communicate(timeout=20)
-        assert running.returncode in (130, -signal.SIGINT), said
-        if running.returncode == 130:  # else Python itself was still starting
+        if running.returncode == 130:
             assert "Traceback" not in said, said
             assert "stopped" in said
+        else:  # Python itself was still starting
+            assert ", in main\n" not in said, said
         wait_for(lambda running=running: not session(running.pid))
 
 
