@@ -25,7 +25,7 @@ const int kCached = 1 << 18;  // numbers that a processor's cache holds with eas
 constexpr float BT[kIn][kIn] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}};
 constexpr float G[kIn][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 constexpr float AT[kOut][kIn] = {{1, 1, 1, 0}, {0, 1, -1, -1}};
-// A kernel turned by half a turn has the same G g GT, but for its first rows and columns, which are the last ones.
+// A kernel turned by half a turn has the same G g GT with the first and the last row exchanged, and so the columns.
 const int kTurned[kIn] = {3, 1, 2, 0};
 
 // Vectors out[i] = sum over j of M[i][j] in[j], of n numbers, `in_step` and `out_step` apart.
