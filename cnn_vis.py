@@ -192,11 +192,15 @@ MAX_SIDE = 1_000_000
 
 
 def parse_size(text, base):
-    """A size as an option gives it ("HxW", "xF" or None) as (height, width); `base` is (height, width). Raises ValueError."""
+    """A size as an option gives it ("HxW", "xF", "N" or None) as (height, width); `base` is (height, width), of whose shape "N"
+    is with the longer side N. Raises ValueError."""
     if text is None:
         return tuple(base)
-    height, _, width = text.partition("x")
-    size = (int(height), int(width)) if height else tuple(int(float(width) * side) for side in base)
+    height, x, width = text.partition("x")
+    if not x:
+        size = tuple(max(1, round(int(text) * side / max(base))) for side in base)
+    else:
+        size = (int(height), int(width)) if height else tuple(int(float(width) * side) for side in base)
     if min(size) < 1:
         raise ValueError(f"{size[0]}x{size[1]} has no pixels")
     if max(size) > MAX_SIDE:
@@ -482,17 +486,18 @@ def find_in_caffe(below_root, below_package):
     return next(filter(os.path.isfile, places), None)
 
 
-def choose_model(name, given_files, tell):
+def choose_model(name, given_files):
     """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small network that comes along
-    where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place; tell(text) then gives notice."""
-    model = MODELS[name or "bvlc_googlenet"]
-    if name is None and not given_files and model.find_weights() is None and MODELS["googlenet_mini"].find_weights():
-        tell(
-            "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
-            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
-        )
-        return MODELS["googlenet_mini"]
-    return model
+    where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place."""
+    model, small = MODELS[name or "bvlc_googlenet"], MODELS["googlenet_mini"]
+    stands_in = name is None and not given_files and model.find_weights() is None and small.find_weights()
+    return small if stands_in else model
+
+
+STANDS_IN = (
+    "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
+    "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
+)
 
 
 def find_file(option, path):
@@ -1469,7 +1474,9 @@ def plan_sizes(options, picture, tile_size):
             ends.append(parse_size(getattr(options, name), base))
         except (ValueError, OverflowError) as error:
             value = getattr(options, name)
-            raise BadRequest(f"--{name} {value}: {one_line(error)}; give HxW in pixels or xF, as 540x960 or x0.5") from None
+            raise BadRequest(
+                f"--{name} {value}: {one_line(error)}; give HxW, the longer side, or xF, as 540x960, 960 or x0.5"
+            ) from None
     sizes = size_sequence(ends[0], ends[-1], options.num_sizes, options.resize_type)
     for size in sizes:
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
@@ -2152,8 +2159,8 @@ def build_parser():
     parser = Parser(
         prog="cnn_vis.py",
         description="Inceptionism pictures on real Caffe: amplifies what one layer of a network sees in a picture, or in noise.",
-        epilog="Names may be written with dashes. Sizes are height x width: HxW in pixels, or xF times the base size "
-        "(the start picture's, or the network's input for noise).",
+        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW, or the longer side alone, or xF times "
+        "the base size (the start picture's, or the network's input for noise); no side is below the network's input.",
         formatter_class=HelpFormatter,
     )
     # fmt: off
@@ -2204,7 +2211,7 @@ def build_parser():
 
     group = parser.add_argument_group("sizes")
     add = group.add_argument
-    add("--initial_size", metavar="SIZE", help="first size, HxW or xF (default: the base size)")
+    add("--initial_size", metavar="SIZE", help="first size: HxW, the longer side, or xF (default: the base size)")
     add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
     add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1, help="number of sizes; 1: only the first")
     add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
@@ -2268,7 +2275,7 @@ def given_options(argv):
 
 def without_effect(options):
     """Notices of options that were given and change nothing."""
-    o, parser = options, build_parser()
+    o, default = options, vars(build_parser().parse_args([]))
     idle = {
         ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
         ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
@@ -2295,7 +2302,7 @@ def without_effect(options):
     }  # fmt: skip
     for names, reason in idle.items():
         for name in names:
-            if not reason or getattr(o, name) == parser.get_default(name):
+            if not reason or getattr(o, name) == default[name]:
                 continue
             yield f"--{name} has no effect with {reason}"
 
@@ -2304,10 +2311,11 @@ def command_words(options, portable=False):
     """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
     folder, and the output is left out."""
     parser, words = build_parser(), []
+    default = vars(parser.parse_args([]))
     for action in parser._actions:
         value = getattr(options, action.dest, None)
         if (
-            value == action.default
+            value == default.get(action.dest)
             or value is None
             or action.dest in ("resume", "quiet")
             or (portable and action.dest == "output_file")
@@ -2354,8 +2362,7 @@ def teller(options):
 
 def find_files(options):
     """(deploy, weights or None, whether the classifier is to be fitted, Model) for the options. Raises BadRequest."""
-    tell = teller(options)
-    model = choose_model(options.model, options.deploy_txt or options.caffe_model, tell)
+    model = choose_model(options.model, options.deploy_txt or options.caffe_model)
     weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
     deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
     if deploy is None:
@@ -2506,6 +2513,8 @@ def run(options, signals, header=None, arrays=None):
     spec = workers.spec
     check_apart(options, spec)
     if not (options.deploy_txt or options.caffe_model):
+        if options.model is None and network_name == "googlenet_mini":
+            notices.insert(0, STANDS_IN)
         options.model = network_name  # the command that makes it again is to find the same one
     if options.batch_size and not spec.use_gpu:
         notices.append("--batch_size has no effect on the CPU")
@@ -2607,6 +2616,7 @@ def loop(dream, output, signals):
         raise RunFailed(f"{error}{output.hint()}") from None
     if stopped:
         raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
+    teller(options)(f"{output.path}: done in {tqdm.format_interval(time.monotonic() - output.begun)}")
     for path in {output.checkpoint, options.resume} - {None}:
         if re.search(r"\.checkpoint(\.old\d*)?$", path):  # not one that somebody has given a name of his own
             with contextlib.suppress(OSError):
@@ -2639,7 +2649,9 @@ def dream(image=None, **options):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
-    _, mean, workers = set_up(parsed)
+    name, mean, workers = set_up(parsed)
+    if parsed.model is None and name == "googlenet_mini" and not parsed.quiet:
+        note(STANDS_IN)
     with workers:
         workers.describe()
         yield from Dream(parsed, image, mean, workers).run()
@@ -2660,7 +2672,9 @@ def list_models():
 
 def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
-    deploy, weights, fit, _ = find_files(options)
+    deploy, weights, fit, model = find_files(options)
+    if options.model is None and model.name == "googlenet_mini":
+        note(STANDS_IN)
     for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
         say(f"{name:32} {'x'.join(map(str, shape))}")
 

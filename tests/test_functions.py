@@ -138,3 +138,8 @@ def test_objective_gradient_through_caffe(target, neuron):
         up, down = (sum(network.gradients(batch + sign * h * direction)[1]) for sign in (1, -1))
         expected = -float((gradient.astype(float) * direction).sum())
         assert (up - down) / (2 * h) == pytest.approx(expected, rel=0.02, abs=2e-3 * float(np.abs(gradient * direction).sum()))
+
+
+@pytest.mark.parametrize(("text", "size"), [(None, (426, 640)), ("320", (213, 320)), ("50x60", (50, 60)), ("x0.5", (213, 320))])
+def test_sizes(text, size):
+    assert cnn_vis.parse_size(text, (426, 640)) == size
