@@ -23,7 +23,6 @@ import csv
 import ctypes
 import dataclasses
 import difflib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -40,6 +39,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -48,6 +48,9 @@ import types
 import warnings
 import zipfile
 import zlib
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() can say a word: no traceback out of an import
 
 import numpy as np
 
@@ -663,7 +666,7 @@ def import_caffe():
         # What only caffe.io uses, to read pictures, would be the half of a worker's start.
         with stand_ins("skimage", "skimage.io", "skimage.transform", "scipy", "scipy.ndimage"):
             import caffe
-    except ImportError as error:
+    except Exception as error:  # somebody's own may fail in any way
         root = os.environ.get("CAFFE_ROOT")
         if not root or (path := os.path.join(root, "python")) in sys.path:
             raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); install it with: pip install ./pycaffe") from None
@@ -1368,8 +1371,8 @@ class Dream:
                 gauge.add_means(step_size=step, value=self.image[plane])
             if overflow:
                 raise NotFinite(
-                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, --p_reg, "
-                    "--p_reg_aux or --tv_reg, or the exponents --alpha, --alpha_aux and --beta"
+                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, the weights "
+                    "(--l1_weight, --l2_weight, --p_reg, --p_reg_aux, --tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
                 )
             self.image[plane] += step
 
@@ -1505,9 +1508,10 @@ def plan_sizes(options, picture, tile_size):
 def whole_file(path, name=None):
     """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is written and on the disk, and
     leaves no trace if that fails. Raises RunFailed, which calls it `name`."""
-    place = os.path.realpath(path)
-    part = part_name(place, os.getpid())
+    part = None
     try:
+        place = os.path.realpath(path)
+        part = part_name(place, os.getpid())
         with open(part, "w+b") as file:
             yield file
             file.flush()
@@ -1516,19 +1520,14 @@ def whole_file(path, name=None):
     except OSError as error:
         raise RunFailed(f"{name or path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError):
             os.remove(part)
-
-
-def hidden_name(path, ending):
-    """The name of a hidden file beside `path`, for as long as work on it goes on."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{ending}")
 
 
 def part_name(path, pid):
     """Where process `pid` of this machine writes what is to become `path`."""
-    return hidden_name(path, f"{os.uname().nodename}.{pid}.part")
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{os.uname().nodename}.{pid}.part")
 
 
 def remove_parts(output):
@@ -1541,21 +1540,19 @@ def remove_parts(output):
 
 
 @contextlib.contextmanager
-def sole_writer(path):
-    """Within, no other run on this machine writes to `path`. Raises BadRequest where one does."""
-    lock = hidden_name(os.path.realpath(path), "lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadRequest(f"--output {path}: another run is writing there; choose another name, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(lock)
+def sole_writer(paths):
+    """Within, no other run on this machine writes to any of `paths`. Raises BadRequest where one does.
+
+    Each path is held by a socket in Linux's abstract namespace, which leaves nothing behind however the process ends.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in sorted({os.path.realpath(path) for path in paths}):
+            lock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            try:
+                lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
+            except OSError:
+                raise BadRequest(f"--output: another run is writing {path}; choose another name, or stop it") from None
+        yield
 
 
 def set_aside(checkpoint, resumed):
@@ -1707,8 +1704,6 @@ def read_origin(path):
         texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
         return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
     except Exception as error:  # strangers' files
-        if not os.path.exists(path):
-            raise BadRequest(f"--reproduce {path}: no such file; give a picture that cnn_vis.py wrote") from None
         raise BadRequest(
             f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
             "file that --sidecar wrote"
@@ -1764,7 +1759,9 @@ def check_matplotlib():
         import matplotlib.figure
         import matplotlib.pyplot  # noqa: F401
     except (ImportError, ValueError) as error:
-        raise BadRequest(f"--iter_behavior: matplotlib does not work ({one_line(error)}); pip install matplotlib") from None
+        raise BadRequest(
+            f"--iter_behavior: matplotlib does not work ({one_line(error)}); pip install matplotlib, and look at $MPLBACKEND"
+        ) from None
 
 
 class Figure:
@@ -1902,8 +1899,6 @@ class Output:
         self.rows = kept["rows"].tolist() if "rows" in kept else []
         self.frames = list(kept.get("frames", []))
         self.show = self.plot_pix = None
-        if self.behavior & {"show", "plot", "plot_pix"}:
-            check_matplotlib()
         if "show" in self.behavior:
             size = (options.show_width, options.show_height)
             self.show = Figure(beside(self.path, "show"), num="cnn-vis", figsize=size)
@@ -1990,6 +1985,16 @@ class Output:
         except RunFailed as error:
             tell(f"cnn_vis.py: {error}")
 
+    def rescue(self, dream):
+        """Saves a run whose picture could not be written, if need be among the temporary files; returns how to go on."""
+        self.write_checkpoint(dream, tell=lambda text: None)
+        if os.path.exists(self.checkpoint):
+            return self.hint()
+        self.checkpoint = os.path.join(tempfile.gettempdir(), os.path.basename(self.checkpoint))
+        set_aside(self.checkpoint, None)
+        self.write_checkpoint(dream, tell=lambda text: None)
+        return f"{self.hint()} --output ANOTHER.png" if os.path.exists(self.checkpoint) else ""
+
     def hint(self):
         """How to go on after the run has ended too early, if there is a checkpoint."""
         path = next(filter(os.path.exists, filter(None, (self.checkpoint, self.options.resume))), None)
@@ -2030,7 +2035,11 @@ BEHAVIORS = ("print", "save", "show", "plot_pix", "plot", "gif", "none")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with dashes for underscores in option names, and errors in one line."""
+    """argparse with dashes for underscores in option names, negative numbers like -1e-4, and errors in one line."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def parse_known_args(self, args=None, namespace=None):
         def underscored(arg):
@@ -2425,6 +2434,14 @@ def set_up(options):
     return name, mean, workers
 
 
+def files_of(options):
+    """The paths that a run writes at its end."""
+    words = {"plot": ("plot", ".png"), "gif": ("run", ".gif"), "show": ("show", ".png"), "plot_pix": ("plot_pix", ".png")}
+    figures = [beside(options.output_file, *words[word]) for word in sorted(options.iter_behavior & set(words))]
+    more = [options.stats, f"{options.output_file}.json" if options.sidecar else None]
+    return [options.output_file, *filter(None, more), *figures]
+
+
 def check_apart(options, spec):
     """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
     stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
@@ -2435,8 +2452,9 @@ def check_apart(options, spec):
         "deploy_txt": spec.deploy,
         "mean_image": options.mean_image,
     }
-    for name, path in read.items():
-        if path and re.fullmatch(ours, os.path.realpath(path)):
+    for name, path in [*read.items(), ("resume", options.resume)]:
+        own_checkpoint = name == "resume" and path and re.search(r"\.checkpoint(\.old\d*)?$", path)
+        if path and not own_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
             raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
     if options.stats:
         stats = os.path.realpath(options.stats)
@@ -2499,10 +2517,18 @@ def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
     tell = teller(options)
+    try:
+        os.getcwd()
+    except OSError:
+        raise BadRequest("the current folder is no more; go to another one") from None
     notices = list(without_effect(options))
     check_output("output", options.output_file)
     if options.stats:
         check_output("stats", options.stats, ())
+    for path in filter(os.path.isdir, files_of(options)):
+        raise BadRequest(f"--output {options.output_file}: the run is to write {path}, which is a folder; choose another name")
+    if options.iter_behavior & {"show", "plot", "plot_pix"}:
+        check_matplotlib()
     picture = arrays.pop("picture", None)
     if header is None and options.initial_image is not None:
         picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
@@ -2520,7 +2546,8 @@ def run(options, signals, header=None, arrays=None):
         notices.append("--batch_size has no effect on the CPU")
     if options.workers and spec.use_gpu and not options.gpu:
         notices.append("--workers has no effect on a GPU")
-    with workers, sole_writer(options.output_file):
+    resumed = [re.sub(r"\.checkpoint(\.old\d*)?$", "", options.resume)] if options.resume else []
+    with workers, sole_writer([*files_of(options), *resumed]):
         identity = identify(spec, mean)
         if header is not None:
             check_same_network(options.resume, header, identity)
@@ -2612,8 +2639,7 @@ def loop(dream, output, signals):
     try:
         output.finish(dream)
     except RunFailed as error:
-        output.write_checkpoint(dream, tell=lambda text: None)
-        raise RunFailed(f"{error}{output.hint()}") from None
+        raise RunFailed(f"{error}{output.rescue(dream)}") from None
     if stopped:
         raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
     teller(options)(f"{output.path}: done in {tqdm.format_interval(time.monotonic() - output.begun)}")
@@ -2644,10 +2670,11 @@ def dream(image=None, **options):
             raise BadRequest(f"{name}: is of the command line only")
     image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        image, _ = read_picture(find_file("image", file_name(os.fspath(image))), parsed.background)
+        path = os.path.expanduser(os.path.expandvars(os.fspath(image)))
+        image, _ = read_picture(find_file("image", path), parsed.background)
     elif image is not None:
         image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     name, mean, workers = set_up(parsed)
     if parsed.model is None and name == "googlenet_mini" and not parsed.quiet:
@@ -2692,7 +2719,7 @@ def download_model(options):
 
 def reproduce(path):
     """Prints the command that made a picture."""
-    origin = read_origin(path)
+    origin = read_origin(find_file("reproduce", path))
     note(printable(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}"))
     if origin["when"]:
         note(printable(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one"))

@@ -85,11 +85,12 @@ def test_print_shows_figures(picture, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.png", "out.png"]
 
 
-def test_one_line_tells_the_run(picture, tmp_path):
+def test_a_line_tells_the_run_and_one_its_end(picture, tmp_path):
     done = cnn_vis(*QUICK, f"--image={picture}", "--iter_behavior=none", cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
+    line, end = done.stderr.splitlines()
     for word in ("tiny_inception.caffemodel", "inception_a/output 18x16x16", "CPU", "60x90"):
         assert word in line
+    assert re.fullmatch(r"out\.png: done in 00:0\d", end)
 
 
 def test_seed_makes_noise_repeatable(tmp_path):

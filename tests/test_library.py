@@ -59,6 +59,10 @@ def test_dream_refuses():
         next(program.dream(np.zeros((40, 40, 3)), **OPTIONS))
     with pytest.raises(program.BadRequest, match="uint8"):
         next(program.dream(Image.open(GOLDEN / "input.png").convert("L"), **OPTIONS))
+    with pytest.raises(program.BadRequest, match="uint8"):
+        next(program.dream(np.zeros((0, 0, 3), np.uint8), **OPTIONS))
+    with pytest.raises(program.BadRequest, match="no such file"):
+        next(program.dream("", **OPTIONS))
     with pytest.raises(program.BadRequest, match="--nonsense"):
         next(program.dream(None, **OPTIONS, nonsense=1))
 

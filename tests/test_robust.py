@@ -290,6 +290,12 @@ def test_one_run_at_a_time_writes_an_output(tmp_path):
     running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     wait_for((tmp_path / CHECKPOINT).exists)
     assert_one_line(cnn_vis(*RUN, "--quiet", cwd=tmp_path), 2, "--output", "out.png", "another run")
+    others = (["--output=out.jpg"], ["--output=x.png"], ["--output=y.png", "--stats=stats.csv", "--iter_behavior=none"])
+    for (other, *more), taken in zip(others, ("out_run.gif", "stats.csv", "stats.csv")):
+        assert_one_line(cnn_vis(*RUN, other, *more, cwd=tmp_path), 2, "another run", taken)
+    assert_one_line(
+        cnn_vis(f"--resume={CHECKPOINT}", "--output=z.png", "--stats=z.csv", cwd=tmp_path), 2, "another run", "out.png"
+    )
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=20)
     assert "--resume" in said
@@ -347,10 +353,13 @@ def test_disk_full(small_disk, tmp_path):
     done = cnn_vis(*RUN, "--num_steps=3", "--stats=/dev/full/no", f"--output={small_disk}/out.png", cwd=tmp_path)
     assert_one_line(done, 2, "--stats")
     done = cnn_vis(*TINY, "--layer=inception_a/output", "--initial_size=300x300", "--initialization_scale=60", "--num_steps=2",
-                   "--tv_reg=0", "--quiet", f"--output={small_disk}/out.png", cwd=tmp_path)  # fmt: skip
+                   "--tv_reg=0", "--quiet", f"--output={small_disk}/out.png", cwd=tmp_path, TMPDIR=str(tmp_path))  # fmt: skip
     assert_one_line(done, 1, "--output", "No space left", "unchanged")
     assert (small_disk / "out.png").read_bytes() == good
     assert sorted(os.listdir(small_disk)) == ["filler", "out.png"]
+    command = shlex.split(done.stderr.partition("go on with: ")[2])  # the checkpoint is among the temporary files
+    assert cnn_vis(*command[2:], cwd=tmp_path).returncode == 0
+    assert Image.open(tmp_path / "ANOTHER.png").size == (300, 300)
 
 
 def test_disk_full_on_the_way(small_disk, tmp_path):
@@ -447,7 +456,10 @@ def test_reproduce_of_other_files(tmp_path):
     CARD.save(tmp_path / "photo.jpg")
     for name in ("none.png", GOLDEN / "input.png", GOLDEN / "cases.json", ".", "photo.jpg"):
         done = cnn_vis(f"--reproduce={name}", cwd=tmp_path)
-        assert_one_line(done, 2, f"--reproduce {name}:", "no such file;" if name == "none.png" else "holds no word")
+        words = {"none.png": "no such file;", ".": "is a folder"}.get(name, "holds no word")
+        assert_one_line(done, 2, f"--reproduce {name}:", words)
+    os.mkfifo(tmp_path / "fifo.png")
+    assert_one_line(cnn_vis("--reproduce=fifo.png", cwd=tmp_path), 2, "--reproduce", "no ordinary file")
 
 
 # ---- Pictures as people have them ----------------------------------------------------------------------------------------
@@ -883,6 +895,18 @@ def test_inputs_are_not_overwritten(option, tmp_path):
     assert pathlib.Path(file).read_bytes() == before
 
 
+def test_a_checkpoint_is_not_overwritten(tmp_path):
+    """By the picture of the run that goes on from it."""
+    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    wait_for((tmp_path / CHECKPOINT).exists)
+    running.kill()
+    running.communicate()
+    (tmp_path / CHECKPOINT).rename(tmp_path / "c.png")
+    before = (tmp_path / "c.png").read_bytes()
+    assert_one_line(cnn_vis("--resume=c.png", "--output=c.png", cwd=tmp_path), 2, "--output", "--resume")
+    assert (tmp_path / "c.png").read_bytes() == before
+
+
 @pytest.mark.parametrize("stats", ["in.png", "o.png", "o.png.checkpoint", "o_plot.png", "o_1_1.png", "o.png.json", "./o.png"])
 def test_stats_overwrite_nothing(stats, tmp_path):
     shutil.copy(GOLDEN / "input.png", tmp_path / "in.png")
@@ -1007,6 +1031,54 @@ def test_means_that_are_none(tmp_path):
 @pytest.mark.parametrize("option", ["num_steps", "num_sizes", "output_iter", "checkpoint_iter", "seed", "workers", "gpu"])
 def test_numbers_of_400_digits(option, tmp_path):
     assert_one_line(cnn_vis(*ONE, f"--{option}={'9' * 400}", cwd=tmp_path), 2, f"--{option}")
+
+
+@pytest.mark.parametrize("value", ["-1e-4", "-.5", "-2", "-1.5e3"])
+def test_negative_numbers(value, tmp_path):
+    assert cnn_vis(*ONE, "--amplify_l1_weight", value, cwd=tmp_path).returncode == 0
+
+
+def test_folders_where_files_are_to_come(tmp_path):
+    for name, option in (
+        ("o.png.json", "--sidecar"),
+        ("o_run.gif", "--iter_behavior=gif"),
+        ("o_plot.png", "--iter_behavior=plot"),
+    ):
+        (tmp_path / name).mkdir()
+        assert_one_line(cnn_vis(*ONE[:-1], option, "--output=o.png", cwd=tmp_path), 2, "--output", name)
+
+
+def test_a_folder_that_goes_away(tmp_path):
+    """The picture cannot be written where it was to be; the work is kept, and can be gone on with."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "cnn_vis.py"), *RUN, "--stats=s.csv", "--quiet", "--checkpoint_iter=1"]
+    running = subprocess.Popen([*command, f"--output={folder}/out.png"], cwd=tmp_path, env=environment, text=True,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    wait_for((folder / CHECKPOINT).exists)
+    shutil.rmtree(folder)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    line = said.splitlines()[-1]
+    assert "Traceback" not in said
+    command = shlex.split(line.partition("go on with: ")[2])
+    assert cnn_vis(*command[2:], cwd=tmp_path).returncode == 0
+    Image.open(tmp_path / "ANOTHER.png").verify()
+
+
+def test_a_current_folder_that_is_no_more(tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE, f"--output={tmp_path}/o.png"])
+    done = subprocess.run(
+        ["sh", "-c", f"mkdir gone; cd gone; rmdir ../gone; {command}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert_one_line(done, 2, "current folder")
+
+
+def test_a_caffe_that_does_not_work(tmp_path):
+    (tmp_path / "caffe").mkdir()
+    (tmp_path / "caffe" / "__init__.py").write_text("1 / 0")
+    assert_one_line(cnn_vis(*ONE, cwd=tmp_path, PYTHONPATH=str(tmp_path)), 2, "Caffe cannot be imported", "division by zero")
 
 
 def test_few_descriptors(tmp_path):
