@@ -2434,6 +2434,21 @@ def set_up(options):
     return name, mean, workers
 
 
+LIMITS = {"v": (resource.RLIMIT_AS, 600 << 20), "d": (resource.RLIMIT_DATA, 250 << 20)}  # of ulimit: what libraries take
+
+
+def check_surroundings():
+    """Raises BadRequest where the shell that started the program leaves it no room to work."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise BadRequest("the current folder is no more; go to another one") from None
+    for letter, (limit, least) in LIMITS.items():
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY and soft < least:
+            raise BadRequest(f"ulimit -{letter} {soft >> 10}: too little memory to start in; allow {least >> 10} at least")
+
+
 def files_of(options):
     """The paths that a run writes at its end."""
     words = {"plot": ("plot", ".png"), "gif": ("run", ".gif"), "show": ("show", ".png"), "plot_pix": ("plot_pix", ".png")}
@@ -2517,10 +2532,7 @@ def run(options, signals, header=None, arrays=None):
     """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
     arrays = arrays or {}
     tell = teller(options)
-    try:
-        os.getcwd()
-    except OSError:
-        raise BadRequest("the current folder is no more; go to another one") from None
+    check_surroundings()
     notices = list(without_effect(options))
     check_output("output", options.output_file)
     if options.stats:

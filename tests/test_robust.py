@@ -1081,6 +1081,13 @@ def test_a_caffe_that_does_not_work(tmp_path):
     assert_one_line(cnn_vis(*ONE, cwd=tmp_path, PYTHONPATH=str(tmp_path)), 2, "Caffe cannot be imported", "division by zero")
 
 
+@pytest.mark.parametrize("limit", ["-d 160000", "-v 450000"])
+def test_little_memory_to_start_in(limit, tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
+    done = subprocess.run(["bash", "-c", f"ulimit {limit}; {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert_one_line(done, 2, f"ulimit {limit}")
+
+
 def test_few_descriptors(tmp_path):
     command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--workers=40"])
     done = subprocess.run(["sh", "-c", f"ulimit -n 30; {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
