@@ -497,10 +497,14 @@ def choose_model(name, given_files):
     return small if stands_in else model
 
 
-STANDS_IN = (
-    "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
-    "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
-)
+def stand_in_notices(asked, name):
+    """What to tell, as a list, where the network `name` runs and `asked` (or None) was the option."""
+    if asked is not None or name != "googlenet_mini":
+        return []
+    return [
+        "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
+        "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
+    ]
 
 
 def find_file(option, path):
@@ -1508,20 +1512,20 @@ def plan_sizes(options, picture, tile_size):
 def whole_file(path, name=None):
     """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is written and on the disk, and
     leaves no trace if that fails. Raises RunFailed, which calls it `name`."""
-    part = None
     try:
         place = os.path.realpath(path)
         part = part_name(place, os.getpid())
-        with open(part, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, place)
+        try:
+            with open(part, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, place)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(part)
     except OSError as error:
         raise RunFailed(f"{name or path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
-    finally:
-        with contextlib.suppress(OSError, TypeError):
-            os.remove(part)
 
 
 def part_name(path, pid):
@@ -1567,6 +1571,15 @@ def set_aside(checkpoint, resumed):
 def checkpoint_name(output):
     """Where the checkpoint of a run lies."""
     return f"{output}.checkpoint"
+
+
+CHECKPOINT_ENDING = r"\.checkpoint(\.old\d*)?"  # also of those that set_aside has renamed
+
+
+def output_of(checkpoint):
+    """The output of the run that a checkpoint belongs to, by its name; None where somebody has given it one of his own."""
+    match = re.search(f"{CHECKPOINT_ENDING}$", checkpoint)
+    return match and checkpoint[: match.start()]
 
 
 def write_checkpoint(path, header, arrays):
@@ -1794,9 +1807,12 @@ def write_figure(figure, path):
         figure.savefig(file, format="png")
 
 
-def beside(path, word, extension=".png"):
-    """The name of another file of the same run: NAME_WORD.EXT."""
-    return f"{os.path.splitext(path)[0]}_{word}{extension}"
+FIGURES = {"show": "_show.png", "plot_pix": "_plot_pix.png", "plot": "_plot.png", "gif": "_run.gif"}  # of iter_behavior
+
+
+def figure_name(output, behavior):
+    """Where what a word of FIGURES asks for is written: beside the output."""
+    return os.path.splitext(output)[0] + FIGURES[behavior]
 
 
 class PlotPix:
@@ -1901,9 +1917,9 @@ class Output:
         self.show = self.plot_pix = None
         if "show" in self.behavior:
             size = (options.show_width, options.show_height)
-            self.show = Figure(beside(self.path, "show"), num="cnn-vis", figsize=size)
+            self.show = Figure(figure_name(self.path, "show"), num="cnn-vis", figsize=size)
         if "plot_pix" in self.behavior:
-            self.plot_pix = Figure(beside(self.path, "plot_pix"), num="cnn-vis pixels")
+            self.plot_pix = Figure(figure_name(self.path, "plot_pix"), num="cnn-vis pixels")
             self.pixels = PlotPix(map(tuple, kept.get("pixels", np.empty((0, 6))).tolist()))
         self.every_step = bool(options.stats) or "plot" in self.behavior
 
@@ -1961,7 +1977,7 @@ class Output:
 
     def _plots(self, *_):
         if "plot" in self.behavior and self.rows:
-            write_figure(plot_stats(self.rows, self.options.num_steps), beside(self.path, "plot"))
+            write_figure(plot_stats(self.rows, self.options.num_steps), figure_name(self.path, "plot"))
         if self.options.stats and self.rows:
             write_stats(self.rows, self.options.stats)
 
@@ -2013,7 +2029,7 @@ class Output:
         if "gif" in self.behavior:
             last = gif_frame(picture, dream.sizes[-1])
             frames = self.frames if self.frames and np.array_equal(self.frames[-1], last) else [*self.frames, last]
-            write_gif(frames, beside(self.path, "run", ".gif"))
+            write_gif(frames, figure_name(self.path, "gif"))
 
 
 @functools.cache
@@ -2451,8 +2467,7 @@ def check_surroundings():
 
 def files_of(options):
     """The paths that a run writes at its end."""
-    words = {"plot": ("plot", ".png"), "gif": ("run", ".gif"), "show": ("show", ".png"), "plot_pix": ("plot_pix", ".png")}
-    figures = [beside(options.output_file, *words[word]) for word in sorted(options.iter_behavior & set(words))]
+    figures = [figure_name(options.output_file, word) for word in FIGURES if word in options.iter_behavior]
     more = [options.stats, f"{options.output_file}.json" if options.sidecar else None]
     return [options.output_file, *filter(None, more), *figures]
 
@@ -2460,7 +2475,8 @@ def files_of(options):
 def check_apart(options, spec):
     """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
     stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
-    ours = rf"{stem}(_(show|plot_pix|plot)\.png|_run\.gif|{extension}(\.json|\.checkpoint(\.old\d*)?)?|_\d+_\d+{extension})"
+    figures = "|".join(map(re.escape, FIGURES.values()))
+    ours = rf"{stem}({figures}|{extension}(\.json|{CHECKPOINT_ENDING})?|_\d+_\d+{extension})"
     read = {
         "image": options.initial_image,
         "caffe_model": spec.weights,
@@ -2468,8 +2484,8 @@ def check_apart(options, spec):
         "mean_image": options.mean_image,
     }
     for name, path in [*read.items(), ("resume", options.resume)]:
-        own_checkpoint = name == "resume" and path and re.search(r"\.checkpoint(\.old\d*)?$", path)
-        if path and not own_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
+        is_checkpoint = name == "resume" and path and output_of(path) is not None
+        if path and not is_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
             raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
     if options.stats:
         stats = os.path.realpath(options.stats)
@@ -2521,10 +2537,9 @@ def resume(path, argv):
             )
     options.resume = path
     if "output_file" not in given_options(argv):
-        name = re.sub(r"\.old\d*$", "", path)
-        if not name.endswith(".checkpoint"):
+        options.output_file = output_of(path)
+        if options.output_file is None:
             raise BadRequest(f"--resume {path}: name the picture to write with --output")
-        options.output_file = name.removesuffix(".checkpoint")
     return options, header, arrays
 
 
@@ -2551,14 +2566,13 @@ def run(options, signals, header=None, arrays=None):
     spec = workers.spec
     check_apart(options, spec)
     if not (options.deploy_txt or options.caffe_model):
-        if options.model is None and network_name == "googlenet_mini":
-            notices.insert(0, STANDS_IN)
+        notices = stand_in_notices(options.model, network_name) + notices
         options.model = network_name  # the command that makes it again is to find the same one
     if options.batch_size and not spec.use_gpu:
         notices.append("--batch_size has no effect on the CPU")
     if options.workers and spec.use_gpu and not options.gpu:
         notices.append("--workers has no effect on a GPU")
-    resumed = [re.sub(r"\.checkpoint(\.old\d*)?$", "", options.resume)] if options.resume else []
+    resumed = [output_of(options.resume) or options.resume] if options.resume else []
     with workers, sole_writer([*files_of(options), *resumed]):
         identity = identify(spec, mean)
         if header is not None:
@@ -2656,7 +2670,7 @@ def loop(dream, output, signals):
         raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
     teller(options)(f"{output.path}: done in {tqdm.format_interval(time.monotonic() - output.begun)}")
     for path in {output.checkpoint, options.resume} - {None}:
-        if re.search(r"\.checkpoint(\.old\d*)?$", path):  # not one that somebody has given a name of his own
+        if output_of(path) is not None:
             with contextlib.suppress(OSError):
                 os.remove(path)
 
@@ -2689,8 +2703,8 @@ def dream(image=None, **options):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     name, mean, workers = set_up(parsed)
-    if parsed.model is None and name == "googlenet_mini" and not parsed.quiet:
-        note(STANDS_IN)
+    for line in stand_in_notices(parsed.model, name):
+        teller(parsed)(line)
     with workers:
         workers.describe()
         yield from Dream(parsed, image, mean, workers).run()
@@ -2712,8 +2726,8 @@ def list_models():
 def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
     deploy, weights, fit, model = find_files(options)
-    if options.model is None and model.name == "googlenet_mini":
-        note(STANDS_IN)
+    for line in stand_in_notices(options.model, model.name):
+        note(line)
     for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
         say(f"{name:32} {'x'.join(map(str, shape))}")
 

@@ -45,6 +45,13 @@ def start(*arguments, cwd):
                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # fmt: skip
 
 
+def under_way(*arguments, cwd):
+    """As start, once there is a checkpoint."""
+    running = start(*arguments, cwd=cwd)
+    wait_for((cwd / CHECKPOINT).exists)
+    return running
+
+
 def descendants(pid):
     """The pids of all processes below `pid`."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:
@@ -140,8 +147,7 @@ def test_kill_and_resume_at_random_moments(seed, whole, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_say_how_to_go_on(signum, whole, tmp_path):
     before = shared_memory()
-    running = start(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
     running.send_signal(signum)
     _, said = running.communicate(timeout=20)
     assert running.returncode == 128 + signum
@@ -174,8 +180,7 @@ def test_ctrl_c_from_a_terminal(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
 def test_signals_to_all_processes(signum, whole, tmp_path):
     """As the loss of a terminal sends them, and a cluster's scheduler: one line, and the run can go on."""
-    running = start(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
     os.killpg(running.pid, signum)
     _, said = running.communicate(timeout=20)
     assert running.returncode == 128 + signum, said
@@ -188,8 +193,7 @@ def test_signals_to_all_processes(signum, whole, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """While a step goes on that takes long, here because the workers are held up."""
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     held = workers(running.pid)
     for pid in held:
         os.kill(pid, signal.SIGSTOP)
@@ -207,8 +211,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 def test_killed_workers_are_replaced(whole, tmp_path):
     """Up to three times, with the same picture in the end."""
-    running = start(*RUN, "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--checkpoint_iter=1", cwd=tmp_path)
     killed = 0
     while killed < 3 and running.poll() is None:
         for pid in workers(running.pid)[:1]:
@@ -222,8 +225,7 @@ def test_killed_workers_are_replaced(whole, tmp_path):
 
 
 def test_workers_killed_too_often(tmp_path):
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", "--quiet", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", "--quiet", cwd=tmp_path)
     while running.poll() is None:
         for pid in workers(running.pid):
             os.kill(pid, signal.SIGKILL)
@@ -239,8 +241,7 @@ def test_workers_killed_too_often(tmp_path):
 
 def test_kill_of_the_whole_group_leaves_nothing(tmp_path):
     """As a cluster ends a job: nobody is left to tidy up, and there is nothing large to tidy."""
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     before = {name for name in shared_memory() if not name.startswith("sem.")}
     os.killpg(running.pid, signal.SIGKILL)
     running.communicate()
@@ -249,8 +250,7 @@ def test_kill_of_the_whole_group_leaves_nothing(tmp_path):
 
 
 def test_resume_refuses_what_changes_the_picture(tmp_path):
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)
     for option in ("--tv_reg=3", "--num_steps=7", "--seed=6", "--layer=pool1", "--image=in.png", "--use_pixel_learning_rates"):
@@ -287,8 +287,7 @@ def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
 
 
 def test_one_run_at_a_time_writes_an_output(tmp_path):
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     assert_one_line(cnn_vis(*RUN, "--quiet", cwd=tmp_path), 2, "--output", "out.png", "another run")
     others = (["--output=out.jpg"], ["--output=x.png"], ["--output=y.png", "--stats=stats.csv", "--iter_behavior=none"])
     for (other, *more), taken in zip(others, ("out_run.gif", "stats.csv", "stats.csv")):
@@ -304,8 +303,7 @@ def test_one_run_at_a_time_writes_an_output(tmp_path):
 
 def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
     """Also after --resume."""
-    running = start(*RUN, "--num_steps=2000", "--iter_behavior=plot_pix", "--checkpoint_iter=3", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=2000", "--iter_behavior=plot_pix", "--checkpoint_iter=3", cwd=tmp_path)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)
     header, arrays = program.read_checkpoint(str(tmp_path / CHECKPOINT))
@@ -636,8 +634,7 @@ def test_a_network_that_asks_for_all_memory(tmp_path):
 def checkpoint(tmp_path_factory):
     """The bytes of a checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=folder)
-    wait_for((folder / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=folder)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)
     return (folder / CHECKPOINT).read_bytes()
@@ -897,8 +894,7 @@ def test_inputs_are_not_overwritten(option, tmp_path):
 
 def test_a_checkpoint_is_not_overwritten(tmp_path):
     """By the picture of the run that goes on from it."""
-    running = start(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
-    wait_for((tmp_path / CHECKPOINT).exists)
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     running.kill()
     running.communicate()
     (tmp_path / CHECKPOINT).rename(tmp_path / "c.png")
