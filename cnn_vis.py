@@ -56,15 +56,6 @@ import numpy as np
 
 __version__ = "1.0.0"
 
-FLOOR = 1e-3  # under the squared gradient in total variation
-EPSILON = 1e-8  # under RMSProp's square root
-GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
-TV_OPERATORS = {  # slopes: (difference along the axis, smoothing across it), both as correlation kernels
-    "naive": ((1, -1), (1, 0)),
-    "sobel": ((-1, 0, 1), (1, 2, 1)),
-    "sobel_squish": ((-1, 1, 0), (1, 2, 1)),
-}
-
 
 class BadRequest(Exception):
     """What the user asked for cannot be done; the message names the option, the value and the remedy. Exit status 2."""
@@ -78,10 +69,15 @@ class NotFinite(RunFailed):
     """Options drove the picture out of all bounds."""
 
 
-# ---- Pictures in --------------------------------------------------------------------------------------------------------
+def one_line(error):
+    """An exception's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
+
+# ---- Pictures ----------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 178_956_970  # of a picture file; Pillow too takes more for an attack
+GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
 
 
 def read_picture(path, background="white"):
@@ -188,8 +184,7 @@ def noise(size, scale, blur, mean, seed=None):
     return from_uint8(gaussian_filter(to_uint8(image, mean), sigma=blur), mean)
 
 
-# ---- Sizes and tiles ----------------------------------------------------------------------------------------------------
-
+# ---- Sizes and tiles ---------------------------------------------------------------------------------------------------
 
 MAX_SIDE = 1_000_000
 
@@ -251,11 +246,95 @@ def tile_counts(size, tile):
     return counts
 
 
-# ---- Regularizers -------------------------------------------------------------------------------------------------------
-# Losses and gradients by x, an array (1, 3, H, W), float64. Exponents in use are halves and quarters of whole numbers, which
-# square roots and products give several times faster than a general power.
+def cut_tile(image, region):
+    """The pixels (3, H, W) of a region (y0, y1, x0, x1), a view."""
+    y0, y1, x0, x1 = region
+    return image[0, :, y0:y1, x0:x1]
 
 
+def overlap(a, b):
+    """Whether two regions (y0, y1, x0, x1) have pixels in common."""
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
+
+
+def plan_sizes(options, picture, tile_size):
+    """The sizes of a run, [(height, width), ...], all at least the network's input and no larger than memory. Raises
+    BadRequest."""
+    base = tile_size if picture is None else picture.shape[:2]
+    ends = []
+    for name in ("initial_size", "final_size")[: options.num_sizes]:
+        try:
+            ends.append(parse_size(getattr(options, name), base))
+        except (ValueError, OverflowError) as error:
+            value = getattr(options, name)
+            raise BadRequest(
+                f"--{name} {value}: {one_line(error)}; give HxW, the longer side, or xF, as 540x960, 960 or x0.5"
+            ) from None
+    sizes = size_sequence(ends[0], ends[-1], options.num_sizes, options.resize_type)
+    for size in sizes:
+        if size[0] < tile_size[0] or size[1] < tile_size[1]:
+            name = "initial_size" if size == sizes[0] else "final_size"
+            factor = max(math.ceil(100 * t / b) / 100 for t, b in zip(tile_size, base))
+            raise BadRequest(
+                f"--{name} {getattr(options, name) or 'unset'}: {size[0]}x{size[1]} is smaller than the network's input, "
+                f"{tile_size[0]}x{tile_size[1]}; x{factor:g} or more will do"
+            )
+    height, width = max(sizes, key=math.prod)
+    needed, free = BYTES_A_PIXEL * height * width, free_memory()
+    if needed > free:
+        name = "final_size" if len(sizes) > 1 and (height, width) == sizes[-1] else "initial_size"
+        raise BadRequest(
+            f"--{name} {getattr(options, name) or 'unset'}: {height}x{width} takes {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free; give a smaller one"
+        )
+    return sizes
+
+
+# ---- Objective, regularizers, step -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is to grow. With `neuron` None, every activation a of the target: l1 a|a| / 2 + l2 a^2 / 2, the square going on
+    as a straight line beyond `clip`. Else the sum of channel `neuron`."""
+
+    neuron: int | None = None
+    l1: float = 1.0
+    l2: float = 1.0
+    clip: float = 5.0
+
+    def value(self, a):
+        """The objective of one tile's activations `a` (C, ...), a number."""
+        if self.neuron is not None:
+            return float(a[self.neuron].sum(dtype=np.float64))
+        a = a.astype(np.float64)
+        size = np.abs(a)
+        square = np.where(size <= self.clip, a * a / 2, self.clip * size - self.clip**2 / 2)
+        return float((self.l1 * a * size / 2 + self.l2 * square).sum())
+
+    def descent(self, a):
+        """Minus the objective's gradient by `a`, for the network to take backward: steps go downhill. Same shape and dtype."""
+        if self.neuron is not None:
+            gradient = np.zeros_like(a)
+            gradient[:, self.neuron] = -1
+            return gradient
+        return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
+
+
+FLOOR = 1e-3  # under the squared gradient in total variation
+EPSILON = 1e-8  # under RMSProp's square root
+TV_OPERATORS = {  # slopes: (difference along the axis, smoothing across it), both as correlation kernels
+    "naive": ((1, -1), (1, 0)),
+    "sobel": ((-1, 0, 1), (1, 2, 1)),
+    "sobel_squish": ((-1, 1, 0), (1, 2, 1)),
+}
+
+
+# Exponents in use are halves and quarters of whole numbers, which square roots and products give several times faster than a
+# general power. Losses and gradients below are by x, an array (1, 3, H, W), float64.
 def power(x, exponent):
     """x ** exponent for x >= 0."""
     quarters = exponent * 4
@@ -382,38 +461,558 @@ def rmsprop(gradient, cache, decay, learning_rate):
     return gradient
 
 
-# ---- Objective ----------------------------------------------------------------------------------------------------------
+# ---- The dream ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is to grow. With `neuron` None, every activation a of the target: l1 a|a| / 2 + l2 a^2 / 2, the square going on
-    as a straight line beyond `clip`. Else the sum of channel `neuron`."""
+def tile_gradients(workers, image, colours):
+    """Yields (region, receive) for every region of `colours`, an iterable of (list of regions, whether the objective is to be
+    measured), in order. The caller steps a region before it asks for the next; to do so it calls receive(), which waits for
+    the tile and returns (gradient float32 (3, H, W), objective's value or None), and can do what else there is to do first.
 
-    neuron: int | None = None
-    l1: float = 1.0
-    l2: float = 1.0
-    clip: float = 5.0
+    A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
+    earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
+    workers need not wait for the end of a colour, or of a step.
+    """
+    numbered_colours = enumerate(colours)
+    ahead = collections.deque()  # (number of its colour, region, whether to measure) of tiles not sent, to the end of a colour
+    batch = []  # of them, those that are sent next
+    sent = collections.deque()  # batches on their way: (tiles, ticket)
+    unstepped = collections.deque()  # all tiles sent or in the batch
+    kept = {}  # pixels of tiles not sent that others of their colour have begun to change
+    while True:
+        while workers.has_room():
+            while len(batch) < workers.batch_size:
+                if not ahead:
+                    number, (colour, measure) = next(numbered_colours, (None, ((), None)))
+                    ahead.extend((number, region, measure) for region in colour)
+                if not ahead:
+                    break
+                number, region, _ = ahead[0]
+                if any(other < number and overlap(region, place) for other, place, _ in unstepped):
+                    break
+                batch.append(ahead.popleft())
+                unstepped.append(batch[-1])
+            # A batch with places left waits for more tiles, if any can come free meanwhile.
+            if not batch or (len(batch) < workers.batch_size and sent and ahead):
+                break
+            pixels = [kept.pop(tile) if tile in kept else cut_tile(image, tile[1]) for tile in batch]
+            sent.append((batch, workers.send(pixels, any(measure for *_, measure in batch))))
+            batch = []
+        if not sent:
+            return
+        tiles_sent, ticket = sent.popleft()
+        received = functools.cache(functools.partial(workers.receive, ticket))
+        for place, (number, region, _) in enumerate(tiles_sent):
+            for tile in itertools.takewhile(lambda tile, number=number: tile[0] == number, itertools.chain(batch, ahead)):
+                if tile not in kept and overlap(tile[1], region):
+                    kept[tile] = cut_tile(image, tile[1]).astype(np.float32)
+            yield region, lambda received=received, place=place: received()[place]
+            unstepped.popleft()
 
-    def value(self, a):
-        """The objective of one tile's activations `a` (C, ...), a number."""
-        if self.neuron is not None:
-            return float(a[self.neuron].sum(dtype=np.float64))
-        a = a.astype(np.float64)
-        size = np.abs(a)
-        square = np.where(size <= self.clip, a * a / 2, self.clip * size - self.clip**2 / 2)
-        return float((self.l1 * a * size / 2 + self.l2 * square).sum())
 
-    def descent(self, a):
-        """Minus the objective's gradient by `a`, for the network to take backward: steps go downhill. Same shape and dtype."""
-        if self.neuron is not None:
-            gradient = np.zeros_like(a)
-            gradient[:, self.neuron] = -1
-            return gradient
-        return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
+@dataclasses.dataclass
+class Progress:
+    """Where a run is after a step. `size_index` and `step` count from 0; `image` is the picture in memory, not to be changed;
+    `stats` is {name: number} or None when not asked for."""
+
+    sizes: list
+    size_index: int
+    step: int
+    num_steps: int
+    image: np.ndarray
+    mean: float
+    stats: dict | None
+
+    def steps_done(self):
+        """How many steps the run has done, at all sizes."""
+        return self.size_index * self.num_steps + self.step + 1
+
+    def picture(self, rescale=False):
+        """What one sees of it: uint8 (H, W, 3), RGB."""
+        return to_uint8(self.image, self.mean, rescale)
 
 
-# ---- Network: which one -------------------------------------------------------------------------------------------------
+def whereabouts(progress):
+    """Where a Progress is, in words."""
+    height, width = progress.sizes[progress.size_index]
+    return f"size {progress.size_index + 1}/{len(progress.sizes)} {height}x{width}, step {progress.step + 1}/{progress.num_steps}"
+
+
+STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
+         "step_to_value", "image_mean", "image_std")  # fmt: skip
+COLUMNS = ("size", "height", "width", "step", *STATS)
+
+
+class Gauge:
+    """Sums up one step over all of its tiles; the original printed the last tile's figures only."""
+
+    def __init__(self):
+        self._sums = collections.Counter()
+        self._tiles = 0
+
+    def add_tile(self, value):
+        """Counts a tile; `value` is its objective."""
+        self._tiles += 1
+        self._sums["objective"] += value
+
+    def add_means(self, **planes):
+        """The mean sizes of a tile's arrays, of one of its three channels."""
+        for name, plane in planes.items():
+            self._sums[name] += float(np.abs(plane).mean()) / 3
+
+    def add_losses(self, **losses):
+        """The parts of a tile's losses that one channel has."""
+        for name, loss in losses.items():
+            self._sums[f"{name}_loss"] += loss
+
+    def summary(self, image):
+        """Means over the tiles, and the picture's mean and standard deviation."""
+        stats = {name: self._sums[name] / self._tiles for name in STATS[:-3]}
+        stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
+        return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
+
+
+class Dream:
+    """One run: the picture as it stands and all that the next step depends on.
+
+    `options` are those of the command line, `picture` the uint8 (H, W, 3) start picture or None for noise, `mean` the scalar
+    taken off, `workers` an entered Workers that has described its network. Raises BadRequest for sizes below the network's.
+    """
+
+    def __init__(self, options, picture, mean, workers):
+        self.options, self.picture, self.mean, self.workers = options, picture, mean, workers
+        self.sizes = plan_sizes(options, picture, workers.tile_size)
+        self.size_index, self.step = 0, 0  # of the next step
+        self.image = None
+
+    def run(self, wants_stats=lambda step: False):
+        """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
+        to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
+        keep_freed_memory()
+        while True:
+            self._lay_out()
+            if self.step == 0:
+                self._begin_size()
+            steps_left = range(self.step, self.options.num_steps)
+            colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
+            to_come = ((colour, wants_stats(step)) for step in steps_left for colour in colours)
+            gradients = tile_gradients(self.workers, self.image, to_come)
+            for step in steps_left:
+                gauge = Gauge() if wants_stats(step) else None
+                for region, receive in itertools.islice(gradients, len(self.tiles)):
+                    self._update_tile(region, receive, gauge)
+                self._advance_schedules()
+                stats = gauge and gauge.summary(self.image)
+                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, self.mean, stats)
+            if self.size_index + 1 == len(self.sizes):
+                return
+            self.size_index, self.step = self.size_index + 1, 0
+
+    def _begin_size(self):
+        """Brings the picture to its next size and starts caches and schedules over."""
+        size, options = self.sizes[self.size_index], self.options
+        if self.image is not None:
+            self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
+        elif self.picture is not None:
+            self.image = self.start.copy()
+        else:
+            self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
+        self.caches = np.zeros((len(all_tiles(size, self.workers.tile_size)), 3, *self.workers.tile_size))
+        self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
+
+    def _lay_out(self):
+        """Makes what a size takes besides: its tiles {region: place in caches}, start picture, how many tiles cover a pixel."""
+        size, tile_size = self.sizes[self.size_index], self.workers.tile_size
+        self.tiles = {region: place for place, region in enumerate(all_tiles(size, tile_size))}
+        self.start = None
+        if self.picture is not None:
+            self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
+        self.counts = tile_counts(size, tile_size) if self.options.use_pixel_learning_rates else None
+
+    def _update_tile(self, region, receive, gauge):
+        """Regularizes one tile's gradient, which `receive` gives, and takes its RMSProp step.
+
+        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache. While the network
+        is at the tile, the regularizers' part is done.
+        """
+        y0, y1, x0, x1 = region
+        planes = [np.s_[:, channel : channel + 1, y0:y1, x0:x1] for channel in range(3)]
+        regularizers = [self._regularizers(plane, gauge) for plane in planes]
+        gradients, value = receive()
+        if gauge is not None:
+            gauge.add_tile(value)
+        cache = self.caches[self.tiles[region]]
+        for channel, (plane, parts) in enumerate(zip(planes, regularizers)):
+            gradient = gradients[np.newaxis, channel : channel + 1].astype(np.float64)
+            if gauge is not None:
+                gauge.add_means(cnn_gradient=gradient)
+            for part in parts:
+                gradient += part
+            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], self.options.decay_rate, self.learning_rate)
+            overflow = not math.isfinite(step.sum() + cache[channel].sum())
+            if self.counts is not None:
+                step /= self.counts[y0:y1, x0:x1]
+            if gauge is not None:
+                gauge.add_means(step_size=step, value=self.image[plane])
+            if overflow:
+                raise NotFinite(
+                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, the weights "
+                    "(--l1_weight, --l2_weight, --p_reg, --p_reg_aux, --tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
+                )
+            self.image[plane] += step
+
+    def _regularizers(self, place, gauge):
+        """The gradients of the regularizers that have a weight, by one channel of a tile, in the original's order."""
+        o, parts = self.options, {}
+        plane = self.image[place]
+        pulled = plane if self.start is None else plane - self.start[place]
+        if o.p_reg:
+            parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
+        if o.p_reg_aux:
+            parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
+        if self.tv_reg:
+            parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
+        if gauge is not None:
+            gauge.add_means(**{f"{name}_gradient": part for name, part in parts.items()})
+            gauge.add_losses(
+                p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
+                aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
+                tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
+            )
+        return parts.values()
+
+    def _advance_schedules(self):
+        """Counts a step. Both schedules count those at this size."""
+        self.step += 1
+        if self.step % self.options.learning_rate_decay_iter == 0:
+            self.learning_rate *= self.options.learning_rate_decay_fraction
+        if self.step % self.options.tv_reg_step_iter == 0:
+            self.tv_reg += self.options.tv_reg_step
+
+    def is_done(self):
+        """Whether no step is left."""
+        return self.size_index + 1 == len(self.sizes) and self.step == self.options.num_steps
+
+    def state(self):
+        """All that the next step depends on besides options, picture and network: ({name: number}, {name: array})."""
+        numbers = {name: getattr(self, name) for name in ("size_index", "step", "learning_rate", "tv_reg")}
+        return numbers, {"image": self.image, "caches": self.caches}
+
+    def restore(self, numbers, arrays):
+        """Goes on from a `state`. Raises ValueError where it is none of such a run."""
+        size_index, step = numbers["size_index"], numbers["step"]
+        if not (
+            type(size_index) is type(step) is int and 0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps
+        ):
+            raise ValueError("its step is none of the run")
+        size, tile_size = self.sizes[size_index], self.workers.tile_size
+        shapes = {"image": (1, 3, *size), "caches": (len(all_tiles(size, tile_size)), 3, *tile_size)}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name].sum()):
+                raise ValueError(f"its {name} does not fit the run")
+            setattr(self, name, arrays[name])
+        self.size_index, self.step = size_index, step
+        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
+
+
+def keep_freed_memory():
+    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays come and go at every step;
+    by default each is given back to the system and taken again page by page, which doubles the time of the maths."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
+##########################################################################################################################
+# Above is cnn-vis. Below is what carries it: options, networks, processes, files, the command line.
+##########################################################################################################################
+
+
+# ---- Options -----------------------------------------------------------------------------------------------------------
+
+BEHAVIORS = ("print", "save", "show", "plot_pix", "plot", "gif", "none")
+
+
+def number(kind, low=None, high=None, above=None):
+    """A type for argparse: an int or float between bounds; `above` is an open lower bound."""
+
+    def parse(text):
+        value = kind(text)
+        if kind is int and abs(value) > 10**15:
+            raise argparse.ArgumentTypeError(f"{text[:30]} is out of range; give a smaller number")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
+            bounds = [f"at least {low}" if low is not None else None, f"more than {above}" if above is not None else None]
+            bounds.append(f"at most {high}" if high is not None else None)
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {' and '.join(filter(None, bounds))}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def given(text):
+    """A type for argparse: anything but nothing, which an unset variable of a shell script gives."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name; give one, or leave the option out")
+    return text
+
+
+def file_name(text):
+    """A type for argparse: a file name, with ~ and variables expanded."""
+    return os.path.expanduser(os.path.expandvars(given(text)))
+
+
+def gpu_numbers(text):
+    """A type for argparse: GPUs as a list, [] for the CPU."""
+    words = text.split(",")
+    if all(re.fullmatch(r"[0-9]{1,9}", word) for word in words) and len(set(map(int, words))) == len(words):
+        return list(map(int, words))
+    if re.fullmatch(r"-[0-9]+", text):
+        return []
+    raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
+
+
+def behaviors(text):
+    """A type for argparse: words of BEHAVIORS joined by +, as a set."""
+    words = set(text.split("+"))
+    if not words <= set(BEHAVIORS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(BEHAVIORS)}, joined by +")
+    if "none" in words and len(words) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: none stands alone")
+    return words - {"none"}
+
+
+def colour(text):
+    """A type for argparse: a colour that PIL knows."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour; give a name or #rrggbb, as black or #808080") from None
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with dashes for underscores in option names, negative numbers like -1e-4, and errors in one line."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def parse_known_args(self, args=None, namespace=None):
+        def underscored(arg):
+            name, equals, value = arg.partition("=")
+            if value == "--" and name.startswith("--"):  # which some versions of argparse take for no value at all
+                self.error(f"{name}: -- is no value")
+            return name.replace("-", "_").replace("__", "--", 1) + equals + value if arg.startswith("--") else arg
+
+        return super().parse_known_args([underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+
+    def error(self, message):
+        raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds an option's default to its help where there is one and the text does not tell it."""
+
+    def _get_help_string(self, action):
+        has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+
+def build_parser():
+    """The options: the original's names first, then the other names that its README used."""
+    parser = Parser(
+        prog="cnn_vis.py",
+        description="Inceptionism pictures on real Caffe: amplifies what one layer of a network sees in a picture, or in noise.",
+        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW, or the longer side alone, or xF times "
+        "the base size (the start picture's, or the network's input for noise); no side is below the network's input.",
+        formatter_class=HelpFormatter,
+    )
+    # fmt: off
+    parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
+
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--model", choices=tuple(MODELS), help="network to use; its weights are looked for in "
+        "$CAFFE_ROOT, then in $CNN_VIS_MODELS or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
+    add("--list_models", action="store_true", help="list these networks, and which are installed, and stop")
+    add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
+    add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
+        help="download a network (%(choices)s), check it, and stop")
+    add("--model_url", metavar="URL", type=given, help="where to download it from (default: the official place)")
+    add("--deploy_txt", metavar="FILE", type=file_name, help="network description (default: the model's)")
+    add("--caffe_model", metavar="FILE", type=file_name, help="the network's weights (default: the model's)")
+    add("--mean_image", metavar="FILE", type=file_name,
+        help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
+    add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
+        "(default: GPU 0 where Caffe can use one, else CPU)")
+    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a GPU at once; on the CPU they go one by "
+        "one (default: what the GPU's memory holds)")
+    add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
+        "core)")
+
+    group = parser.add_argument_group("what is amplified")
+    add = group.add_argument
+    add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
+        help="everything that the layer sees, or one channel of it")
+    add("--target_layer", "--layer", metavar="NAME", default="inception_4d/3x3_reduce", help="layer to amplify")
+    add("--target_neuron", metavar="N", type=number(int, 0), default=0, help="channel for amplify_neuron, counted from 0")
+    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
+        help="for amplify_layer: weight of the absolute activations in the target's gradient")
+    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
+        help="for amplify_layer: weight of the activations, clipped, in the target's gradient")
+    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
+        help="for amplify_layer: activation at which the l2 part is clipped")
+
+    group = parser.add_argument_group("start picture")
+    add = group.add_argument
+    add("--initial_image", "--image", metavar="FILE", type=file_name, help="picture to start from (default: noise)")
+    add("--background", metavar="COLOUR", type=colour, default="white", help="what shows where the picture is transparent: "
+        "a name or #rrggbb")
+    add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
+    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0, help="noise: sigma of a blur in pixels")
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: drawn, "
+        "and told)")
+
+    group = parser.add_argument_group("sizes")
+    add = group.add_argument
+    add("--initial_size", metavar="SIZE", help="first size: HxW, the longer side, or xF (default: the base size)")
+    add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
+    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1, help="number of sizes; 1: only the first")
+    add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
+
+    group = parser.add_argument_group("steps")
+    add = group.add_argument
+    add("--num_steps", metavar="N", type=number(int, 1), default=1000, help="steps at each size")
+    add("--learning_rate", metavar="R", type=number(float, above=0), default=1.0, help="step size, about in grey levels")
+    add("--decay_rate", metavar="D", type=number(float, 0, 1), default=0.95, help="of RMSProp's running mean square")
+    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1), default=100,
+        help="steps after which the learning rate is multiplied by the fraction below")
+    add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F", type=number(float, above=0), default=1.0,
+        help="factor of the learning rate; 1: it stays")
+    add("--use_pixel_learning_rates", action="store_true", help="divide each pixel's steps by the number of tiles that cover it")
+
+    group = parser.add_argument_group("regularizers", "keep the picture smooth and its values in range")
+    add = group.add_argument
+    add("--alpha", metavar="P", type=number(float, 1), default=6.0,
+        help="exponent of the p-norm, of the difference from the start picture where there is one")
+    add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, help="the p-norm's unit, in grey levels")
+    add("--p_reg", metavar="W", type=number(float), default=1e-4, help="weight of the p-norm; 0: none")
+    add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, help="exponent of the p-norm of the picture itself")
+    add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
+    add("--p_reg_aux", metavar="W", type=number(float), default=0.0, help="its weight; 0: none")
+    add("--beta", metavar="B", type=number(float, above=0), default=2.0, help="exponent of total variation")
+    add("--tv_reg", metavar="W", type=number(float), default=0.5, help="weight of total variation; 0: none")
+    add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
+    add("--tv_reg_step", metavar="W", type=number(float), default=0.0, help="what is added to its weight from time to time")
+    add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50, help="steps after which it is added")
+    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", help="how slopes are measured")
+
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", help="the finished picture")
+    add("--output_iter", metavar="N", type=number(int, 1), default=50, help="steps after which iter_behavior is done")
+    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
+        help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output, plot "
+        "NAME_plot.png, gif NAME_run.gif; show and plot_pix without a display NAME_show.png and NAME_plot_pix.png")
+    add("--stats", metavar="FILE", type=file_name, help="measure every step, and write the figures as CSV")
+    add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
+    add("--reproduce", metavar="FILE", type=file_name, help="print the command that made a picture, and stop")
+    add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
+        "--resume; it is removed at the end; 0: never (default: as output_iter, but 50 at least)")
+    add("--resume", metavar="FILE", type=file_name, help="go on from a checkpoint; the run's options need not be given again")
+    add("--quiet", action="store_true", help="no progress bar and no notices")
+    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
+    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
+    add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
+
+    # fmt: on
+    return parser
+
+
+def given_options(argv):
+    """The names of the options that a command line gives, whatever their values."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def without_effect(options):
+    """Notices of options that were given and change nothing."""
+    o, default = options, vars(build_parser().parse_args([]))
+    idle = {
+        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
+        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
+        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
+            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
+        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
+        ("background",): not o.initial_image and "no --image",
+        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
+        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
+        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
+        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
+        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
+        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
+        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
+            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
+        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
+        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
+            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
+        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
+        ("model_url",): not o.download_model and "no --download_model",
+        ("workers",): o.gpu and "--gpu",
+        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
+    }  # fmt: skip
+    for names, reason in idle.items():
+        for name in names:
+            if not reason or getattr(o, name) == default[name]:
+                continue
+            yield f"--{name} has no effect with {reason}"
+
+
+def command_words(options, portable=False):
+    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
+    folder, and the output is left out."""
+    parser, words = build_parser(), []
+    default = vars(parser.parse_args([]))
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if (
+            value == default.get(action.dest)
+            or value is None
+            or action.dest in ("resume", "quiet")
+            or (portable and action.dest == "output_file")
+        ):
+            continue
+        if action.nargs == 0:
+            words.append(action.option_strings[0])
+            continue
+        if action.dest == "iter_behavior":
+            value = "+".join(sorted(value)) or "none"
+        elif action.dest == "gpu":
+            value = ",".join(map(str, value)) or "-1"
+        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
+            value = os.path.abspath(value)
+        words.append(f"{action.option_strings[0]}={value}")
+    return words
+
+
+# Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
+FREE_OPTIONS = {
+    "model", "deploy_txt", "caffe_model", "mean_image", "gpu", "batch_size", "workers", "output_file", "output_iter",
+    "iter_behavior", "stats", "sidecar", "checkpoint_iter", "resume", "quiet", "show_width", "show_height", "list_models",
+    "list_layers", "download_model", "model_url", "reproduce",
+}  # fmt: skip
+
+
+# ---- Networks by name --------------------------------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ILSVRC_MEAN = "imagenet/ilsvrc_2012_mean.npy"
@@ -530,11 +1129,6 @@ def read_mean(path):
     return mean
 
 
-# ---- Network: fetching one ----------------------------------------------------------------------------------------------
-
-TIMEOUT = 30  # seconds without a word from the server
-
-
 def file_hash(path, algorithm):
     """The hash of a file as "algorithm:hex"."""
     digest = hashlib.new(algorithm)
@@ -557,6 +1151,9 @@ def standing(path, model):
         remembered = file.read().strip()
         return "structure checked" if file_hash(path, "sha256") == remembered else "changed since it was downloaded"
     return "not verified"
+
+
+TIMEOUT = 30  # seconds without a word from the server
 
 
 def fetch(url, path):
@@ -633,7 +1230,7 @@ def download(model, url, check_structure):
         ) from None
 
 
-# ---- Network ------------------------------------------------------------------------------------------------------------
+# ---- The network -------------------------------------------------------------------------------------------------------
 # Runs in the workers only, so that Caffe, which ends its process at any error, never ends the program.
 
 
@@ -679,6 +1276,16 @@ def import_caffe():
     return caffe
 
 
+@contextlib.contextmanager
+def caffe_net(net):
+    """The NetParameter as a caffe.Net in TEST phase, without weights."""
+    caffe = import_caffe()
+    with tempfile.TemporaryFile("w+") as file:  # has no name, so none is left when Caffe ends the process
+        file.write(str(net))
+        file.seek(0)
+        yield caffe.Net(f"/dev/fd/{file.fileno()}", caffe.TEST)
+
+
 def read_prototxt(path):
     """The prototxt `path` as a caffe_pb2.NetParameter. Raises BadRequest."""
     import_caffe()
@@ -691,6 +1298,18 @@ def read_prototxt(path):
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise BadRequest(f"--deploy_txt {path}: not a network description ({one_line(error)}); give a deploy.prototxt") from None
     return upgraded(net) if net.layers else net
+
+
+def upgraded(net):
+    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it loads, and saves it so."""
+    from caffe.proto import caffe_pb2
+
+    with caffe_net(net) as loaded, tempfile.NamedTemporaryFile() as file:
+        loaded.save(file.name)
+        new = caffe_pb2.NetParameter.FromString(file.read())
+    for layer in new.layer:
+        del layer.blobs[:]
+    return new
 
 
 def read_weights(path):
@@ -725,28 +1344,6 @@ def fit_classifier(net, weights):
             layer.inner_product_param.num_output = weights[layer.name][0][-2]
 
 
-@contextlib.contextmanager
-def caffe_net(net):
-    """The NetParameter as a caffe.Net in TEST phase, without weights."""
-    caffe = import_caffe()
-    with tempfile.TemporaryFile("w+") as file:  # has no name, so none is left when Caffe ends the process
-        file.write(str(net))
-        file.seek(0)
-        yield caffe.Net(f"/dev/fd/{file.fileno()}", caffe.TEST)
-
-
-def upgraded(net):
-    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it loads, and saves it so."""
-    from caffe.proto import caffe_pb2
-
-    with caffe_net(net) as loaded, tempfile.NamedTemporaryFile() as file:
-        loaded.save(file.name)
-        new = caffe_pb2.NetParameter.FromString(file.read())
-    for layer in new.layer:
-        del layer.blobs[:]
-    return new
-
-
 def structure_error(deploy, path):
     """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every layer must have its
     blobs, of its shapes. Caffe has then read the file too."""
@@ -765,17 +1362,6 @@ def structure_error(deploy, path):
     return None
 
 
-def layer_shapes(deploy, weights):
-    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets. With `weights` (a path or
-    None) the classifier has their width."""
-    net = read_prototxt(deploy)
-    if weights is not None:
-        fit_classifier(net, read_weights(weights))
-    with caffe_net(net) as loaded:
-        shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
-    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
-
-
 def runs_in_test(layer):
     """Whether Caffe keeps this LayerParameter in its TEST phase, at level 0 and without stages."""
     from caffe import TEST
@@ -792,6 +1378,17 @@ def runs_in_test(layer):
 def targets(net):
     """The layers of a caffe_pb2.NetParameter that can be amplified: those with a blob of their own name, in order."""
     return [layer.name for layer in net.layer if layer.name in layer.top and layer.bottom and runs_in_test(layer)]
+
+
+def layer_shapes(deploy, weights):
+    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets. With `weights` (a path or
+    None) the classifier has their width."""
+    net = read_prototxt(deploy)
+    if weights is not None:
+        fit_classifier(net, read_weights(weights))
+    with caffe_net(net) as loaded:
+        shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
+    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
 
 
 def cut(net, target, blob_counts):
@@ -915,7 +1512,7 @@ class Network:
         return self._input.diff, [self._spec.objective.value(a) if measure else None for a in blob.data]
 
 
-# ---- Workers ------------------------------------------------------------------------------------------------------------
+# ---- Workers -----------------------------------------------------------------------------------------------------------
 # A device is a process with a Caffe of its own. Tiles and gradients travel through one shared memory, cut into slots. It
 # has no name, as has the pipe that Caffe's words come through: however a process ends, nothing is left behind.
 
@@ -1194,318 +1791,13 @@ class Workers:
         return list(zip(self._slots[slot, 1, :count].copy(), values))
 
 
-# ---- The optimisation loop ----------------------------------------------------------------------------------------------
+def in_a_worker(task, *arguments):
+    """Runs a task that needs Caffe in a process of its own. Raises what the task raises; RunFailed where Caffe stops."""
+    with Workers() as workers:
+        return workers.call(task, *arguments)
 
 
-def keep_freed_memory():
-    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays come and go at every step;
-    by default each is given back to the system and taken again page by page, which doubles the time of the maths."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
-
-
-def overlap(a, b):
-    """Whether two regions (y0, y1, x0, x1) have pixels in common."""
-    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
-
-
-def tile_gradients(workers, image, colours):
-    """Yields (region, receive) for every region of `colours`, an iterable of (list of regions, whether the objective is to be
-    measured), in order. The caller steps a region before it asks for the next; to do so it calls receive(), which waits for
-    the tile and returns (gradient float32 (3, H, W), objective's value or None), and can do what else there is to do first.
-
-    A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
-    earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
-    workers need not wait for the end of a colour, or of a step.
-    """
-    numbered_colours = enumerate(colours)
-    ahead = collections.deque()  # (number of its colour, region, whether to measure) of tiles not sent, to the end of a colour
-    batch = []  # of them, those that are sent next
-    sent = collections.deque()  # batches on their way: (tiles, ticket)
-    unstepped = collections.deque()  # all tiles sent or in the batch
-    kept = {}  # pixels of tiles not sent that others of their colour have begun to change
-    while True:
-        while workers.has_room():
-            while len(batch) < workers.batch_size:
-                if not ahead:
-                    number, (colour, measure) = next(numbered_colours, (None, ((), None)))
-                    ahead.extend((number, region, measure) for region in colour)
-                if not ahead:
-                    break
-                number, region, _ = ahead[0]
-                if any(other < number and overlap(region, place) for other, place, _ in unstepped):
-                    break
-                batch.append(ahead.popleft())
-                unstepped.append(batch[-1])
-            # A batch with places left waits for more tiles, if any can come free meanwhile.
-            if not batch or (len(batch) < workers.batch_size and sent and ahead):
-                break
-            pixels = [kept.pop(tile) if tile in kept else cut_tile(image, tile[1]) for tile in batch]
-            sent.append((batch, workers.send(pixels, any(measure for *_, measure in batch))))
-            batch = []
-        if not sent:
-            return
-        tiles_sent, ticket = sent.popleft()
-        received = functools.cache(functools.partial(workers.receive, ticket))
-        for place, (number, region, _) in enumerate(tiles_sent):
-            for tile in itertools.takewhile(lambda tile, number=number: tile[0] == number, itertools.chain(batch, ahead)):
-                if tile not in kept and overlap(tile[1], region):
-                    kept[tile] = cut_tile(image, tile[1]).astype(np.float32)
-            yield region, lambda received=received, place=place: received()[place]
-            unstepped.popleft()
-
-
-def cut_tile(image, region):
-    """The pixels (3, H, W) of a region (y0, y1, x0, x1), a view."""
-    y0, y1, x0, x1 = region
-    return image[0, :, y0:y1, x0:x1]
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is after a step. `size_index` and `step` count from 0; `image` is the picture in memory, not to be changed;
-    `stats` is {name: number} or None when not asked for."""
-
-    sizes: list
-    size_index: int
-    step: int
-    num_steps: int
-    image: np.ndarray
-    mean: float
-    stats: dict | None
-
-    def steps_done(self):
-        """How many steps the run has done, at all sizes."""
-        return self.size_index * self.num_steps + self.step + 1
-
-    def picture(self, rescale=False):
-        """What one sees of it: uint8 (H, W, 3), RGB."""
-        return to_uint8(self.image, self.mean, rescale)
-
-
-def whereabouts(progress):
-    """Where a Progress is, in words."""
-    height, width = progress.sizes[progress.size_index]
-    return f"size {progress.size_index + 1}/{len(progress.sizes)} {height}x{width}, step {progress.step + 1}/{progress.num_steps}"
-
-
-class Dream:
-    """One run: the picture as it stands and all that the next step depends on.
-
-    `options` are those of the command line, `picture` the uint8 (H, W, 3) start picture or None for noise, `mean` the scalar
-    taken off, `workers` an entered Workers that has described its network. Raises BadRequest for sizes below the network's.
-    """
-
-    def __init__(self, options, picture, mean, workers):
-        self.options, self.picture, self.mean, self.workers = options, picture, mean, workers
-        self.sizes = plan_sizes(options, picture, workers.tile_size)
-        self.size_index, self.step = 0, 0  # of the next step
-        self.image = None
-
-    def run(self, wants_stats=lambda step: False):
-        """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
-        to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
-        keep_freed_memory()
-        while True:
-            self._lay_out()
-            if self.step == 0:
-                self._begin_size()
-            steps_left = range(self.step, self.options.num_steps)
-            colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
-            to_come = ((colour, wants_stats(step)) for step in steps_left for colour in colours)
-            gradients = tile_gradients(self.workers, self.image, to_come)
-            for step in steps_left:
-                gauge = Gauge() if wants_stats(step) else None
-                for region, receive in itertools.islice(gradients, len(self.tiles)):
-                    self._update_tile(region, receive, gauge)
-                self._advance_schedules()
-                stats = gauge and gauge.summary(self.image)
-                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, self.mean, stats)
-            if self.size_index + 1 == len(self.sizes):
-                return
-            self.size_index, self.step = self.size_index + 1, 0
-
-    def _begin_size(self):
-        """Brings the picture to its next size and starts caches and schedules over."""
-        size, options = self.sizes[self.size_index], self.options
-        if self.image is not None:
-            self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
-        elif self.picture is not None:
-            self.image = self.start.copy()
-        else:
-            self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
-        self.caches = np.zeros((len(all_tiles(size, self.workers.tile_size)), 3, *self.workers.tile_size))
-        self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
-
-    def _lay_out(self):
-        """Makes what a size takes besides: its tiles {region: place in caches}, start picture, how many tiles cover a pixel."""
-        size, tile_size = self.sizes[self.size_index], self.workers.tile_size
-        self.tiles = {region: place for place, region in enumerate(all_tiles(size, tile_size))}
-        self.start = None
-        if self.picture is not None:
-            self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
-        self.counts = tile_counts(size, tile_size) if self.options.use_pixel_learning_rates else None
-
-    def _update_tile(self, region, receive, gauge):
-        """Regularizes one tile's gradient, which `receive` gives, and takes its RMSProp step.
-
-        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache. While the network
-        is at the tile, the regularizers' part is done.
-        """
-        y0, y1, x0, x1 = region
-        planes = [np.s_[:, channel : channel + 1, y0:y1, x0:x1] for channel in range(3)]
-        regularizers = [self._regularizers(plane, gauge) for plane in planes]
-        gradients, value = receive()
-        if gauge is not None:
-            gauge.add_tile(value)
-        cache = self.caches[self.tiles[region]]
-        for channel, (plane, parts) in enumerate(zip(planes, regularizers)):
-            gradient = gradients[np.newaxis, channel : channel + 1].astype(np.float64)
-            if gauge is not None:
-                gauge.add_means(cnn_gradient=gradient)
-            for part in parts:
-                gradient += part
-            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], self.options.decay_rate, self.learning_rate)
-            overflow = not math.isfinite(step.sum() + cache[channel].sum())
-            if self.counts is not None:
-                step /= self.counts[y0:y1, x0:x1]
-            if gauge is not None:
-                gauge.add_means(step_size=step, value=self.image[plane])
-            if overflow:
-                raise NotFinite(
-                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, the weights "
-                    "(--l1_weight, --l2_weight, --p_reg, --p_reg_aux, --tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
-                )
-            self.image[plane] += step
-
-    def _regularizers(self, place, gauge):
-        """The gradients of the regularizers that have a weight, by one channel of a tile, in the original's order."""
-        o, parts = self.options, {}
-        plane = self.image[place]
-        pulled = plane if self.start is None else plane - self.start[place]
-        if o.p_reg:
-            parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
-        if o.p_reg_aux:
-            parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
-        if self.tv_reg:
-            parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
-        if gauge is not None:
-            gauge.add_means(**{f"{name}_gradient": part for name, part in parts.items()})
-            gauge.add_losses(
-                p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
-                aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
-                tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
-            )
-        return parts.values()
-
-    def _advance_schedules(self):
-        """Counts a step. Both schedules count those at this size."""
-        self.step += 1
-        if self.step % self.options.learning_rate_decay_iter == 0:
-            self.learning_rate *= self.options.learning_rate_decay_fraction
-        if self.step % self.options.tv_reg_step_iter == 0:
-            self.tv_reg += self.options.tv_reg_step
-
-    def is_done(self):
-        """Whether no step is left."""
-        return self.size_index + 1 == len(self.sizes) and self.step == self.options.num_steps
-
-    def state(self):
-        """All that the next step depends on besides options, picture and network: ({name: number}, {name: array})."""
-        numbers = {name: getattr(self, name) for name in ("size_index", "step", "learning_rate", "tv_reg")}
-        return numbers, {"image": self.image, "caches": self.caches}
-
-    def restore(self, numbers, arrays):
-        """Goes on from a `state`. Raises ValueError where it is none of such a run."""
-        size_index, step = numbers["size_index"], numbers["step"]
-        if not (
-            type(size_index) is type(step) is int and 0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps
-        ):
-            raise ValueError("its step is none of the run")
-        size, tile_size = self.sizes[size_index], self.workers.tile_size
-        shapes = {"image": (1, 3, *size), "caches": (len(all_tiles(size, tile_size)), 3, *tile_size)}
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name].sum()):
-                raise ValueError(f"its {name} does not fit the run")
-            setattr(self, name, arrays[name])
-        self.size_index, self.step = size_index, step
-        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
-
-
-STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
-         "step_to_value", "image_mean", "image_std")  # fmt: skip
-COLUMNS = ("size", "height", "width", "step", *STATS)
-
-
-class Gauge:
-    """Sums up one step over all of its tiles; the original printed the last tile's figures only."""
-
-    def __init__(self):
-        self._sums = collections.Counter()
-        self._tiles = 0
-
-    def add_tile(self, value):
-        """Counts a tile; `value` is its objective."""
-        self._tiles += 1
-        self._sums["objective"] += value
-
-    def add_means(self, **planes):
-        """The mean sizes of a tile's arrays, of one of its three channels."""
-        for name, plane in planes.items():
-            self._sums[name] += float(np.abs(plane).mean()) / 3
-
-    def add_losses(self, **losses):
-        """The parts of a tile's losses that one channel has."""
-        for name, loss in losses.items():
-            self._sums[f"{name}_loss"] += loss
-
-    def summary(self, image):
-        """Means over the tiles, and the picture's mean and standard deviation."""
-        stats = {name: self._sums[name] / self._tiles for name in STATS[:-3]}
-        stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
-        return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
-
-
-BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
-
-
-def plan_sizes(options, picture, tile_size):
-    """The sizes of a run, [(height, width), ...], all at least the network's input and no larger than memory. Raises
-    BadRequest."""
-    base = tile_size if picture is None else picture.shape[:2]
-    ends = []
-    for name in ("initial_size", "final_size")[: options.num_sizes]:
-        try:
-            ends.append(parse_size(getattr(options, name), base))
-        except (ValueError, OverflowError) as error:
-            value = getattr(options, name)
-            raise BadRequest(
-                f"--{name} {value}: {one_line(error)}; give HxW, the longer side, or xF, as 540x960, 960 or x0.5"
-            ) from None
-    sizes = size_sequence(ends[0], ends[-1], options.num_sizes, options.resize_type)
-    for size in sizes:
-        if size[0] < tile_size[0] or size[1] < tile_size[1]:
-            name = "initial_size" if size == sizes[0] else "final_size"
-            factor = max(math.ceil(100 * t / b) / 100 for t, b in zip(tile_size, base))
-            raise BadRequest(
-                f"--{name} {getattr(options, name) or 'unset'}: {size[0]}x{size[1]} is smaller than the network's input, "
-                f"{tile_size[0]}x{tile_size[1]}; x{factor:g} or more will do"
-            )
-    height, width = max(sizes, key=math.prod)
-    needed, free = BYTES_A_PIXEL * height * width, free_memory()
-    if needed > free:
-        name = "final_size" if len(sizes) > 1 and (height, width) == sizes[-1] else "initial_size"
-        raise BadRequest(
-            f"--{name} {getattr(options, name) or 'unset'}: {height}x{width} takes {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free; give a smaller one"
-        )
-    return sizes
-
-
-# ---- Checkpoints --------------------------------------------------------------------------------------------------------
-# NumPy's archive of arrays, unpacked: the state of a Dream, the start picture, and one array of JSON with the rest.
+# ---- Files of a run ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1559,13 +1851,148 @@ def sole_writer(paths):
         yield
 
 
-def set_aside(checkpoint, resumed):
-    """Gives the checkpoint of an earlier run, if there is one and it is not `resumed`, another name; returns that, or None."""
-    if not os.path.exists(checkpoint) or (resumed and os.path.samefile(checkpoint, resumed)):
-        return None
-    old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{checkpoint}.old{n}"))
-    os.replace(checkpoint, old)
-    return old
+FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixels, PIL's options
+    ".png": ("PNG", MAX_SIDE, {}),
+    ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", 16_383, {"quality": 95}),
+    ".tif": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
+    ".tiff": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
+}
+
+
+def picture_format(path):
+    """The entry of FORMATS for a file name, or None."""
+    return FORMATS.get(os.path.splitext(path)[1].lower())
+
+
+def write_picture(picture, path, origin=None):
+    """Writes uint8 (H, W, 3), sRGB, to `path`, whole or not at all; the format is by the extension. A PNG carries the dict
+    `origin`, which tells how it was made. Raises RunFailed."""
+    from PIL import Image, ImageCms, PngImagePlugin
+
+    name, _, extra = picture_format(path)
+    extra = extra | {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    if name == "PNG" and origin:
+        extra["pnginfo"] = PngImagePlugin.PngInfo()
+        extra["pnginfo"].add_text("Software", origin["program"])
+        extra["pnginfo"].add_itxt("Comment", os.fsencode(origin["command"]).decode(errors="backslashreplace"))
+        extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
+    with whole_file(path, f"--output {path}") as file:
+        Image.fromarray(picture).save(file, name, **extra)
+
+
+def numbered(path, size_index, step):
+    """The name of a picture along the way: NAME_SIZE_STEP.EXT, counted from 1."""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}_{size_index + 1}_{step + 1}{extension}"
+
+
+ORIGIN_KEY = "cnn-vis"  # of the text in a PNG that tells how it was made
+
+
+def read_origin(path):
+    """The dict that tells how a picture was made, from the PNG `path`, or from the JSON file `path` or `path`.json. Raises
+    BadRequest."""
+    from PIL import Image
+
+    try:
+        origin, sidecar = None, path
+        if not path.lower().endswith(".json"):
+            with Image.open(path) as file:
+                origin = file.info.get(ORIGIN_KEY)
+            sidecar = f"{path}.json"
+        if origin is None:
+            with open(sidecar, encoding="utf-8") as file:
+                origin = file.read()
+        origin = json.loads(origin)
+        on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
+        texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
+        return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
+    except Exception as error:  # strangers' files
+        raise BadRequest(
+            f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
+            "file that --sidecar wrote"
+        ) from None
+
+
+@functools.cache
+def versions():
+    """The versions of what makes the pictures, as a dict."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "scipy", "pillow", "pycaffe"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"versions": found}
+
+
+def check_output(option, path, formats=FORMATS):
+    """Raises BadRequest where nothing can be written to `path`: tries it, without touching what is there."""
+    extension = os.path.splitext(path)[1].lower()
+    if formats and extension not in formats:
+        known = ", ".join(formats)
+        raise BadRequest(f"--{option} {path}: {extension or 'no ending'} is no known format; use one of {known}")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise BadRequest(f"--{option} {path}: the folder {folder} does not exist; make it first")
+    if os.path.isdir(path):
+        raise BadRequest(f"--{option} {path}: is a folder; give a file name")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadRequest(f"--{option} {path}: is no ordinary file; give another name")
+    try:
+        for name in (path, checkpoint_name(path), numbered(path, 98, 99998)):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(name)  # fails where the name is too long
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise BadRequest(f"--{option} {path}: cannot be written there ({error.strerror}); choose another place") from None
+
+
+def check_sides(path, sizes):
+    """Raises BadRequest where the format of `path` does not hold pictures as large as the `sizes` of the run."""
+    name, greatest, _ = picture_format(path)
+    if max(map(max, sizes)) > greatest:
+        raise BadRequest(f"--output {path}: {name} holds no sides of more than {greatest} pixels; use .png")
+
+
+FIGURES = {"show": "_show.png", "plot_pix": "_plot_pix.png", "plot": "_plot.png", "gif": "_run.gif"}  # of iter_behavior
+
+
+def figure_name(output, behavior):
+    """Where what a word of FIGURES asks for is written: beside the output."""
+    return os.path.splitext(output)[0] + FIGURES[behavior]
+
+
+def files_of(options):
+    """The paths that a run writes at its end."""
+    figures = [figure_name(options.output_file, word) for word in FIGURES if word in options.iter_behavior]
+    more = [options.stats, f"{options.output_file}.json" if options.sidecar else None]
+    return [options.output_file, *filter(None, more), *figures]
+
+
+def check_apart(options, spec):
+    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
+    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
+    figures = "|".join(map(re.escape, FIGURES.values()))
+    ours = rf"{stem}({figures}|{extension}(\.json|{CHECKPOINT_ENDING})?|_\d+_\d+{extension})"
+    read = {
+        "image": options.initial_image,
+        "caffe_model": spec.weights,
+        "deploy_txt": spec.deploy,
+        "mean_image": options.mean_image,
+    }
+    for name, path in [*read.items(), ("resume", options.resume)]:
+        is_checkpoint = name == "resume" and path and output_of(path) is not None
+        if path and not is_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
+            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
+    if options.stats:
+        stats = os.path.realpath(options.stats)
+        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
+            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
 
 
 def checkpoint_name(output):
@@ -1582,6 +2009,16 @@ def output_of(checkpoint):
     return match and checkpoint[: match.start()]
 
 
+def set_aside(checkpoint, resumed):
+    """Gives the checkpoint of an earlier run, if there is one and it is not `resumed`, another name; returns that, or None."""
+    if not os.path.exists(checkpoint) or (resumed and os.path.samefile(checkpoint, resumed)):
+        return None
+    old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{checkpoint}.old{n}"))
+    os.replace(checkpoint, old)
+    return old
+
+
+# NumPy's archive of arrays, unpacked: the state of a Dream, the start picture, and one array of JSON with the rest.
 def write_checkpoint(path, header, arrays):
     """Writes the JSON-able dict `header` and the arrays {name: array} to `path`, whole or not at all. Raises RunFailed."""
     with whole_file(path) as file:
@@ -1637,7 +2074,7 @@ def read_checkpoint(path):
         ) from None
 
 
-# ---- Pictures out -------------------------------------------------------------------------------------------------------
+# ---- Along the way -----------------------------------------------------------------------------------------------------
 
 
 def say(text, stream="stdout"):
@@ -1658,99 +2095,14 @@ def note(text):
     say(text, "stderr")
 
 
-def numbered(path, size_index, step):
-    """The name of a picture along the way: NAME_SIZE_STEP.EXT, counted from 1."""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}_{size_index + 1}_{step + 1}{extension}"
+def teller(options):
+    """The function that gives notices: `note`, or with --quiet one that does not."""
+    return (lambda text: None) if options.quiet else note
 
 
-FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixels, PIL's options
-    ".png": ("PNG", MAX_SIDE, {}),
-    ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
-    ".webp": ("WEBP", 16_383, {"quality": 95}),
-    ".tif": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
-    ".tiff": ("TIFF", MAX_SIDE, {"compression": "tiff_deflate"}),
-}
-
-
-ORIGIN_KEY = "cnn-vis"  # of the text in a PNG that tells how it was made
-
-
-def picture_format(path):
-    """The entry of FORMATS for a file name, or None."""
-    return FORMATS.get(os.path.splitext(path)[1].lower())
-
-
-def write_picture(picture, path, origin=None):
-    """Writes uint8 (H, W, 3), sRGB, to `path`, whole or not at all; the format is by the extension. A PNG carries the dict
-    `origin`, which tells how it was made. Raises RunFailed."""
-    from PIL import Image, ImageCms, PngImagePlugin
-
-    name, _, extra = picture_format(path)
-    extra = extra | {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
-    if name == "PNG" and origin:
-        extra["pnginfo"] = PngImagePlugin.PngInfo()
-        extra["pnginfo"].add_text("Software", origin["program"])
-        extra["pnginfo"].add_itxt("Comment", os.fsencode(origin["command"]).decode(errors="backslashreplace"))
-        extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
-    with whole_file(path, f"--output {path}") as file:
-        Image.fromarray(picture).save(file, name, **extra)
-
-
-def read_origin(path):
-    """The dict that tells how a picture was made, from the PNG `path`, or from the JSON file `path` or `path`.json. Raises
-    BadRequest."""
-    from PIL import Image
-
-    try:
-        origin, sidecar = None, path
-        if not path.lower().endswith(".json"):
-            with Image.open(path) as file:
-                origin = file.info.get(ORIGIN_KEY)
-            sidecar = f"{path}.json"
-        if origin is None:
-            with open(sidecar, encoding="utf-8") as file:
-                origin = file.read()
-        origin = json.loads(origin)
-        on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
-        texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
-        return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
-    except Exception as error:  # strangers' files
-        raise BadRequest(
-            f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
-            "file that --sidecar wrote"
-        ) from None
-
-
-def check_output(option, path, formats=FORMATS):
-    """Raises BadRequest where nothing can be written to `path`: tries it, without touching what is there."""
-    extension = os.path.splitext(path)[1].lower()
-    if formats and extension not in formats:
-        known = ", ".join(formats)
-        raise BadRequest(f"--{option} {path}: {extension or 'no ending'} is no known format; use one of {known}")
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise BadRequest(f"--{option} {path}: the folder {folder} does not exist; make it first")
-    if os.path.isdir(path):
-        raise BadRequest(f"--{option} {path}: is a folder; give a file name")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BadRequest(f"--{option} {path}: is no ordinary file; give another name")
-    try:
-        for name in (path, checkpoint_name(path), numbered(path, 98, 99998)):
-            with contextlib.suppress(FileNotFoundError):
-                os.lstat(name)  # fails where the name is too long
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise BadRequest(f"--{option} {path}: cannot be written there ({error.strerror}); choose another place") from None
-
-
-def check_sides(path, sizes):
-    """Raises BadRequest where the format of `path` does not hold pictures as large as the `sizes` of the run."""
-    name, greatest, _ = picture_format(path)
-    if max(map(max, sizes)) > greatest:
-        raise BadRequest(f"--output {path}: {name} holds no sides of more than {greatest} pixels; use .png")
+def printable(text):
+    """The text with what a terminal might obey, or not show, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def format_stats(progress):
@@ -1805,14 +2157,6 @@ def write_figure(figure, path):
     """Writes a matplotlib figure as a PNG. Raises RunFailed."""
     with whole_file(path) as file:
         figure.savefig(file, format="png")
-
-
-FIGURES = {"show": "_show.png", "plot_pix": "_plot_pix.png", "plot": "_plot.png", "gif": "_run.gif"}  # of iter_behavior
-
-
-def figure_name(output, behavior):
-    """Where what a word of FIGURES asks for is written: beside the output."""
-    return os.path.splitext(output)[0] + FIGURES[behavior]
 
 
 class PlotPix:
@@ -2032,42 +2376,7 @@ class Output:
             write_gif(frames, figure_name(self.path, "gif"))
 
 
-@functools.cache
-def versions():
-    """The versions of what makes the pictures, as a dict."""
-    import importlib.metadata
-    import platform
-
-    found = {"python": platform.python_version()}
-    for name in ("numpy", "scipy", "pillow", "pycaffe"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"versions": found}
-
-
-# ---- Command line -------------------------------------------------------------------------------------------------------
-
-BEHAVIORS = ("print", "save", "show", "plot_pix", "plot", "gif", "none")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with dashes for underscores in option names, negative numbers like -1e-4, and errors in one line."""
-
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-
-    def parse_known_args(self, args=None, namespace=None):
-        def underscored(arg):
-            name, equals, value = arg.partition("=")
-            if value == "--" and name.startswith("--"):  # which some versions of argparse take for no value at all
-                self.error(f"{name}: -- is no value")
-            return name.replace("-", "_").replace("__", "--", 1) + equals + value if arg.startswith("--") else arg
-
-        return super().parse_known_args([underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
-
-    def error(self, message):
-        raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
+# ---- A run -------------------------------------------------------------------------------------------------------------
 
 
 class Stopped(KeyboardInterrupt):
@@ -2109,280 +2418,19 @@ class Signals:
             os.write(2, b"\nFinishing this step, then saving; once more to stop at once.\n")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds an option's default to its help where there is one and the text does not tell it."""
-
-    def _get_help_string(self, action):
-        has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
+LIMITS = {"v": (resource.RLIMIT_AS, 600 << 20), "d": (resource.RLIMIT_DATA, 250 << 20)}  # of ulimit: what libraries take
 
 
-def number(kind, low=None, high=None, above=None):
-    """A type for argparse: an int or float between bounds; `above` is an open lower bound."""
-
-    def parse(text):
-        value = kind(text)
-        if kind is int and abs(value) > 10**15:
-            raise argparse.ArgumentTypeError(f"{text[:30]} is out of range; give a smaller number")
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
-            bounds = [f"at least {low}" if low is not None else None, f"more than {above}" if above is not None else None]
-            bounds.append(f"at most {high}" if high is not None else None)
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {' and '.join(filter(None, bounds))}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def given(text):
-    """A type for argparse: anything but nothing, which an unset variable of a shell script gives."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name; give one, or leave the option out")
-    return text
-
-
-def file_name(text):
-    """A type for argparse: a file name, with ~ and variables expanded."""
-    return os.path.expanduser(os.path.expandvars(given(text)))
-
-
-def gpu_numbers(text):
-    """A type for argparse: GPUs as a list, [] for the CPU."""
-    words = text.split(",")
-    if all(re.fullmatch(r"[0-9]{1,9}", word) for word in words) and len(set(map(int, words))) == len(words):
-        return list(map(int, words))
-    if re.fullmatch(r"-[0-9]+", text):
-        return []
-    raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
-
-
-def behaviors(text):
-    """A type for argparse: words of BEHAVIORS joined by +, as a set."""
-    words = set(text.split("+"))
-    if not words <= set(BEHAVIORS):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(BEHAVIORS)}, joined by +")
-    if "none" in words and len(words) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: none stands alone")
-    return words - {"none"}
-
-
-def colour(text):
-    """A type for argparse: a colour that PIL knows."""
-    from PIL import ImageColor
-
+def check_surroundings():
+    """Raises BadRequest where the shell that started the program leaves it no room to work."""
     try:
-        ImageColor.getrgb(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no colour; give a name or #rrggbb, as black or #808080") from None
-    return text
-
-
-def build_parser():
-    """The options: the original's names first, then the other names that its README used."""
-    parser = Parser(
-        prog="cnn_vis.py",
-        description="Inceptionism pictures on real Caffe: amplifies what one layer of a network sees in a picture, or in noise.",
-        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW, or the longer side alone, or xF times "
-        "the base size (the start picture's, or the network's input for noise); no side is below the network's input.",
-        formatter_class=HelpFormatter,
-    )
-    # fmt: off
-    parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
-
-    group = parser.add_argument_group("network")
-    add = group.add_argument
-    add("--model", choices=tuple(MODELS), help="network to use; its weights are looked for in "
-        "$CAFFE_ROOT, then in $CNN_VIS_MODELS or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
-    add("--list_models", action="store_true", help="list these networks, and which are installed, and stop")
-    add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
-    add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
-        help="download a network (%(choices)s), check it, and stop")
-    add("--model_url", metavar="URL", type=given, help="where to download it from (default: the official place)")
-    add("--deploy_txt", metavar="FILE", type=file_name, help="network description (default: the model's)")
-    add("--caffe_model", metavar="FILE", type=file_name, help="the network's weights (default: the model's)")
-    add("--mean_image", metavar="FILE", type=file_name,
-        help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
-    add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
-        "(default: GPU 0 where Caffe can use one, else CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a GPU at once; on the CPU they go one by "
-        "one (default: what the GPU's memory holds)")
-    add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
-        "core)")
-
-    group = parser.add_argument_group("what is amplified")
-    add = group.add_argument
-    add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
-        help="everything that the layer sees, or one channel of it")
-    add("--target_layer", "--layer", metavar="NAME", default="inception_4d/3x3_reduce", help="layer to amplify")
-    add("--target_neuron", metavar="N", type=number(int, 0), default=0, help="channel for amplify_neuron, counted from 0")
-    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
-        help="for amplify_layer: weight of the absolute activations in the target's gradient")
-    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
-        help="for amplify_layer: weight of the activations, clipped, in the target's gradient")
-    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
-        help="for amplify_layer: activation at which the l2 part is clipped")
-
-    group = parser.add_argument_group("start picture")
-    add = group.add_argument
-    add("--initial_image", "--image", metavar="FILE", type=file_name, help="picture to start from (default: noise)")
-    add("--background", metavar="COLOUR", type=colour, default="white", help="what shows where the picture is transparent: "
-        "a name or #rrggbb")
-    add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
-    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0, help="noise: sigma of a blur in pixels")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: drawn, "
-        "and told)")
-
-    group = parser.add_argument_group("sizes")
-    add = group.add_argument
-    add("--initial_size", metavar="SIZE", help="first size: HxW, the longer side, or xF (default: the base size)")
-    add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
-    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1, help="number of sizes; 1: only the first")
-    add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
-
-    group = parser.add_argument_group("steps")
-    add = group.add_argument
-    add("--num_steps", metavar="N", type=number(int, 1), default=1000, help="steps at each size")
-    add("--learning_rate", metavar="R", type=number(float, above=0), default=1.0, help="step size, about in grey levels")
-    add("--decay_rate", metavar="D", type=number(float, 0, 1), default=0.95, help="of RMSProp's running mean square")
-    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1), default=100,
-        help="steps after which the learning rate is multiplied by the fraction below")
-    add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F", type=number(float, above=0), default=1.0,
-        help="factor of the learning rate; 1: it stays")
-    add("--use_pixel_learning_rates", action="store_true", help="divide each pixel's steps by the number of tiles that cover it")
-
-    group = parser.add_argument_group("regularizers", "keep the picture smooth and its values in range")
-    add = group.add_argument
-    add("--alpha", metavar="P", type=number(float, 1), default=6.0,
-        help="exponent of the p-norm, of the difference from the start picture where there is one")
-    add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, help="the p-norm's unit, in grey levels")
-    add("--p_reg", metavar="W", type=number(float), default=1e-4, help="weight of the p-norm; 0: none")
-    add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, help="exponent of the p-norm of the picture itself")
-    add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
-    add("--p_reg_aux", metavar="W", type=number(float), default=0.0, help="its weight; 0: none")
-    add("--beta", metavar="B", type=number(float, above=0), default=2.0, help="exponent of total variation")
-    add("--tv_reg", metavar="W", type=number(float), default=0.5, help="weight of total variation; 0: none")
-    add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
-    add("--tv_reg_step", metavar="W", type=number(float), default=0.0, help="what is added to its weight from time to time")
-    add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50, help="steps after which it is added")
-    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", help="how slopes are measured")
-
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", help="the finished picture")
-    add("--output_iter", metavar="N", type=number(int, 1), default=50, help="steps after which iter_behavior is done")
-    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
-        help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output, plot "
-        "NAME_plot.png, gif NAME_run.gif; show and plot_pix without a display NAME_show.png and NAME_plot_pix.png")
-    add("--stats", metavar="FILE", type=file_name, help="measure every step, and write the figures as CSV")
-    add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
-    add("--reproduce", metavar="FILE", type=file_name, help="print the command that made a picture, and stop")
-    add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
-        "--resume; it is removed at the end; 0: never (default: as output_iter, but 50 at least)")
-    add("--resume", metavar="FILE", type=file_name, help="go on from a checkpoint; the run's options need not be given again")
-    add("--quiet", action="store_true", help="no progress bar and no notices")
-    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
-    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
-    add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
-
-    # fmt: on
-    return parser
-
-
-def given_options(argv):
-    """The names of the options that a command line gives, whatever their values."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
-
-
-def without_effect(options):
-    """Notices of options that were given and change nothing."""
-    o, default = options, vars(build_parser().parse_args([]))
-    idle = {
-        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
-        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
-        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
-            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
-        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
-        ("background",): not o.initial_image and "no --image",
-        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
-        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
-        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
-        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
-        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
-        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
-        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
-        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
-        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
-            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
-        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
-        ("model_url",): not o.download_model and "no --download_model",
-        ("workers",): o.gpu and "--gpu",
-        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
-    }  # fmt: skip
-    for names, reason in idle.items():
-        for name in names:
-            if not reason or getattr(o, name) == default[name]:
-                continue
-            yield f"--{name} has no effect with {reason}"
-
-
-def command_words(options, portable=False):
-    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
-    folder, and the output is left out."""
-    parser, words = build_parser(), []
-    default = vars(parser.parse_args([]))
-    for action in parser._actions:
-        value = getattr(options, action.dest, None)
-        if (
-            value == default.get(action.dest)
-            or value is None
-            or action.dest in ("resume", "quiet")
-            or (portable and action.dest == "output_file")
-        ):
-            continue
-        if action.nargs == 0:
-            words.append(action.option_strings[0])
-            continue
-        if action.dest == "iter_behavior":
-            value = "+".join(sorted(value)) or "none"
-        elif action.dest == "gpu":
-            value = ",".join(map(str, value)) or "-1"
-        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
-            value = os.path.abspath(value)
-        words.append(f"{action.option_strings[0]}={value}")
-    return words
-
-
-def one_line(error):
-    """An exception's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(text):
-    """The text with what a terminal might obey, or not show, as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def shell_word(word):
-    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
-    return f"$'{''.join(escaped)}'"
-
-
-def teller(options):
-    """The function that gives notices: `note`, or with --quiet one that does not."""
-    return (lambda text: None) if options.quiet else note
-
-
-# ---- A run --------------------------------------------------------------------------------------------------------------
+        os.getcwd()
+    except OSError:
+        raise BadRequest("the current folder is no more; go to another one") from None
+    for letter, (limit, least) in LIMITS.items():
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY and soft < least:
+            raise BadRequest(f"ulimit -{letter} {soft >> 10}: too little memory to start in; allow {least >> 10} at least")
 
 
 def find_files(options):
@@ -2434,12 +2482,6 @@ def choose_gpus(gpus):
     return gpus, ""
 
 
-def in_a_worker(task, *arguments):
-    """Runs a task that needs Caffe in a process of its own. Raises what the task raises; RunFailed where Caffe stops."""
-    with Workers() as workers:
-        return workers.call(task, *arguments)
-
-
 def set_up(options):
     """(name of the network, scalar mean, Workers not yet entered) for the options. Raises BadRequest."""
     spec, name, mean = find_network(options)
@@ -2448,49 +2490,6 @@ def set_up(options):
     many = "s" * (workers.number > 1)
     workers.device = f"GPU{many} {','.join(map(str, gpus))}" if gpus else f"CPU{reason}, {workers.number} worker{many}"
     return name, mean, workers
-
-
-LIMITS = {"v": (resource.RLIMIT_AS, 600 << 20), "d": (resource.RLIMIT_DATA, 250 << 20)}  # of ulimit: what libraries take
-
-
-def check_surroundings():
-    """Raises BadRequest where the shell that started the program leaves it no room to work."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise BadRequest("the current folder is no more; go to another one") from None
-    for letter, (limit, least) in LIMITS.items():
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY and soft < least:
-            raise BadRequest(f"ulimit -{letter} {soft >> 10}: too little memory to start in; allow {least >> 10} at least")
-
-
-def files_of(options):
-    """The paths that a run writes at its end."""
-    figures = [figure_name(options.output_file, word) for word in FIGURES if word in options.iter_behavior]
-    more = [options.stats, f"{options.output_file}.json" if options.sidecar else None]
-    return [options.output_file, *filter(None, more), *figures]
-
-
-def check_apart(options, spec):
-    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
-    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
-    figures = "|".join(map(re.escape, FIGURES.values()))
-    ours = rf"{stem}({figures}|{extension}(\.json|{CHECKPOINT_ENDING})?|_\d+_\d+{extension})"
-    read = {
-        "image": options.initial_image,
-        "caffe_model": spec.weights,
-        "deploy_txt": spec.deploy,
-        "mean_image": options.mean_image,
-    }
-    for name, path in [*read.items(), ("resume", options.resume)]:
-        is_checkpoint = name == "resume" and path and output_of(path) is not None
-        if path and not is_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
-            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
-    if options.stats:
-        stats = os.path.realpath(options.stats)
-        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
-            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
 
 
 def identify(spec, mean):
@@ -2507,14 +2506,6 @@ def check_same_network(path, header, identity):
                 f"--{option}: not the one that {path} was begun with ({name} {identity[name]}, not {header[name]}); "
                 "name the right one"
             )
-
-
-# Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
-FREE_OPTIONS = {
-    "model", "deploy_txt", "caffe_model", "mean_image", "gpu", "batch_size", "workers", "output_file", "output_iter",
-    "iter_behavior", "stats", "sidecar", "checkpoint_iter", "resume", "quiet", "show_width", "show_height", "list_models",
-    "list_layers", "download_model", "model_url", "reproduce",
-}  # fmt: skip
 
 
 def resume(path, argv):
@@ -2710,7 +2701,15 @@ def dream(image=None, **options):
         yield from Dream(parsed, image, mean, workers).run()
 
 
-# ---- Commands -----------------------------------------------------------------------------------------------------------
+# ---- Commands ----------------------------------------------------------------------------------------------------------
+
+
+def shell_word(word):
+    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
+    return f"$'{''.join(escaped)}'"
 
 
 def list_models():
