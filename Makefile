@@ -28,7 +28,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests
 
 clean:
 	rm -rf $(VENV)

@@ -1,24 +1,35 @@
 #!/usr/bin/env python3
-"""Inceptionism pictures on real Caffe: see what a layer of GoogLeNet sees in a picture, or in noise.
+"""DeepDream pictures on real Caffe: amplifies what a layer of GoogLeNet responds to in a picture.
 
     python cnn_vis.py --image in.jpg --layer inception_4c/output
-    python cnn_vis.py --image in.jpg --layer inception_3b/output --initial_size x0.5 --final_size x2 --num_sizes 4
-    python cnn_vis.py --initial_size 270x480 --final_size 1080x1920 --num_sizes 5 --num_steps 100 \\
-                      --learning_rate 10 --decay_rate .25 --p_reg 1e-10 --beta 2.5        # from noise
-    python cnn_vis.py --image in.jpg --image_type amplify_neuron --layer inception_4b/output --target_neuron 17
+    python cnn_vis.py --image in.jpg --layer inception_3b/output \\
+        --initial_size x0.5 --final_size x2 --num_sizes 4
+    python cnn_vis.py --initial_size 270x480 --final_size 1080x1920 --num_sizes 5 \\
+        --num_steps 100 --learning_rate 10 --decay_rate .25 --p_reg 1e-10 --beta 2.5  # from noise
+    python cnn_vis.py --image in.jpg --image_type amplify_neuron \\
+        --layer inception_4b/output --target_neuron 17
     python cnn_vis.py --help
 
-Faithful to Justin Johnson's cnn-vis (2015): the picture is cut into overlapping tiles of the network's input size; each
-step runs every tile forward and backward through Caffe, adds the gradients of two p-norms and of total variation, and takes
-an RMSProp step. After num_steps steps the picture is enlarged, and so on from initial_size to final_size.
+Faithful to Justin Johnson's cnn-vis (2015): the picture is cut into overlapping tiles of the
+network's input size. Each step runs every tile forward and backward through Caffe, adds the
+gradients of two p-norms and of total variation, and takes an RMSProp step. After num_steps steps
+the picture is enlarged, and so on from initial_size to final_size.
 
-A picture in memory is float64, shape (1, 3, H, W), channels B, G, R, with the mean image's mean taken off.
+The rooms of this file, in the order data flows:
+
+    The program       Pictures; Sizes and tiles; Objective, regularizers, step; The dream
+    What carries it   Options; Networks by name; The network; Engines; Files of a run;
+                      Along the way; A run; Commands
+
+A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
+the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -30,6 +41,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import mmap
 import multiprocessing
@@ -44,29 +56,51 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import warnings
 import zipfile
 import zlib
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() can say a word: no traceback out of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
 
 import numpy as np
 
 __version__ = "1.0.0"
 
+log = logging.getLogger("cnn_vis")
+
 
 class BadRequest(Exception):
-    """What the user asked for cannot be done; the message names the option, the value and the remedy. Exit status 2."""
+    """The user asked for something impossible; the message names the option, the value and the
+    remedy. Exit status 2."""
+
+
+def refusal(option, value, problem):
+    """The BadRequest for an option's value."""
+    return BadRequest(f"--{option} {value}: {problem}")
 
 
 class RunFailed(Exception):
-    """A run that was asked for rightly went wrong. Exit status 1."""
+    """A valid run failed. Exit status 1."""
 
 
 class NotFinite(RunFailed):
-    """Options drove the picture out of all bounds."""
+    """The options drove the picture out of all bounds."""
+
+
+class OutOfMemory(RunFailed):
+    """The machine's memory does not suffice."""
+
+    def __init__(self, who=""):
+        super().__init__(f"{who}there is not enough memory; use smaller sizes, or fewer --workers")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the program; exit status 128 + signum."""
+
+    def __init__(self, signum, message="stopped"):
+        super().__init__(message)
+        self.signum = signum
 
 
 def one_line(error):
@@ -74,71 +108,74 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------------
+# ---- Pictures ---------------------------------------------------------------------------------
 
-MAX_PIXELS = 178_956_970  # of a picture file; Pillow too takes more for an attack
 GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
+MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as an attack
 
 
 def read_picture(path, background="white"):
-    """The picture in the file `path` as people see it: uint8 (H, W, 3), sRGB; and a list of remarks on what was done to it.
+    """The picture in the file `path` as people see it, sRGB, and remarks on how it was read.
 
-    Heeded are EXIF orientation, colour profile, depths other than 8 bits; what is transparent shows the colour `background`.
-    Of several frames the first is taken. Raises BadRequest.
+    EXIF orientation, colour profile and depths other than 8 bits are respected; the colour
+    `background` shows where it is transparent. Of several frames the first is used. Raises
+    BadRequest.
     """
     from PIL import Image, ImageOps
 
+    remarks = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on size, which is checked here, and on damaged metadata, which does not matter
-            with Image.open(path) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise BadRequest(f"--image {path}: {file.width}x{file.height} is too large a picture; make it smaller first")
-                remarks = []
-                if getattr(file, "is_animated", False) and file.format != "MPO":  # MPO: a camera's JPEG with its preview
-                    remarks.append(f"{path}: the first of {file.n_frames} frames is used")
-                picture = file
-                with contextlib.suppress(Exception):  # damaged EXIF data says nothing on the orientation
-                    picture = ImageOps.exif_transpose(file)
-                picture = to_srgb(picture, path, remarks)
-                if picture.mode != "RGB":
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
-                return np.asarray(picture), remarks
-    except BadRequest:
-        raise
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            is_preview = file.format == "MPO"  # a camera's JPEG: its other frames are previews
+            if getattr(file, "is_animated", False) and not is_preview:
+                remarks.append(f"{path}: the first of {file.n_frames} frames is used")
+            picture = file
+            with contextlib.suppress(Exception):  # damaged EXIF data does not tell the orientation
+                picture = ImageOps.exif_transpose(file)
+            picture = to_srgb(picture, path, remarks)
+            if picture.mode != "RGB":
+                behind = Image.new("RGBA", picture.size, background)
+                picture = Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
+            return np.asarray(picture), remarks
     except Image.DecompressionBombError:
-        raise BadRequest(f"--image {path}: too large a picture; make it smaller first") from None
+        raise refusal("image", path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
         heic = path.lower().endswith((".heic", ".heif"))
         remedy = "save HEIC pictures as JPEG first" if heic else "give a PNG or JPEG file"
-        raise BadRequest(f"--image {path}: cannot be read as a picture ({one_line(error)}); {remedy}") from None
+        problem = f"cannot be read as a picture ({one_line(error)})"
+        raise refusal("image", path, f"{problem}; {remedy}") from None
 
 
 def to_srgb(picture, path, remarks):
-    """A PIL picture of any mode and colour profile as an 8-bit sRGB one, mode RGB, or RGBA where parts are transparent."""
+    """A PIL picture of any mode and colour profile as an 8-bit sRGB one, mode RGB, or RGBA if parts
+    are transparent."""
     from PIL import Image, ImageCms
 
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith(("I", "F")):
         picture, profile = Image.fromarray(to_8_bits(np.asarray(picture))), None
-    transparent = "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if picture.mode not in ("L", "CMYK") or transparent:
-        picture = picture.convert("RGBA" if transparent else "RGB")
+    has_alpha = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    mode = "RGBA" if has_alpha or "transparency" in picture.info else "RGB"
+    if picture.mode not in ("L", "CMYK") or mode == "RGBA":
+        picture = picture.convert(mode)
     if profile:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "srgb" not in ImageCms.getProfileDescription(profile).lower():
-                mode = "RGBA" if transparent else "RGB"
-                return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(picture, profile, srgb, outputMode=mode)
         except (OSError, ImageCms.PyCMSError) as error:
-            remarks.append(f"{path}: its colour profile is left aside ({one_line(error)})")
-    return picture if transparent else picture.convert("RGB")
+            remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
+    return picture.convert(mode)
 
 
 def to_8_bits(values):
-    """A deeper greyscale picture, an array (H, W), as uint8. Two bytes a pixel are 0..65535; else it is the first of 0..1
-    (fractions only), 0..255, 0..65535 and 0..maximum that holds the values."""
+    """A deeper greyscale picture, an array (H, W), as uint8. Two bytes a pixel are 0..65535; else
+    it is the first of 0..1 (fractions only), 0..255, 0..65535 and 0..maximum that holds the
+    values."""
     sixteen_bits = values.dtype.itemsize == 2
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     tops = [65535] if sixteen_bits else ([1] if (values % 1).any() else []) + [255, 65535]
@@ -147,10 +184,11 @@ def to_8_bits(values):
 
 
 def to_uint8(image, mean, rescale=False):
-    """What one sees of `image` (1, 3, H, W): uint8 (H, W, 3) RGB, truncated; with `rescale` stretched instead of clipped."""
+    """`image` (1, 3, H, W) as people see it: uint8 (H, W, 3), truncated; with `rescale` it is
+    stretched to the full range instead of clipped."""
     picture = np.empty((*image.shape[2:], 3), np.uint8)
     low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
-    for channel, plane in enumerate(image[0, ::-1]):  # one at a time, for the memory
+    for channel, plane in enumerate(image[0, ::-1]):  # one at a time, to save memory
         plane = GAIN * plane
         plane += mean
         if rescale:
@@ -162,14 +200,15 @@ def to_uint8(image, mean, rescale=False):
 
 
 def from_uint8(picture, mean):
-    """uint8 (H, W, 3) RGB to float64 (1, 3, H, W) BGR without the mean. No gain, so not the inverse of to_uint8."""
-    image = np.array(picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis], dtype=np.float64, order="C")
+    """The image (1, 3, H, W) of a picture. No gain, so this is not the inverse of to_uint8."""
+    image = picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis]
+    image = np.array(image, dtype=np.float64, order="C")
     image -= mean
     return image
 
 
 def resize(picture, size, bilinear=False):
-    """uint8 (H, W, 3) resized to `size` (height, width) as PIL does it, bicubic unless `bilinear`."""
+    """The picture at `size` (height, width) as PIL resizes it, bicubic unless `bilinear`."""
     from PIL import Image
 
     method = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
@@ -177,37 +216,42 @@ def resize(picture, size, bilinear=False):
 
 
 def noise(size, scale, blur, mean, seed=None):
-    """Noise to start from, float64 (1, 3, H, W). The blur is the original's: on 8-bit pixels, and across channels too."""
+    """An image of noise to start from. The blur is the original's: on 8-bit pixels, and across
+    channels too."""
     from scipy.ndimage import gaussian_filter
 
     image = scale * np.random.RandomState(seed).randn(1, 3, *size)
     return from_uint8(gaussian_filter(to_uint8(image, mean), sigma=blur), mean)
 
 
-# ---- Sizes and tiles ---------------------------------------------------------------------------------------------------
+# ---- Sizes and tiles --------------------------------------------------------------------------
+# A size is (height, width). A region is (y0, y1, x0, x1), the place of a tile in the picture.
 
 MAX_SIDE = 1_000_000
+BYTES_A_PIXEL = 130  # of a run: images, caches of overlapping tiles, and what enlarging takes
 
 
 def parse_size(text, base):
-    """A size as an option gives it ("HxW", "xF", "N" or None) as (height, width); `base` is (height, width), of whose shape "N"
-    is with the longer side N. Raises ValueError."""
+    """The size that an option gives: "HxW", "xF" (the factor F of the size `base`), "N" (the shape
+    of `base` with the longer side N), or None (`base`). Raises ValueError."""
     if text is None:
         return tuple(base)
     height, x, width = text.partition("x")
     if not x:
         size = tuple(max(1, round(int(text) * side / max(base))) for side in base)
+    elif height:
+        size = (int(height), int(width))
     else:
-        size = (int(height), int(width)) if height else tuple(int(float(width) * side) for side in base)
+        size = tuple(int(float(width) * side) for side in base)
     if min(size) < 1:
         raise ValueError(f"{size[0]}x{size[1]} has no pixels")
     if max(size) > MAX_SIDE:
-        raise ValueError(f"sides of more than {MAX_SIDE} pixels are more than can be done")
+        raise ValueError(f"no side may exceed {MAX_SIDE} pixels")
     return size
 
 
 def size_sequence(initial, final, number, resize_type):
-    """`number` sizes (height, width) from initial to final, geometric or linear, rounded half to even."""
+    """`number` sizes from initial to final, geometric or linear, rounded half to even."""
     if number == 1:
         return [tuple(initial)]
     if resize_type == "geometric":
@@ -218,163 +262,231 @@ def size_sequence(initial, final, number, resize_type):
 
 
 def tile_starts(total, tile):
-    """Where tiles of `tile` pixels start so that as few as can be cover `total` pixels, evenly spread, rounded half up."""
+    """Where the fewest tiles of `tile` pixels start that cover `total` pixels, evenly spread,
+    rounded half up."""
     count = -(-total // tile)
     return [math.floor(start + 0.5) for start in np.linspace(0, total - tile, count)]
 
 
-def tiles(size, tile):
-    """The tiles of a picture of `size`, as two lists (even, odd) of (y0, y1, x0, x1): a chequerboard, columns outer."""
+def tiles(size, tile_size):
+    """The regions of a picture's tiles, as two lists (even, odd): a chequerboard, columns outer."""
     colours = ([], [])
-    for i, x in enumerate(tile_starts(size[1], tile[1])):
-        for j, y in enumerate(tile_starts(size[0], tile[0])):
-            colours[(i + j) % 2].append((y, y + tile[0], x, x + tile[1]))
+    for i, x in enumerate(tile_starts(size[1], tile_size[1])):
+        for j, y in enumerate(tile_starts(size[0], tile_size[0])):
+            colours[(i + j) % 2].append((y, y + tile_size[0], x, x + tile_size[1]))
     return colours
 
 
-def all_tiles(size, tile):
-    """The tiles of both colours in one list, the even ones first."""
-    even, odd = tiles(size, tile)
+def all_tiles(size, tile_size):
+    """The regions of both colours in one list, the even ones first."""
+    even, odd = tiles(size, tile_size)
     return even + odd
 
 
-def tile_counts(size, tile):
+def tile_counts(size, tile_size):
     """How many tiles cover each pixel, float64 (H, W)."""
     counts = np.zeros(size)
-    for y0, y1, x0, x1 in all_tiles(size, tile):
+    for y0, y1, x0, x1 in all_tiles(size, tile_size):
         counts[y0:y1, x0:x1] += 1
     return counts
 
 
 def cut_tile(image, region):
-    """The pixels (3, H, W) of a region (y0, y1, x0, x1), a view."""
+    """The pixels (3, H, W) of a region, a view."""
     y0, y1, x0, x1 = region
     return image[0, :, y0:y1, x0:x1]
 
 
 def overlap(a, b):
-    """Whether two regions (y0, y1, x0, x1) have pixels in common."""
+    """Whether two regions have pixels in common."""
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
-BYTES_A_PIXEL = 130  # of a run: picture, start picture, caches of overlapping tiles, a snapshot, and what enlarging takes
+def plan_sizes(settings, base, tile_size):
+    """The sizes of a run, a list; `base` is the size that factors refer to. None is below the
+    network's input or too large for the memory. Raises BadRequest."""
 
+    def refuse(name, problem):
+        return refusal(name, getattr(settings, name) or "unset", problem)
 
-def plan_sizes(options, picture, tile_size):
-    """The sizes of a run, [(height, width), ...], all at least the network's input and no larger than memory. Raises
-    BadRequest."""
-    base = tile_size if picture is None else picture.shape[:2]
     ends = []
-    for name in ("initial_size", "final_size")[: options.num_sizes]:
+    for name in ("initial_size", "final_size")[: settings.num_sizes]:
         try:
-            ends.append(parse_size(getattr(options, name), base))
+            ends.append(parse_size(getattr(settings, name), base))
         except (ValueError, OverflowError) as error:
-            value = getattr(options, name)
-            raise BadRequest(
-                f"--{name} {value}: {one_line(error)}; give HxW, the longer side, or xF, as 540x960, 960 or x0.5"
-            ) from None
-    sizes = size_sequence(ends[0], ends[-1], options.num_sizes, options.resize_type)
+            remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
+            raise refuse(name, f"{one_line(error)}; {remedy}") from None
+    sizes = size_sequence(ends[0], ends[-1], settings.num_sizes, settings.resize_type)
     for size in sizes:
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
             name = "initial_size" if size == sizes[0] else "final_size"
             factor = max(math.ceil(100 * t / b) / 100 for t, b in zip(tile_size, base))
-            raise BadRequest(
-                f"--{name} {getattr(options, name) or 'unset'}: {size[0]}x{size[1]} is smaller than the network's input, "
-                f"{tile_size[0]}x{tile_size[1]}; x{factor:g} or more will do"
-            )
-    height, width = max(sizes, key=math.prod)
-    needed, free = BYTES_A_PIXEL * height * width, free_memory()
+            least = f"{tile_size[0]}x{tile_size[1]}; use x{factor:g} or more"
+            raise refuse(name, f"{size[0]}x{size[1]} is smaller than the network's input, {least}")
+    largest = max(sizes, key=math.prod)
+    needed, free = BYTES_A_PIXEL * math.prod(largest), free_memory()
     if needed > free:
-        name = "final_size" if len(sizes) > 1 and (height, width) == sizes[-1] else "initial_size"
-        raise BadRequest(
-            f"--{name} {getattr(options, name) or 'unset'}: {height}x{width} takes {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free; give a smaller one"
-        )
+        name = "final_size" if len(sizes) > 1 and largest == sizes[-1] else "initial_size"
+        amounts = f"{needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB is free"
+        raise refuse(name, f"{largest[0]}x{largest[1]} needs {amounts}; use a smaller size")
     return sizes
 
 
-# ---- Objective, regularizers, step -------------------------------------------------------------------------------------
+# ---- Objective, regularizers, step ------------------------------------------------------------
+# Every term of the sum that a step goes down has loss(x), a number, and gradient(x), of x's shape.
+# An objective is a term of the target's activations, float32 (N, C, ...); a regularizer is one of
+# an image or a part of it, float64 (1, C, H, W), with its weight included.
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is to grow. With `neuron` None, every activation a of the target: l1 a|a| / 2 + l2 a^2 / 2, the square going on
-    as a straight line beyond `clip`. Else the sum of channel `neuron`."""
+class AmplifyLayer:
+    """Lets every activation `a` of the target grow: minus the sum of l1 a|a| / 2 + l2 a^2 / 2,
+    where the square continues as a straight line beyond `clip`."""
 
-    neuron: int | None = None
     l1: float = 1.0
     l2: float = 1.0
     clip: float = 5.0
 
-    def value(self, a):
-        """The objective of one tile's activations `a` (C, ...), a number."""
-        if self.neuron is not None:
-            return float(a[self.neuron].sum(dtype=np.float64))
+    def check(self, target, channels):
+        """Raises BadRequest if the target, with so many channels, does not fit."""
+
+    def loss(self, a):
+        """The loss of activations (N, C, ...)."""
         a = a.astype(np.float64)
         size = np.abs(a)
         square = np.where(size <= self.clip, a * a / 2, self.clip * size - self.clip**2 / 2)
-        return float((self.l1 * a * size / 2 + self.l2 * square).sum())
+        return -float((self.l1 * a * size / 2 + self.l2 * square).sum())
 
-    def descent(self, a):
-        """Minus the objective's gradient by `a`, for the network to take backward: steps go downhill. Same shape and dtype."""
-        if self.neuron is not None:
-            gradient = np.zeros_like(a)
-            gradient[:, self.neuron] = -1
-            return gradient
+    def gradient(self, a):
+        """The gradient of the loss with respect to `a`, of its shape and dtype. It is the
+        original's: the l1 part is |a| whatever the sign of `a`."""
         return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
 
 
-FLOOR = 1e-3  # under the squared gradient in total variation
-EPSILON = 1e-8  # under RMSProp's square root
-TV_OPERATORS = {  # slopes: (difference along the axis, smoothing across it), both as correlation kernels
+@dataclasses.dataclass(frozen=True)
+class AmplifyNeuron:
+    """Lets one channel of the target grow: minus the sum of its activations."""
+
+    neuron: int = 0
+
+    def check(self, target, channels):
+        """Raises BadRequest if the target, with so many channels, does not fit."""
+        if self.neuron >= channels:
+            raise BadRequest(
+                f"--target_neuron {self.neuron}: {target} has {channels} channels, numbered from 0"
+            )
+
+    def loss(self, a):
+        """The loss of activations (N, C, ...)."""
+        return -float(a[:, self.neuron].sum(dtype=np.float64))
+
+    def gradient(self, a):
+        """The gradient of the loss with respect to `a`, of its shape and dtype."""
+        gradient = np.zeros_like(a)
+        gradient[:, self.neuron] = -1
+        return gradient
+
+
+IMAGE_TYPES = {  # --image_type: the objective that the settings ask for
+    "amplify_layer": lambda settings: AmplifyLayer(
+        settings.amplify_l1_weight, settings.amplify_l2_weight, settings.amplify_grad_clip
+    ),
+    "amplify_neuron": lambda settings: AmplifyNeuron(settings.target_neuron),
+}
+
+
+def power(x, exponent):
+    """x ** exponent for an array x >= 0 (it may be x itself). The exponents in use are halves and
+    quarters, which square roots and products give several times faster than a general power."""
+    quarters = exponent * 4
+    if not (quarters == int(quarters) and 0 <= quarters <= 48):
+        return x**exponent
+    whole, rest = divmod(int(quarters), 4)
+    root = np.sqrt(x) if rest else None
+    factors = [[], [np.sqrt(root)], [root], [root, np.sqrt(root)]][rest] if rest else []
+    while whole:
+        if whole % 2:
+            factors.append(x)
+        whole //= 2
+        x = x * x if whole else x
+    return functools.reduce(np.multiply, factors) if factors else np.ones_like(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class PNorm:
+    """weight * sum |x / scale|^p, with p >= 1."""
+
+    weight: float
+    p: float
+    scale: float = 1.0
+
+    def loss(self, x):
+        """The p-norm of x, a number."""
+        return self.weight * float(power(np.abs(x) / self.scale, self.p).sum())
+
+    def gradient(self, x):
+        """Its gradient: weight * p / scale * sign(x) * |x / scale|^(p - 1)."""
+        scaled = x if self.scale == 1 else x / self.scale
+        if self.p == 2:
+            return scaled * (self.weight * 2 / self.scale)
+        if self.p % 2 == 0:  # an odd power keeps the sign
+            gradient = power(scaled * scaled, (self.p - 2) / 2)
+            gradient *= scaled
+        else:
+            gradient = power(np.abs(scaled), self.p - 1)
+            gradient *= np.sign(scaled)
+        gradient *= self.weight * self.p / self.scale
+        return gradient
+
+
+TV_FLOOR = 1e-3  # least squared slope in total variation
+TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as correlation kernels
     "naive": ((1, -1), (1, 0)),
     "sobel": ((-1, 0, 1), (1, 2, 1)),
     "sobel_squish": ((-1, 1, 0), (1, 2, 1)),
 }
 
 
-# Exponents in use are halves and quarters of whole numbers, which square roots and products give several times faster than a
-# general power. Losses and gradients below are by x, an array (1, 3, H, W), float64.
-def power(x, exponent):
-    """x ** exponent for x >= 0."""
-    quarters = exponent * 4
-    if not (quarters == int(quarters) and 0 <= quarters <= 48):
-        return x**exponent
-    result, factor, bits = None, x, int(quarters)
-    if bits % 4:
-        root = np.sqrt(x)
-        result = root if bits & 2 else None
-        if bits & 1:
-            fourth = np.sqrt(root)
-            result = fourth if result is None else result * fourth
-    bits >>= 2
-    while bits:
-        if bits & 1:
-            result = factor if result is None else result * factor
-        bits >>= 1
-        if bits:
-            factor = factor * factor
-    return np.ones_like(x) if result is None else result
+@dataclasses.dataclass(frozen=True)
+class TotalVariation:
+    """weight * sum (dx^2 + dy^2)^(beta / 2) of x / scale, each channel apart (Mahendran and
+    Vedaldi 2015, equation 4), with slopes dx and dy as one of TV_OPERATORS measures them."""
 
+    weight: float
+    beta: float
+    operator: str = "naive"
+    scale: float = 1.0
 
-def p_norm_loss(x, p, scale):
-    """sum |x / scale|^p."""
-    return float(power(np.abs(x) / scale, p).sum())
+    def loss(self, x):
+        """The total variation of x, a number."""
+        return self.weight * float(power(self._slopes(x)[2], self.beta / 2).sum())
 
+    def gradient(self, x):
+        """Its gradient. As in the original the floor is not masked out: a flat place has a
+        gradient, of nearly 0."""
+        dx, dy, factor = self._slopes(x)
+        if self.beta >= 2:
+            factor = power(factor, self.beta / 2 - 1)
+        else:
+            factor **= self.beta / 2 - 1
+        factor *= self.weight * self.beta / self.scale
+        dx *= factor
+        dy *= factor
+        gradient = np.zeros_like(x)
+        _spread_slope(gradient, dx, self.operator, 3)
+        _spread_slope(gradient, dy, self.operator, 2)
+        return gradient
 
-def p_norm_gradient(x, p, scale, weight=1.0):
-    """Of weight * p_norm_loss by x: weight * p / scale * sign(x) * |x / scale|^(p - 1)."""
-    scaled = x if scale == 1 else x / scale
-    if p == 2:
-        return scaled * (weight * 2 / scale)
-    if p % 2 == 0:  # an odd power keeps the sign
-        gradient = power(scaled * scaled, (p - 2) / 2)
-        gradient *= scaled
-    else:
-        gradient = power(np.abs(scaled), p - 1)
-        gradient *= np.sign(scaled)
-    gradient *= weight * p / scale
-    return gradient
+    def _slopes(self, x):
+        """dx, dy of x / scale, and max(dx^2 + dy^2, TV_FLOOR)."""
+        dx, dy = (_slope(x, self.operator, axis) for axis in (3, 2))
+        if self.scale != 1:
+            dx /= self.scale
+            dy /= self.scale
+        squared = dx * dx
+        squared += dy * dy
+        np.maximum(squared, TV_FLOOR, out=squared)
+        return dx, dy, squared
 
 
 def _window(x, axis, start, length):
@@ -406,8 +518,8 @@ def _spread_slope(x, slope, operator, axis):
         shape[across] += n
         spread = np.zeros(shape)
         for i, factor in enumerate(smoothing):
-            place = _window(spread, across, i, slope.shape[across])
-            place += slope if factor == 1 else factor * slope
+            part = _window(spread, across, i, slope.shape[across])
+            part += slope if factor == 1 else factor * slope
     else:
         spread, x = slope, _window(x, across, 0, x.shape[across] - n)
     up, down = (_window(x, axis, difference.index(sign), spread.shape[axis]) for sign in (1, -1))
@@ -415,41 +527,12 @@ def _spread_slope(x, slope, operator, axis):
     down -= spread
 
 
-def _tv_slopes(x, operator, scale):
-    """dx, dy of x / scale, and max(dx^2 + dy^2, FLOOR)."""
-    dx, dy = (_slope(x, operator, axis) for axis in (3, 2))
-    if scale != 1:
-        dx /= scale
-        dy /= scale
-    squared = dx * dx
-    squared += dy * dy
-    np.maximum(squared, FLOOR, out=squared)
-    return dx, dy, squared
-
-
-def tv_loss(x, beta, operator="naive", scale=1.0):
-    """Total variation of x / scale (Mahendran and Vedaldi 2015, equation 4, each channel apart): sum (dx^2 + dy^2)^(beta/2)."""
-    return float(power(_tv_slopes(x, operator, scale)[2], beta / 2).sum())
-
-
-def tv_gradient(x, beta, operator="naive", scale=1.0, weight=1.0):
-    """Of weight * tv_loss by x. As in the original the floor is not masked out: a flat place has a gradient, of nearly 0."""
-    dx, dy, factor = _tv_slopes(x, operator, scale)
-    if beta >= 2:
-        factor = power(factor, beta / 2 - 1)
-    else:
-        factor **= beta / 2 - 1
-    factor *= weight * beta / scale
-    dx *= factor
-    dy *= factor
-    gradient = np.zeros_like(x)
-    _spread_slope(gradient, dx, operator, 3)
-    _spread_slope(gradient, dy, operator, 2)
-    return gradient
+EPSILON = 1e-8  # under RMSProp's square root
 
 
 def rmsprop(gradient, cache, decay, learning_rate):
-    """The step -gradient / sqrt(cache + EPSILON) * learning_rate. Changes `cache` (and `gradient`, which becomes the step)."""
+    """The step -gradient / sqrt(cache + EPSILON) * learning_rate. Changes `cache`, and `gradient`,
+    which becomes the step."""
     scratch = gradient * gradient
     scratch *= 1 - decay
     cache *= decay
@@ -461,292 +544,374 @@ def rmsprop(gradient, cache, decay, learning_rate):
     return gradient
 
 
-# ---- The dream ---------------------------------------------------------------------------------------------------------
+# ---- The dream --------------------------------------------------------------------------------
+
+Tile = collections.namedtuple("Tile", "turn region measure")  # turn: number of its colour's turn
 
 
-def tile_gradients(workers, image, colours):
-    """Yields (region, receive) for every region of `colours`, an iterable of (list of regions, whether the objective is to be
-    measured), in order. The caller steps a region before it asks for the next; to do so it calls receive(), which waits for
-    the tile and returns (gradient float32 (3, H, W), objective's value or None), and can do what else there is to do first.
+def tile_gradients(engine, image, turns):
+    """Yields (region, gradient, loss) for every region of `turns`, an iterable of (list of
+    regions, whether to measure the loss), in order: the gradient with respect to the tile, float32
+    (3, H, W), and the objective's loss, None unless measured. The caller steps a region before it
+    asks for the next. A turn is one colour of one step.
 
-    A tile's gradient is that of the picture as it stood when the first tile of its colour was stepped. That may be known
-    earlier: as soon as nothing that is still to come before this colour reaches into the tile. Then it is sent, so that
-    workers need not wait for the end of a colour, or of a step.
+    A tile's gradient is that of the image as it was when the first tile of its turn was stepped.
+    That may be known earlier: as soon as no tile of an earlier turn that is still to be stepped
+    reaches into it. Then it is sent, so that the engine need not wait for the end of a turn.
     """
-    numbered_colours = enumerate(colours)
-    ahead = collections.deque()  # (number of its colour, region, whether to measure) of tiles not sent, to the end of a colour
-    batch = []  # of them, those that are sent next
+    turns = enumerate(turns)
+    unsent = collections.deque()  # in order; the tiles of a turn come in together
     sent = collections.deque()  # batches on their way: (tiles, ticket)
-    unstepped = collections.deque()  # all tiles sent or in the batch
-    kept = {}  # pixels of tiles not sent that others of their colour have begun to change
-    while True:
-        while workers.has_room():
-            while len(batch) < workers.batch_size:
-                if not ahead:
-                    number, (colour, measure) = next(numbered_colours, (None, ((), None)))
-                    ahead.extend((number, region, measure) for region in colour)
-                if not ahead:
+    unstepped = collections.deque()  # all tiles in them
+    before = {}  # pixels of unsent tiles that others of their turn have begun to change
+
+    def ready_batch():
+        """The tiles that can be sent next, as many as the engine takes at once."""
+        batch = []
+        while len(batch) < engine.batch_size:
+            if len(batch) == len(unsent):
+                turn, (regions, measure) = next(turns, (None, ((), False)))
+                unsent.extend(Tile(turn, region, measure) for region in regions)
+                if not regions:
                     break
-                number, region, _ = ahead[0]
-                if any(other < number and overlap(region, place) for other, place, _ in unstepped):
-                    break
-                batch.append(ahead.popleft())
-                unstepped.append(batch[-1])
-            # A batch with places left waits for more tiles, if any can come free meanwhile.
-            if not batch or (len(batch) < workers.batch_size and sent and ahead):
+            tile = unsent[len(batch)]
+            earlier = (
+                other for other in itertools.chain(unstepped, batch) if other.turn < tile.turn
+            )
+            if any(overlap(other.region, tile.region) for other in earlier):
                 break
-            pixels = [kept.pop(tile) if tile in kept else cut_tile(image, tile[1]) for tile in batch]
-            sent.append((batch, workers.send(pixels, any(measure for *_, measure in batch))))
-            batch = []
+            batch.append(tile)
+        return batch
+
+    while True:
+        while engine.has_room():
+            batch = ready_batch()
+            is_full = len(batch) == engine.batch_size
+            if not batch or (not is_full and sent and len(batch) < len(unsent)):
+                break  # more tiles come free when those on their way have been stepped
+            pixels = []
+            for tile in batch:
+                unsent.popleft()
+                unstepped.append(tile)
+                pixels.append(before.pop(tile) if tile in before else cut_tile(image, tile.region))
+            sent.append((batch, engine.send(pixels, any(tile.measure for tile in batch))))
         if not sent:
             return
-        tiles_sent, ticket = sent.popleft()
-        received = functools.cache(functools.partial(workers.receive, ticket))
-        for place, (number, region, _) in enumerate(tiles_sent):
-            for tile in itertools.takewhile(lambda tile, number=number: tile[0] == number, itertools.chain(batch, ahead)):
-                if tile not in kept and overlap(tile[1], region):
-                    kept[tile] = cut_tile(image, tile[1]).astype(np.float32)
-            yield region, lambda received=received, place=place: received()[place]
+        batch, ticket = sent.popleft()
+        for tile, (gradient, loss) in zip(batch, engine.receive(ticket)):
+            for other in itertools.takewhile(
+                lambda other, tile=tile: other.turn == tile.turn, unsent
+            ):
+                if other not in before and overlap(other.region, tile.region):
+                    before[other] = cut_tile(image, other.region).astype(np.float32)
+            yield tile.region, gradient, loss
             unstepped.popleft()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is after a step. `size_index` and `step` count from 0; `image` is the picture in memory, not to be changed;
-    `stats` is {name: number} or None when not asked for."""
+    """Where a run is after a step. `size` and `step` (at this size) count from 1. `image` is the
+    run's own, not to be changed. `stats` is {name: number}, as STATS names them, or None if the
+    step was not measured."""
 
     sizes: list
-    size_index: int
-    step: int
+    size: int
     num_steps: int
+    step: int
     image: np.ndarray
     mean: float
     stats: dict | None
 
+    def __str__(self):
+        height, width = self.sizes[self.size - 1]
+        size = f"size {self.size}/{len(self.sizes)} {height}x{width}"
+        return f"{size}, step {self.step}/{self.num_steps}"
+
     def steps_done(self):
-        """How many steps the run has done, at all sizes."""
-        return self.size_index * self.num_steps + self.step + 1
+        """The number of steps done so far, at all sizes."""
+        return (self.size - 1) * self.num_steps + self.step
 
     def picture(self, rescale=False):
-        """What one sees of it: uint8 (H, W, 3), RGB."""
+        """The picture as it stands, uint8 (H, W, 3)."""
         return to_uint8(self.image, self.mean, rescale)
 
 
-def whereabouts(progress):
-    """Where a Progress is, in words."""
-    height, width = progress.sizes[progress.size_index]
-    return f"size {progress.size_index + 1}/{len(progress.sizes)} {height}x{width}, step {progress.step + 1}/{progress.num_steps}"
+class Dream:
+    """One run: the image as it stands and all that the next step depends on.
+
+    `settings` are the Settings, `picture` is the start picture or None for noise, `mean` is the
+    number subtracted from its pixels, and `engine` is an Engine that has described its network.
+    `size` counts from 1, `step` is the number of steps done at this size. Raises BadRequest for
+    impossible sizes.
+    """
+
+    def __init__(self, settings, picture, mean, engine):
+        self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
+        base = engine.tile_size if picture is None else picture.shape[:2]
+        self.sizes = plan_sizes(settings, base, engine.tile_size)
+        self.size, self.step = 1, 0
+        self.image = None
+
+    def run(self, wants_stats=lambda step: False):
+        """Does the run, or what is left of it, yielding a Progress after every step;
+        wants_stats(step) tells whether to measure a step. Raises NotFinite if a step overflows;
+        the image then has its last finite values."""
+        keep_freed_memory()
+        while True:
+            self.lay_out()
+            if self.step == 0:
+                self.begin_size()
+            yield from self._steps(wants_stats)
+            if self.size == len(self.sizes):
+                return
+            self.size, self.step = self.size + 1, 0
+
+    def lay_out(self):
+        """Prepares what depends on the size alone: regions, start image, tile counts."""
+        size, tile_size = self.sizes[self.size - 1], self.engine.tile_size
+        self.cache_index = {region: i for i, region in enumerate(all_tiles(size, tile_size))}
+        self.start = None
+        if self.picture is not None:
+            self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
+        has_own_rates = self.settings.use_pixel_learning_rates
+        self.counts = tile_counts(size, tile_size) if has_own_rates else None
+
+    def begin_size(self):
+        """Brings the image to the size that was laid out; caches and schedules start over."""
+        s, size = self.settings, self.sizes[self.size - 1]
+        if self.image is not None:
+            picture = resize(to_uint8(self.image, self.mean), size)
+            self.image = from_uint8(picture, self.mean)
+        elif self.start is not None:
+            self.image = self.start.copy()
+        else:
+            scale, blur = s.initialization_scale, s.initialization_blur
+            self.image = noise(size, scale, blur, self.mean, s.seed)
+        self.caches = np.zeros((len(self.cache_index), 3, *self.engine.tile_size))
+        self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
+
+    def _steps(self, wants_stats):
+        """Does the steps left at this size, yielding a Progress after each."""
+        steps = range(self.step + 1, self.settings.num_steps + 1)
+        colours = tiles(self.sizes[self.size - 1], self.engine.tile_size)
+        turns = ((colour, wants_stats(step)) for step in steps for colour in colours if colour)
+        gradients = tile_gradients(self.engine, self.image, turns)
+        for step in steps:
+            gauge = Gauge() if wants_stats(step) else NoGauge()
+            for region, gradient, loss in itertools.islice(gradients, len(self.cache_index)):
+                self.step_tile(region, gradient, loss, gauge)
+            self._advance_schedules()
+            yield self.progress(gauge.summary(self.image))
+
+    def step_tile(self, region, cnn_gradient, loss, gauge):
+        """Adds the regularizers' gradients to that of a tile and takes its RMSProp step.
+
+        One channel at a time: channels do not meet here, and the arrays of one fit the cache.
+        """
+        y0, y1, x0, x1 = region
+        gauge.add_tile(loss)
+        for channel in range(3):
+            place = np.s_[:, channel : channel + 1, y0:y1, x0:x1]
+            x = self.image[place]
+            gradient = cnn_gradient[np.newaxis, channel : channel + 1].astype(np.float64)
+            gauge.add_means(cnn_gradient=gradient)
+            for name, term, argument in self._regularizers(x, place):
+                if term.weight:
+                    part = term.gradient(argument)
+                    gauge.add_term(name, term, argument, part)
+                    gradient += part
+            cache = self.caches[self.cache_index[region]][np.newaxis, channel : channel + 1]
+            step = rmsprop(gradient, cache, self.settings.decay_rate, self.learning_rate)
+            is_finite = math.isfinite(step.sum() + cache.sum())
+            if self.counts is not None:
+                step /= self.counts[y0:y1, x0:x1]
+            gauge.add_means(step_size=step, value=x)
+            if not is_finite:
+                raise NotFinite(
+                    f"the picture overflowed at step {self.step + 1} of size {self.size}; lower "
+                    "--learning_rate, the weights (--l1_weight, --l2_weight, --p_reg, --p_reg_aux, "
+                    "--tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
+                )
+            x += step
+
+    def _regularizers(self, x, place):
+        """The regularizers in the original's order, as (name, term, what it is a term of); `x` is
+        one channel of a tile, at `place` in the image."""
+        s = self.settings
+        change = x if self.start is None or not s.p_reg else x - self.start[place]
+        yield "p", PNorm(s.p_reg, s.alpha, s.p_scale), change
+        yield "aux", PNorm(s.p_reg_aux, s.alpha_aux, s.p_scale_aux), x
+        yield "tv", TotalVariation(self.tv_reg, s.beta, s.tv_grad_operator, s.tv_reg_scale), x
+
+    def _advance_schedules(self):
+        """Counts a step; both schedules count the steps at this size."""
+        s = self.settings
+        self.step += 1
+        if self.step % s.learning_rate_decay_iter == 0:
+            self.learning_rate *= s.learning_rate_decay_fraction
+        if self.step % s.tv_reg_step_iter == 0:
+            self.tv_reg += s.tv_reg_step
+
+    def progress(self, stats=None):
+        """The Progress of the run as it stands."""
+        s = self.settings
+        return Progress(self.sizes, self.size, s.num_steps, self.step, self.image, self.mean, stats)
+
+    def is_done(self):
+        """Whether all steps have been done."""
+        return self.size == len(self.sizes) and self.step == self.settings.num_steps
+
+    def state(self):
+        """All that the next step depends on besides settings, picture and network: ({name:
+        number}, {name: array})."""
+        numbers = {
+            name: getattr(self, name) for name in ("size", "step", "learning_rate", "tv_reg")
+        }
+        return numbers, {"image": self.image, "caches": self.caches}
+
+    def restore(self, numbers, arrays):
+        """Continues from a `state`. Raises ValueError if it does not fit the run."""
+        size, step = numbers["size"], numbers["step"]
+        is_whole = type(size) is type(step) is int
+        if not (is_whole and 1 <= size <= len(self.sizes) and 1 <= step <= self.settings.num_steps):
+            raise ValueError("its step is outside the run")
+        height_width, tile_size = self.sizes[size - 1], self.engine.tile_size
+        shapes = {
+            "image": (1, 3, *height_width),
+            "caches": (len(all_tiles(height_width, tile_size)), 3, *tile_size),
+        }
+        for name, shape in shapes.items():
+            array = arrays[name]
+            is_right = array.shape == shape and array.dtype == np.float64
+            if not (is_right and np.isfinite(array.sum())):
+                raise ValueError(f"its {name} does not fit the run")
+            setattr(self, name, array)
+        self.size, self.step = size, step
+        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
 
 
-STATS = ("objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient", "cnn_gradient", "step_size",
-         "step_to_value", "image_mean", "image_std")  # fmt: skip
-COLUMNS = ("size", "height", "width", "step", *STATS)
+STATS = (
+    "objective", "p_loss", "aux_loss", "tv_loss", "p_gradient", "aux_gradient", "tv_gradient",
+    "cnn_gradient", "step_size", "step_to_value", "image_mean", "image_std",
+)  # fmt: skip
 
 
 class Gauge:
-    """Sums up one step over all of its tiles; the original printed the last tile's figures only."""
+    """Measures one step over all its tiles; the original printed the last tile's statistics."""
 
     def __init__(self):
         self._sums = collections.Counter()
         self._tiles = 0
 
-    def add_tile(self, value):
-        """Counts a tile; `value` is its objective."""
+    def add_tile(self, loss):
+        """Counts a tile; `loss` is the objective's."""
         self._tiles += 1
-        self._sums["objective"] += value
+        self._sums["objective"] -= loss
 
-    def add_means(self, **planes):
-        """The mean sizes of a tile's arrays, of one of its three channels."""
-        for name, plane in planes.items():
-            self._sums[name] += float(np.abs(plane).mean()) / 3
+    def add_term(self, name, term, argument, gradient):
+        """Adds what a regularizer gives for one of a tile's three channels."""
+        self._sums[f"{name}_loss"] += term.loss(argument)
+        self.add_means(**{f"{name}_gradient": gradient})
 
-    def add_losses(self, **losses):
-        """The parts of a tile's losses that one channel has."""
-        for name, loss in losses.items():
-            self._sums[f"{name}_loss"] += loss
+    def add_means(self, **arrays):
+        """Adds the mean absolute values of arrays, each of one of a tile's three channels."""
+        for name, array in arrays.items():
+            self._sums[name] += float(np.abs(array).mean()) / 3
 
     def summary(self, image):
-        """Means over the tiles, and the picture's mean and standard deviation."""
+        """The statistics, {name of STATS: number}: means over the tiles, and the image's own."""
         stats = {name: self._sums[name] / self._tiles for name in STATS[:-3]}
         stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
         return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
 
 
-class Dream:
-    """One run: the picture as it stands and all that the next step depends on.
+class NoGauge(Gauge):
+    """Stands in for a Gauge at the steps that nobody wants measured."""
 
-    `options` are those of the command line, `picture` the uint8 (H, W, 3) start picture or None for noise, `mean` the scalar
-    taken off, `workers` an entered Workers that has described its network. Raises BadRequest for sizes below the network's.
-    """
-
-    def __init__(self, options, picture, mean, workers):
-        self.options, self.picture, self.mean, self.workers = options, picture, mean, workers
-        self.sizes = plan_sizes(options, picture, workers.tile_size)
-        self.size_index, self.step = 0, 0  # of the next step
-        self.image = None
-
-    def run(self, wants_stats=lambda step: False):
-        """Does the run, or what is left of it, yielding a Progress after every step; wants_stats(step) tells which ones are
-        to be measured. Raises NotFinite where a step is not; the picture then is as it was amid that step, before it was not."""
-        keep_freed_memory()
-        while True:
-            self._lay_out()
-            if self.step == 0:
-                self._begin_size()
-            steps_left = range(self.step, self.options.num_steps)
-            colours = [colour for colour in tiles(self.sizes[self.size_index], self.workers.tile_size) if colour]
-            to_come = ((colour, wants_stats(step)) for step in steps_left for colour in colours)
-            gradients = tile_gradients(self.workers, self.image, to_come)
-            for step in steps_left:
-                gauge = Gauge() if wants_stats(step) else None
-                for region, receive in itertools.islice(gradients, len(self.tiles)):
-                    self._update_tile(region, receive, gauge)
-                self._advance_schedules()
-                stats = gauge and gauge.summary(self.image)
-                yield Progress(self.sizes, self.size_index, step, self.options.num_steps, self.image, self.mean, stats)
-            if self.size_index + 1 == len(self.sizes):
-                return
-            self.size_index, self.step = self.size_index + 1, 0
-
-    def _begin_size(self):
-        """Brings the picture to its next size and starts caches and schedules over."""
-        size, options = self.sizes[self.size_index], self.options
-        if self.image is not None:
-            self.image = from_uint8(resize(to_uint8(self.image, self.mean), size), self.mean)
-        elif self.picture is not None:
-            self.image = self.start.copy()
-        else:
-            self.image = noise(size, options.initialization_scale, options.initialization_blur, self.mean, options.seed)
-        self.caches = np.zeros((len(all_tiles(size, self.workers.tile_size)), 3, *self.workers.tile_size))
-        self.learning_rate, self.tv_reg = options.learning_rate, options.tv_reg
-
-    def _lay_out(self):
-        """Makes what a size takes besides: its tiles {region: place in caches}, start picture, how many tiles cover a pixel."""
-        size, tile_size = self.sizes[self.size_index], self.workers.tile_size
-        self.tiles = {region: place for place, region in enumerate(all_tiles(size, tile_size))}
-        self.start = None
-        if self.picture is not None:
-            self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
-        self.counts = tile_counts(size, tile_size) if self.options.use_pixel_learning_rates else None
-
-    def _update_tile(self, region, receive, gauge):
-        """Regularizes one tile's gradient, which `receive` gives, and takes its RMSProp step.
-
-        One channel at a time: they do not meet here, and the arrays of one stay in the processor's cache. While the network
-        is at the tile, the regularizers' part is done.
-        """
-        y0, y1, x0, x1 = region
-        planes = [np.s_[:, channel : channel + 1, y0:y1, x0:x1] for channel in range(3)]
-        regularizers = [self._regularizers(plane, gauge) for plane in planes]
-        gradients, value = receive()
-        if gauge is not None:
-            gauge.add_tile(value)
-        cache = self.caches[self.tiles[region]]
-        for channel, (plane, parts) in enumerate(zip(planes, regularizers)):
-            gradient = gradients[np.newaxis, channel : channel + 1].astype(np.float64)
-            if gauge is not None:
-                gauge.add_means(cnn_gradient=gradient)
-            for part in parts:
-                gradient += part
-            step = rmsprop(gradient, cache[np.newaxis, channel : channel + 1], self.options.decay_rate, self.learning_rate)
-            overflow = not math.isfinite(step.sum() + cache[channel].sum())
-            if self.counts is not None:
-                step /= self.counts[y0:y1, x0:x1]
-            if gauge is not None:
-                gauge.add_means(step_size=step, value=self.image[plane])
-            if overflow:
-                raise NotFinite(
-                    f"step {self.step + 1} at size {self.size_index + 1} is no longer finite; lower --learning_rate, the weights "
-                    "(--l1_weight, --l2_weight, --p_reg, --p_reg_aux, --tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
-                )
-            self.image[plane] += step
-
-    def _regularizers(self, place, gauge):
-        """The gradients of the regularizers that have a weight, by one channel of a tile, in the original's order."""
-        o, parts = self.options, {}
-        plane = self.image[place]
-        pulled = plane if self.start is None else plane - self.start[place]
-        if o.p_reg:
-            parts["p"] = p_norm_gradient(pulled, o.alpha, o.p_scale, o.p_reg)
-        if o.p_reg_aux:
-            parts["aux"] = p_norm_gradient(plane, o.alpha_aux, o.p_scale_aux, o.p_reg_aux)
-        if self.tv_reg:
-            parts["tv"] = tv_gradient(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale, self.tv_reg)
-        if gauge is not None:
-            gauge.add_means(**{f"{name}_gradient": part for name, part in parts.items()})
-            gauge.add_losses(
-                p=o.p_reg and o.p_reg * p_norm_loss(pulled, o.alpha, o.p_scale),
-                aux=o.p_reg_aux and o.p_reg_aux * p_norm_loss(plane, o.alpha_aux, o.p_scale_aux),
-                tv=self.tv_reg and self.tv_reg * tv_loss(plane, o.beta, o.tv_grad_operator, o.tv_reg_scale),
-            )
-        return parts.values()
-
-    def _advance_schedules(self):
-        """Counts a step. Both schedules count those at this size."""
-        self.step += 1
-        if self.step % self.options.learning_rate_decay_iter == 0:
-            self.learning_rate *= self.options.learning_rate_decay_fraction
-        if self.step % self.options.tv_reg_step_iter == 0:
-            self.tv_reg += self.options.tv_reg_step
-
-    def is_done(self):
-        """Whether no step is left."""
-        return self.size_index + 1 == len(self.sizes) and self.step == self.options.num_steps
-
-    def state(self):
-        """All that the next step depends on besides options, picture and network: ({name: number}, {name: array})."""
-        numbers = {name: getattr(self, name) for name in ("size_index", "step", "learning_rate", "tv_reg")}
-        return numbers, {"image": self.image, "caches": self.caches}
-
-    def restore(self, numbers, arrays):
-        """Goes on from a `state`. Raises ValueError where it is none of such a run."""
-        size_index, step = numbers["size_index"], numbers["step"]
-        if not (
-            type(size_index) is type(step) is int and 0 <= size_index < len(self.sizes) and 1 <= step <= self.options.num_steps
-        ):
-            raise ValueError("its step is none of the run")
-        size, tile_size = self.sizes[size_index], self.workers.tile_size
-        shapes = {"image": (1, 3, *size), "caches": (len(all_tiles(size, tile_size)), 3, *tile_size)}
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape or arrays[name].dtype != np.float64 or not np.isfinite(arrays[name].sum()):
-                raise ValueError(f"its {name} does not fit the run")
-            setattr(self, name, arrays[name])
-        self.size_index, self.step = size_index, step
-        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
+    add_tile = add_term = add_means = summary = lambda self, *_, **__: None
 
 
 def keep_freed_memory():
-    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays come and go at every step;
-    by default each is given back to the system and taken again page by page, which doubles the time of the maths."""
+    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays
+    come and go at every step; by default each is given back to the system and taken again page by
+    page, which doubles the time of the maths."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-##########################################################################################################################
+###################################################################################################
 # Above is cnn-vis. Below is what carries it: options, networks, processes, files, the command line.
-##########################################################################################################################
+###################################################################################################
+
+# ---- Options ----------------------------------------------------------------------------------
+# An option's entry is all that the program knows of it. Beside argparse's own arguments it tells:
+#   free   a resumed run may change it: the picture does not depend on it. All others are Settings.
+#   idle   a function of the options that returns why this one has no effect, or something false
+#   file   "read" or "write" if it names a file of a run
+#   text   the value as text for a command line; None: the option is never part of a kept command
 
 
-# ---- Options -----------------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """argparse with dashes for underscores in option names, negative numbers such as -1e-4, errors
+    in one line, and entries that know more. `options` lists the actions."""
 
-BEHAVIORS = ("print", "save", "show", "plot_pix", "plot", "gif", "none")
+    def __init__(self, **arguments):
+        super().__init__(formatter_class=HelpFormatter, **arguments)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+        self.options = []
+
+    def group(self, title, description=None):
+        """Begins a group in the help; returns the function that adds an option to it."""
+        group = self.add_argument_group(title, description)
+
+        def add(*names, free=False, idle=None, file=None, text=str, **arguments):
+            action = group.add_argument(*names, **arguments)
+            action.free, action.idle, action.file, action.text = free, idle, file, text
+            self.options.append(action)
+
+        return add
+
+    def parse_known_args(self, args=None, namespace=None):
+        def underscored(arg):
+            name, equals, value = arg.partition("=")
+            if value == "--" and name.startswith("--"):  # some versions of argparse drop it
+                self.error(f"{name}: -- is not a value")
+            name = name.replace("-", "_").replace("__", "--", 1)
+            return name + equals + value if arg.startswith("--") else arg
+
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([underscored(arg) for arg in args], namespace)
+
+    def error(self, message):
+        raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds an option's default to its help if there is one that the text does not tell."""
+
+    def _get_help_string(self, action):
+        has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
 
 
 def number(kind, low=None, high=None, above=None):
     """A type for argparse: an int or float between bounds; `above` is an open lower bound."""
+    limits = {"at least": low, "more than": above, "at most": high}
+    bounds = " and ".join(
+        f"{words} {limit}" for words, limit in limits.items() if limit is not None
+    )
 
     def parse(text):
         value = kind(text)
         if kind is int and abs(value) > 10**15:
-            raise argparse.ArgumentTypeError(f"{text[:30]} is out of range; give a smaller number")
+            raise argparse.ArgumentTypeError(f"{text[:30]} is too large; give a smaller number")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
-            bounds = [f"at least {low}" if low is not None else None, f"more than {above}" if above is not None else None]
-            bounds.append(f"at most {high}" if high is not None else None)
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {' and '.join(filter(None, bounds))}")
+        is_low = low is not None and value < low or above is not None and value <= above
+        if is_low or high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {bounds}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
@@ -754,9 +919,9 @@ def number(kind, low=None, high=None, above=None):
 
 
 def given(text):
-    """A type for argparse: anything but nothing, which an unset variable of a shell script gives."""
+    """A type for argparse: not empty, as an unset variable of a shell script would be."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name; give one, or leave the option out")
+        raise argparse.ArgumentTypeError(f"{text!r} must not be empty or hold a null character")
     return text
 
 
@@ -768,18 +933,20 @@ def file_name(text):
 def gpu_numbers(text):
     """A type for argparse: GPUs as a list, [] for the CPU."""
     words = text.split(",")
-    if all(re.fullmatch(r"[0-9]{1,9}", word) for word in words) and len(set(map(int, words))) == len(words):
+    are_numbers = all(re.fullmatch(r"[0-9]{1,9}", word) for word in words)
+    if are_numbers and len(set(map(int, words))) == len(words):
         return list(map(int, words))
     if re.fullmatch(r"-[0-9]+", text):
         return []
-    raise argparse.ArgumentTypeError(f"{text!r}: give different GPUs, as 0,1, or -1 alone for the CPU")
+    remedy = "give different GPUs, as 0,1, or -1 alone for the CPU"
+    raise argparse.ArgumentTypeError(f"{text!r}: {remedy}")
 
 
 def behaviors(text):
-    """A type for argparse: words of BEHAVIORS joined by +, as a set."""
-    words = set(text.split("+"))
-    if not words <= set(BEHAVIORS):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(BEHAVIORS)}, joined by +")
+    """A type for argparse: words of BEHAVIORS joined by +, as a set; "none" is the empty set."""
+    words, known = set(text.split("+")), (*BEHAVIORS, "none")
+    if not words <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}, joined by +")
     if "none" in words and len(words) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: none stands alone")
     return words - {"none"}
@@ -787,232 +954,252 @@ def behaviors(text):
 
 def colour(text):
     """A type for argparse: a colour that PIL knows."""
+    if text == "white":  # the default, at every start: not worth importing PIL for
+        return text
     from PIL import ImageColor
 
     try:
         ImageColor.getrgb(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no colour; give a name or #rrggbb, as black or #808080") from None
+        remedy = "give a name or #rrggbb, as black or #808080"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a colour; {remedy}") from None
     return text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with dashes for underscores in option names, negative numbers like -1e-4, and errors in one line."""
-
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-
-    def parse_known_args(self, args=None, namespace=None):
-        def underscored(arg):
-            name, equals, value = arg.partition("=")
-            if value == "--" and name.startswith("--"):  # which some versions of argparse take for no value at all
-                self.error(f"{name}: -- is no value")
-            return name.replace("-", "_").replace("__", "--", 1) + equals + value if arg.startswith("--") else arg
-
-        return super().parse_known_args([underscored(a) for a in (sys.argv[1:] if args is None else args)], namespace)
-
-    def error(self, message):
-        raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
+def when(name, value):
+    """A reason to be idle: another option has this value."""
+    return lambda options: getattr(options, name) == value and f"--{name} {value}"
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds an option's default to its help where there is one and the text does not tell it."""
+def too_few_steps(name):
+    """A reason to be idle: another option's number of steps is never reached."""
 
-    def _get_help_string(self, action):
-        has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
-        return f"{action.help} (default: %(default)s)" if has_default else action.help
+    def reason(options):
+        steps, every = options.num_steps, getattr(options, name)
+        return every >= steps and f"--num_steps {steps} and --{name} {every}"
+
+    return reason
+
+
+# fmt: off
+def network_options(add):
+    add("--model", choices=tuple(MODELS), free=True,
+        idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
+        help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
+        "or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
+    add("--list_models", action="store_true", free=True,
+        help="list these networks and whether they are installed, and exit")
+    add("--list_layers", action="store_true", free=True,
+        help="list the layers of the network that can be amplified, and exit")
+    add("--download_model", metavar="NAME", free=True,
+        choices=tuple(model.name for model in MODELS.values() if model.url),
+        help="download a network (%(choices)s), check it, and exit")
+    add("--model_url", metavar="URL", type=given, free=True,
+        idle=lambda o: not o.download_model and "no --download_model",
+        help="where to download it from (default: the official place)")
+    add("--deploy_txt", metavar="FILE", type=file_name, free=True, file="read",
+        help="network description (default: the model's)")
+    add("--caffe_model", metavar="FILE", type=file_name, free=True, file="read",
+        help="the network's weights (default: the model's)")
+    add("--mean_image", metavar="FILE", type=file_name, free=True, file="read",
+        help="mean image (.npy); its mean is subtracted from every pixel (default: the model's)")
+    add("--gpu", metavar="N", type=gpu_numbers, free=True,
+        text=lambda gpus: ",".join(map(str, gpus)) or "-1",
+        help="GPU to run on, numbered from 0, or several: 0,1,2; negative: CPU "
+        "(default: GPU 0 if Caffe can use one, else CPU)")
+    add("--batch_size", metavar="N", type=number(int, 1), free=True,
+        help="tiles that a GPU computes at once; always 1 on the CPU "
+        "(default: as many as fit in GPU memory)")
+    add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
+        idle=lambda o: o.gpu and "--gpu",
+        help="processes that compute on the CPU (default: one for each core)")
+
+
+def target_options(add):
+    add("--image_type", choices=tuple(IMAGE_TYPES), default="amplify_layer",
+        help="amplify the whole layer, or one channel of it")
+    add("--target_layer", "--layer", metavar="NAME", default="inception_4d/3x3_reduce",
+        help="layer to amplify")
+    add("--target_neuron", metavar="N", type=number(int, 0), default=0,
+        idle=when("image_type", "amplify_layer"),
+        help="channel for amplify_neuron, numbered from 0")
+    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
+        idle=when("image_type", "amplify_neuron"),
+        help="for amplify_layer: weight of the absolute activations in the target's gradient")
+    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
+        idle=when("image_type", "amplify_neuron"),
+        help="for amplify_layer: weight of the clipped activations in the target's gradient")
+    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
+        idle=when("image_type", "amplify_neuron"),
+        help="for amplify_layer: activation at which the l2 part is clipped")
+
+
+def start_options(add):
+    def has_image(options):
+        return options.initial_image and "--image"
+
+    add("--initial_image", "--image", metavar="FILE", type=file_name, file="read",
+        help="picture to start from (default: noise)")
+    add("--background", metavar="COLOUR", type=colour, default="white",
+        idle=lambda o: not o.initial_image and "no --image",
+        help="shown where the picture is transparent: a name or #rrggbb")
+    add("--initialization_scale", metavar="S", type=number(float), default=1.0, idle=has_image,
+        help="noise: standard deviation in grey levels")
+    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0,
+        idle=has_image, help="noise: sigma of a blur in pixels")
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), idle=has_image,
+        help="noise: random seed, for the same noise every time (default: random, and printed)")
+
+
+def size_options(add):
+    add("--initial_size", metavar="SIZE",
+        help="first size: HxW, the longer side, or xF (default: the base size)")
+    add("--final_size", metavar="SIZE", idle=when("num_sizes", 1),
+        help="last size, if there are several (default: the base size)")
+    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1,
+        help="number of sizes; 1: only the first")
+    add("--resize_type", choices=("geometric", "linear"), default="geometric",
+        idle=when("num_sizes", 1), help="how the sizes between are spaced")
+
+
+def step_options(add):
+    add("--num_steps", metavar="N", type=number(int, 1), default=1000, help="steps at each size")
+    add("--learning_rate", metavar="R", type=number(float, above=0), default=1.0,
+        help="step size, roughly in grey levels")
+    add("--decay_rate", metavar="D", type=number(float, 0, 1), default=0.95,
+        help="decay rate of RMSProp's running average of squared gradients")
+    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1), default=100,
+        idle=when("learning_rate_decay_fraction", 1),
+        help="multiply the learning rate by --learning_rate_decay_fraction every N steps")
+    add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F",
+        type=number(float, above=0), default=1.0,
+        idle=too_few_steps("learning_rate_decay_iter"),
+        help="factor of the learning rate; 1: constant")
+    add("--use_pixel_learning_rates", action="store_true",
+        help="divide each pixel's steps by the number of tiles that cover it")
+
+
+def regularizer_options(add):
+    def has_no_tv(options):
+        return not (options.tv_reg or options.tv_reg_step) and "--tv_reg 0"
+
+    add("--alpha", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg", 0),
+        help="exponent of the p-norm of the difference from the start picture, or from noise of "
+        "the picture itself")
+    add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, idle=when("p_reg", 0),
+        help="unit of the p-norm, in grey levels")
+    add("--p_reg", metavar="W", type=number(float), default=1e-4,
+        help="weight of the p-norm; 0: none")
+    add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg_aux", 0),
+        help="exponent of the second p-norm, of the picture itself")
+    add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0,
+        idle=when("p_reg_aux", 0), help="unit of the second p-norm, in grey levels")
+    add("--p_reg_aux", metavar="W", type=number(float), default=0.0,
+        help="weight of the second p-norm; 0: none")
+    add("--beta", metavar="B", type=number(float, above=0), default=2.0, idle=has_no_tv,
+        help="exponent of total variation")
+    add("--tv_reg", metavar="W", type=number(float), default=0.5,
+        help="weight of total variation; 0: none")
+    add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, idle=has_no_tv,
+        help="unit of total variation, in grey levels")
+    add("--tv_reg_step", metavar="W", type=number(float), default=0.0,
+        idle=too_few_steps("tv_reg_step_iter"),
+        help="added to --tv_reg every --tv_reg_step_iter steps")
+    add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50,
+        idle=when("tv_reg_step", 0), help="steps after which --tv_reg_step is added")
+    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", idle=has_no_tv,
+        help="how total variation measures slopes")
+
+
+def output_options(add):
+    def is_never_due(options):
+        return options.output_iter > options.num_steps and f"--num_steps {options.num_steps}"
+
+    def has_no_turn(options):
+        words = options.iter_behavior
+        has_turn = not words or any(BEHAVIORS[word].at_end for word in words)
+        return not has_turn and is_never_due(options)
+
+    def is_not_shown(options):
+        return "show" not in options.iter_behavior and "no show in --iter_behavior"
+
+    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", free=True,
+        file="write", help="the finished picture")
+    add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
+        idle=is_never_due, help="do --iter_behavior every N steps")
+    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
+        idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
+        help=f"what to do along the way: {', '.join(BEHAVIORS)}, joined by +, or none; save writes "
+        "NAME_SIZE_STEP.EXT beside the output, plot NAME_plot.png, gif NAME_run.gif; without a "
+        "display, show and plot_pix write NAME_show.png and NAME_plot_pix.png")
+    add("--stats", metavar="FILE", type=file_name, free=True, file="write",
+        help="measure every step, and write the statistics as CSV")
+    add("--sidecar", action="store_true", free=True,
+        help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
+    add("--reproduce", metavar="FILE", type=file_name, free=True,
+        help="print the command that made a picture, and exit")
+    add("--checkpoint_iter", metavar="N", type=number(int, 0), free=True,
+        help="save OUTPUT.checkpoint, for --resume, every N steps; it is removed at the end; "
+        "0: never (default: --output_iter, at least 50)")
+    add("--resume", metavar="FILE", type=file_name, free=True, text=None,
+        help="continue from a checkpoint; the run's options need not be given again")
+    add("--quiet", action="store_true", free=True, text=None, help="no progress bar, no notices")
+    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, free=True,
+        idle=is_not_shown, help="width of the show window, in inches")
+    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
+        idle=is_not_shown, help="height of the show window, in inches")
+    add("--rescale_image", action="store_true",
+        help="stretch saved and shown pictures to the full range, instead of clipping")
+
+# fmt: on
 
 
 def build_parser():
-    """The options: the original's names first, then the other names that its README used."""
+    """The options, in the groups of --help: the original's names first, then the other names that
+    its README used."""
     parser = Parser(
         prog="cnn_vis.py",
-        description="Inceptionism pictures on real Caffe: amplifies what one layer of a network sees in a picture, or in noise.",
-        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW, or the longer side alone, or xF times "
-        "the base size (the start picture's, or the network's input for noise); no side is below the network's input.",
-        formatter_class=HelpFormatter,
+        description="DeepDream pictures on real Caffe: amplifies what a layer of a network "
+        "responds to in a picture, or in noise.",
+        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW; the "
+        "longer side alone; or xF times the base size (the start picture's, or for noise the "
+        "network's input). No side may be below the network's input.",
     )
-    # fmt: off
     parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
-
-    group = parser.add_argument_group("network")
-    add = group.add_argument
-    add("--model", choices=tuple(MODELS), help="network to use; its weights are looked for in "
-        "$CAFFE_ROOT, then in $CNN_VIS_MODELS or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
-    add("--list_models", action="store_true", help="list these networks, and which are installed, and stop")
-    add("--list_layers", action="store_true", help="list the layers of the network that can be amplified, and stop")
-    add("--download_model", metavar="NAME", choices=tuple(m.name for m in MODELS.values() if m.url),
-        help="download a network (%(choices)s), check it, and stop")
-    add("--model_url", metavar="URL", type=given, help="where to download it from (default: the official place)")
-    add("--deploy_txt", metavar="FILE", type=file_name, help="network description (default: the model's)")
-    add("--caffe_model", metavar="FILE", type=file_name, help="the network's weights (default: the model's)")
-    add("--mean_image", metavar="FILE", type=file_name,
-        help="mean image (.npy), whose mean is taken off every pixel (default: the model's)")
-    add("--gpu", metavar="N", type=gpu_numbers, help="GPU to run on, counted from 0, or several: 0,1,2; negative: CPU "
-        "(default: GPU 0 where Caffe can use one, else CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1), help="tiles that go to a GPU at once; on the CPU they go one by "
-        "one (default: what the GPU's memory holds)")
-    add("--workers", metavar="N", type=number(int, 1, 1024), help="processes that compute on the CPU (default: one for each "
-        "core)")
-
-    group = parser.add_argument_group("what is amplified")
-    add = group.add_argument
-    add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
-        help="everything that the layer sees, or one channel of it")
-    add("--target_layer", "--layer", metavar="NAME", default="inception_4d/3x3_reduce", help="layer to amplify")
-    add("--target_neuron", metavar="N", type=number(int, 0), default=0, help="channel for amplify_neuron, counted from 0")
-    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
-        help="for amplify_layer: weight of the absolute activations in the target's gradient")
-    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
-        help="for amplify_layer: weight of the activations, clipped, in the target's gradient")
-    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
-        help="for amplify_layer: activation at which the l2 part is clipped")
-
-    group = parser.add_argument_group("start picture")
-    add = group.add_argument
-    add("--initial_image", "--image", metavar="FILE", type=file_name, help="picture to start from (default: noise)")
-    add("--background", metavar="COLOUR", type=colour, default="white", help="what shows where the picture is transparent: "
-        "a name or #rrggbb")
-    add("--initialization_scale", metavar="S", type=number(float), default=1.0, help="noise: standard deviation in grey levels")
-    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0, help="noise: sigma of a blur in pixels")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), help="noise: makes it the same every time (default: drawn, "
-        "and told)")
-
-    group = parser.add_argument_group("sizes")
-    add = group.add_argument
-    add("--initial_size", metavar="SIZE", help="first size: HxW, the longer side, or xF (default: the base size)")
-    add("--final_size", metavar="SIZE", help="last size, where there are several (default: the base size)")
-    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1, help="number of sizes; 1: only the first")
-    add("--resize_type", choices=("geometric", "linear"), default="geometric", help="how the sizes between are spaced")
-
-    group = parser.add_argument_group("steps")
-    add = group.add_argument
-    add("--num_steps", metavar="N", type=number(int, 1), default=1000, help="steps at each size")
-    add("--learning_rate", metavar="R", type=number(float, above=0), default=1.0, help="step size, about in grey levels")
-    add("--decay_rate", metavar="D", type=number(float, 0, 1), default=0.95, help="of RMSProp's running mean square")
-    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1), default=100,
-        help="steps after which the learning rate is multiplied by the fraction below")
-    add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F", type=number(float, above=0), default=1.0,
-        help="factor of the learning rate; 1: it stays")
-    add("--use_pixel_learning_rates", action="store_true", help="divide each pixel's steps by the number of tiles that cover it")
-
-    group = parser.add_argument_group("regularizers", "keep the picture smooth and its values in range")
-    add = group.add_argument
-    add("--alpha", metavar="P", type=number(float, 1), default=6.0,
-        help="exponent of the p-norm, of the difference from the start picture where there is one")
-    add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, help="the p-norm's unit, in grey levels")
-    add("--p_reg", metavar="W", type=number(float), default=1e-4, help="weight of the p-norm; 0: none")
-    add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, help="exponent of the p-norm of the picture itself")
-    add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
-    add("--p_reg_aux", metavar="W", type=number(float), default=0.0, help="its weight; 0: none")
-    add("--beta", metavar="B", type=number(float, above=0), default=2.0, help="exponent of total variation")
-    add("--tv_reg", metavar="W", type=number(float), default=0.5, help="weight of total variation; 0: none")
-    add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, help="its unit, in grey levels")
-    add("--tv_reg_step", metavar="W", type=number(float), default=0.0, help="what is added to its weight from time to time")
-    add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50, help="steps after which it is added")
-    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", help="how slopes are measured")
-
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", help="the finished picture")
-    add("--output_iter", metavar="N", type=number(int, 1), default=50, help="steps after which iter_behavior is done")
-    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
-        help=f"what is done: {', '.join(BEHAVIORS)}, joined by +; save writes NAME_SIZE_STEP.EXT beside the output, plot "
-        "NAME_plot.png, gif NAME_run.gif; show and plot_pix without a display NAME_show.png and NAME_plot_pix.png")
-    add("--stats", metavar="FILE", type=file_name, help="measure every step, and write the figures as CSV")
-    add("--sidecar", action="store_true", help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
-    add("--reproduce", metavar="FILE", type=file_name, help="print the command that made a picture, and stop")
-    add("--checkpoint_iter", metavar="N", type=number(int, 0), help="steps after which OUTPUT.checkpoint is written, for "
-        "--resume; it is removed at the end; 0: never (default: as output_iter, but 50 at least)")
-    add("--resume", metavar="FILE", type=file_name, help="go on from a checkpoint; the run's options need not be given again")
-    add("--quiet", action="store_true", help="no progress bar and no notices")
-    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
-    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, help="of the window of show, in inches")
-    add("--rescale_image", action="store_true", help="stretch the pictures saved or shown to the full range, instead of clipping")
-
-    # fmt: on
+    network_options(parser.group("network"))
+    target_options(parser.group("what is amplified"))
+    start_options(parser.group("start picture"))
+    size_options(parser.group("sizes"))
+    step_options(parser.group("steps"))
+    keep = "keep the picture smooth and its values in range"
+    regularizer_options(parser.group("regularizers", keep))
+    output_options(parser.group("output"))
     return parser
 
 
-def given_options(argv):
-    """The names of the options that a command line gives, whatever their values."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
-
-
 def without_effect(options):
-    """Notices of options that were given and change nothing."""
-    o, default = options, vars(build_parser().parse_args([]))
-    idle = {
-        ("final_size", "resize_type"): o.num_sizes == 1 and "--num_sizes 1",
-        ("target_neuron",): o.image_type == "amplify_layer" and "--image_type amplify_layer",
-        ("amplify_l1_weight", "amplify_l2_weight", "amplify_grad_clip"):
-            o.image_type == "amplify_neuron" and "--image_type amplify_neuron",
-        ("initialization_scale", "initialization_blur", "seed"): o.initial_image and "--image",
-        ("background",): not o.initial_image and "no --image",
-        ("alpha", "p_scale"): not o.p_reg and "--p_reg 0",
-        ("alpha_aux", "p_scale_aux"): not o.p_reg_aux and "--p_reg_aux 0",
-        ("beta", "tv_reg_scale", "tv_grad_operator"): not (o.tv_reg or o.tv_reg_step) and "--tv_reg 0",
-        ("tv_reg_step_iter",): not o.tv_reg_step and "--tv_reg_step 0",
-        ("tv_reg_step",): o.tv_reg_step_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --tv_reg_step_iter {o.tv_reg_step_iter}",
-        ("learning_rate_decay_iter",): o.learning_rate_decay_fraction == 1 and "--learning_rate_decay_fraction 1",
-        ("learning_rate_decay_fraction",): o.learning_rate_decay_iter >= o.num_steps
-            and f"--num_steps {o.num_steps} and --learning_rate_decay_iter {o.learning_rate_decay_iter}",
-        ("output_iter",): o.output_iter > o.num_steps and f"--num_steps {o.num_steps}",
-        ("iter_behavior",): o.output_iter > o.num_steps and o.iter_behavior and not o.iter_behavior & {"plot", "gif"}
-            and f"--num_steps {o.num_steps} and --output_iter {o.output_iter}",
-        ("show_width", "show_height"): "show" not in o.iter_behavior and "no show in --iter_behavior",
-        ("model_url",): not o.download_model and "no --download_model",
-        ("workers",): o.gpu and "--gpu",
-        ("model",): o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
-    }  # fmt: skip
-    for names, reason in idle.items():
-        for name in names:
-            if not reason or getattr(o, name) == default[name]:
-                continue
-            yield f"--{name} has no effect with {reason}"
+    """Notices, in the order of --help, of options that were set and change nothing."""
+    for action in PARSER.options:
+        changed = getattr(options, action.dest) != getattr(DEFAULTS, action.dest)
+        reason = changed and action.idle and action.idle(options)
+        if reason:
+            yield f"--{action.dest} has no effect with {reason}"
 
 
-def command_words(options, portable=False):
-    """The options that differ from their defaults, as words of a command line; with `portable` files can be found from any
-    folder, and the output is left out."""
-    parser, words = build_parser(), []
-    default = vars(parser.parse_args([]))
-    for action in parser._actions:
-        value = getattr(options, action.dest, None)
-        if (
-            value == default.get(action.dest)
-            or value is None
-            or action.dest in ("resume", "quiet")
-            or (portable and action.dest == "output_file")
-        ):
+def command_words(options, **found):
+    """The options that differ from their defaults as words of a command line, with the values
+    `found` in place of those that were left open."""
+    words = []
+    for action in PARSER.options:
+        value = found.get(action.dest, getattr(options, action.dest))
+        if action.text is None or value is None or value == getattr(DEFAULTS, action.dest):
             continue
-        if action.nargs == 0:
-            words.append(action.option_strings[0])
-            continue
-        if action.dest == "iter_behavior":
-            value = "+".join(sorted(value)) or "none"
-        elif action.dest == "gpu":
-            value = ",".join(map(str, value)) or "-1"
-        elif portable and action.dest in ("deploy_txt", "caffe_model", "mean_image", "initial_image", "stats"):
-            value = os.path.abspath(value)
-        words.append(f"{action.option_strings[0]}={value}")
+        name = action.option_strings[0]
+        words.append(name if action.nargs == 0 else f"{name}={action.text(value)}")
     return words
 
 
-# Options that a resumed run may change, since the picture does not depend on them; the network's files are compared by hash.
-FREE_OPTIONS = {
-    "model", "deploy_txt", "caffe_model", "mean_image", "gpu", "batch_size", "workers", "output_file", "output_iter",
-    "iter_behavior", "stats", "sidecar", "checkpoint_iter", "resume", "quiet", "show_width", "show_height", "list_models",
-    "list_layers", "download_model", "model_url", "reproduce",
-}  # fmt: skip
-
-
-# ---- Networks by name --------------------------------------------------------------------------------------------------
+# ---- Networks by name -------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ILSVRC_MEAN = "imagenet/ilsvrc_2012_mean.npy"
@@ -1023,8 +1210,9 @@ GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
 class Model:
     """A network known by name.
 
-    `mean` is taken off its input; None: the mean of Caffe's ilsvrc mean image. `url` is where the weights are to be had, or
-    an archive with a file `member` in it; `hashes` ("sha1:..." or "sha256:...") are those of the right weights.
+    `mean` is the number to subtract from its input; None: the mean of Caffe's ilsvrc mean image.
+    `url` leads to the weights, or to an archive with a file `member` in it; `hashes` ("sha1:..." or
+    "sha256:...") are those of the right weights.
     """
 
     name: str
@@ -1035,10 +1223,10 @@ class Model:
     other_weights: tuple = ()  # where else they may lie below $CAFFE_ROOT
 
     def weights_places(self):
-        """The paths at which the weights may lie, the first one that exists to be used."""
-        below = f"{self.name}/{self.name}.caffemodel"
-        root = os.environ.get("CAFFE_ROOT")
-        places = [os.path.join(root, "models", path) for path in (below, *self.other_weights)] if root else []
+        """The paths at which the weights may lie; the first one that exists is used."""
+        below, root = f"{self.name}/{self.name}.caffemodel", os.environ.get("CAFFE_ROOT")
+        in_caffe = (below, *self.other_weights) if root else ()
+        places = [os.path.join(root, "models", path) for path in in_caffe]
         return [*places, self.cache_place(), os.path.join(HERE, "models", below)]
 
     def cache_place(self):
@@ -1046,11 +1234,11 @@ class Model:
         return os.path.join(cache_folder(), self.name, f"{self.name}.caffemodel")
 
     def find_weights(self):
-        """The path of the weights, or None where they are not installed."""
+        """The path of the weights, or None if they are not installed."""
         return next(filter(os.path.isfile, self.weights_places()), None)
 
     def find_deploy(self):
-        """The path of the network's description, or None. One prototxt serves every full GoogLeNet."""
+        """The path of the description, or None. One prototxt serves every full GoogLeNet."""
         own = os.path.join(HERE, "models", self.name, "deploy.prototxt")
         return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
 
@@ -1058,46 +1246,62 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("googlenet_mini", hashes=("sha256:1ec4ffee98d64fdbb37cc2419d447d463d116bb353d544e9418c65e7d20521c4",)),
-        Model("bvlc_googlenet", "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
-              ("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",)),
-        # The published sha1 of Places205 does not say whether it is the archive's or the weights'. If the archive's, the weights
-        # do not match it, and count as "structure checked".
-        Model("googlenet_places205", "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
-              ("sha1:d767debf686fa15df1e05fbc9b4598076127134a",), mean=np.mean([105.417, 113.753, 116.047]),
-              member="googlelet_places205_train_iter_2400000.caffemodel",
-              other_weights=("googlenet_places/googlelet_places205_train_iter_2400000.caffemodel",)),
-        Model("googlenet_places365", "http://places2.csail.mit.edu/models_places365/googlenet_places365.caffemodel",
-              mean=np.mean([104.051, 112.514, 116.676])),
+        Model(
+            "googlenet_mini",
+            hashes=("sha256:1ec4ffee98d64fdbb37cc2419d447d463d116bb353d544e9418c65e7d20521c4",),
+        ),
+        Model(
+            "bvlc_googlenet",
+            "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
+            hashes=("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",),
+        ),
+        # The published sha1 of Places205 may be the archive's or the weights'. If it is the
+        # archive's, the weights do not match it, and count as "structure checked".
+        Model(
+            "googlenet_places205",
+            "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
+            hashes=("sha1:d767debf686fa15df1e05fbc9b4598076127134a",),
+            mean=np.mean([105.417, 113.753, 116.047]),
+            member="googlelet_places205_train_iter_2400000.caffemodel",
+            other_weights=("googlenet_places/googlelet_places205_train_iter_2400000.caffemodel",),
+        ),
+        Model(
+            "googlenet_places365",
+            "http://places2.csail.mit.edu/models_places365/googlenet_places365.caffemodel",
+            mean=np.mean([104.051, 112.514, 116.676]),
+        ),
     )
-}  # fmt: skip
+}
 
 
 def cache_folder():
     """Where this user's networks are kept: $CNN_VIS_MODELS, or cnn-vis in the cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     return os.environ.get("CNN_VIS_MODELS") or os.path.join(cache, "cnn-vis")
 
 
 def find_in_caffe(below_root, below_package):
-    """A file of Caffe's: below $CAFFE_ROOT, or else inside the installed Python package. None where there is neither."""
-    places = [os.path.join(os.environ["CAFFE_ROOT"], below_root)] if os.environ.get("CAFFE_ROOT") else []
-    package = importlib.util.find_spec("caffe")
+    """A file of Caffe's: below $CAFFE_ROOT, or else inside the installed Python package. None if
+    there is neither."""
+    root, package = os.environ.get("CAFFE_ROOT"), importlib.util.find_spec("caffe")
+    places = [os.path.join(root, below_root)] if root else []
     if package is not None and package.submodule_search_locations:
         places.append(os.path.join(package.submodule_search_locations[0], below_package))
     return next(filter(os.path.isfile, places), None)
 
 
 def choose_model(name, given_files):
-    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small network that comes along
-    where BVLC GoogLeNet is not installed and no file (`given_files`) was named in its place."""
+    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small
+    network that is included, if BVLC GoogLeNet is not installed and no file (`given_files`) was
+    named in its place."""
     model, small = MODELS[name or "bvlc_googlenet"], MODELS["googlenet_mini"]
-    stands_in = name is None and not given_files and model.find_weights() is None and small.find_weights()
-    return small if stands_in else model
+    is_missing = name is None and not given_files and model.find_weights() is None
+    return small if is_missing and small.find_weights() else model
 
 
 def stand_in_notices(asked, name):
-    """What to tell, as a list, where the network `name` runs and `asked` (or None) was the option."""
+    """What to tell, as a list, if the network `name` runs and `asked` (or None) was the option."""
     if asked is not None or name != "googlenet_mini":
         return []
     return [
@@ -1106,12 +1310,58 @@ def stand_in_notices(asked, name):
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class NetworkFiles:
+    """The files of a network, as paths, and its name. `fit_classifier` tells whether the classifier
+    takes its width from the weights; `mean` is the number to subtract from pixels."""
+
+    deploy: str
+    weights: str | None
+    name: str = "network"
+    fit_classifier: bool = False
+    mean: float | None = None
+
+
+def find_files(options):
+    """The NetworkFiles for the options; the weights are None if they are not installed, the mean if
+    it is to be read from the mean image. Raises BadRequest."""
+    own = options.deploy_txt or options.caffe_model
+    model = choose_model(options.model, own)
+    weights, deploy = options.caffe_model, options.deploy_txt
+    weights = find_file("caffe_model", weights) if weights else model.find_weights()
+    deploy = find_file("deploy_txt", deploy) if deploy else model.find_deploy()
+    if deploy is None:
+        remedy = "pip install ./pycaffe, or name one with --deploy_txt"
+        raise refusal("model", model.name, f"no deploy.prototxt found; {remedy}")
+    mean = None if options.mean_image else model.mean
+    name = "network" if own else model.name
+    return NetworkFiles(deploy, weights, name, not options.deploy_txt, mean)
+
+
+def find_network(options):
+    """The NetworkFiles for a run with the options, all there. Raises BadRequest."""
+    files = find_files(options)
+    if files.weights is None:
+        places = " or ".join(MODELS[files.name].weights_places()[:-1])
+        remedy = (
+            f"get it with --download_model {files.name}, or name its weights with --caffe_model"
+        )
+        raise refusal("model", files.name, f"not installed at {places}; {remedy}")
+    if files.mean is not None:
+        return files
+    path = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
+    if path is None:
+        remedy = "pip install ./pycaffe, or name the file"
+        raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
+    return dataclasses.replace(files, mean=read_mean(find_file("mean_image", path)))
+
+
 def find_file(option, path):
     """`path`, the file that an option names. Raises BadRequest."""
     if not os.path.isfile(path):
-        there = "is a folder, not a file" if os.path.isdir(path) else "is no ordinary file"
+        there = "is a folder, not a file" if os.path.isdir(path) else "is not a regular file"
         reason = there if os.path.exists(path) else "no such file"
-        raise BadRequest(f"--{option} {path}: {reason}; give another path")
+        raise refusal(option, path, f"{reason}; give another path")
     return path
 
 
@@ -1123,9 +1373,11 @@ def read_mean(path):
             raise ValueError("it holds no numbers")
         mean = float(array.mean())
     except Exception as error:  # anything can call itself .npy
-        raise BadRequest(f"--mean_image {path}: cannot be read as an array ({one_line(error)}); give a .npy file") from None
+        problem = f"cannot be read as an array ({one_line(error)}); give a .npy file"
+        raise refusal("mean_image", path, problem) from None
     if not 0 <= mean <= 255:
-        raise BadRequest(f"--mean_image {path}: its mean is {mean:g}, and pictures go from 0 to 255; give another file")
+        problem = f"its mean is {mean:g}, but pixels go from 0 to 255; give another file"
+        raise refusal("mean_image", path, problem)
     return mean
 
 
@@ -1139,7 +1391,7 @@ def file_hash(path, algorithm):
 
 
 def has_known_hash(path, model):
-    """Whether the file is one of those that the model's hashes tell."""
+    """Whether the file has one of the model's known hashes."""
     return any(file_hash(path, known.partition(":")[0]) == known for known in model.hashes)
 
 
@@ -1147,9 +1399,9 @@ def standing(path, model):
     """How far the weights `path` can be trusted to be the model's, in a few words."""
     if has_known_hash(path, model):
         return "verified"
-    with contextlib.suppress(OSError), open(f"{path}.checked") as file:
-        remembered = file.read().strip()
-        return "structure checked" if file_hash(path, "sha256") == remembered else "changed since it was downloaded"
+    with contextlib.suppress(OSError):
+        is_same = file_hash(path, "sha256") == read_text(f"{path}.checked").strip()
+        return "structure checked" if is_same else "changed since it was downloaded"
     return "not verified"
 
 
@@ -1159,34 +1411,39 @@ TIMEOUT = 30  # seconds without a word from the server
 def fetch(url, path):
     """Downloads `url` to `path`, with a progress bar. Raises RunFailed."""
     import pooch
-    import requests
+    from requests import exceptions
 
     folder, name = os.path.split(path)
     pooch.get_logger().setLevel("WARNING")
-    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT)
+    bar = sys.stderr.isatty()
+    downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=TIMEOUT)
     try:
         pooch.retrieve(url, known_hash=None, fname=name, path=folder, downloader=downloader)
-    except requests.exceptions.HTTPError as error:
-        raise RunFailed(f"{url}: the server says {error.response.status_code} {error.response.reason}; try --model_url") from None
-    except requests.exceptions.Timeout:
-        raise RunFailed(f"{url}: no word from the server for {TIMEOUT} seconds; try again, or --model_url") from None
-    except requests.exceptions.ChunkedEncodingError:
-        raise RunFailed(f"{url}: the download broke off; try again") from None
-    except requests.exceptions.ConnectionError:
-        raise RunFailed(f"{url}: no connection; is this machine online? A mirror can be named with --model_url") from None
-    except (requests.exceptions.RequestException, ValueError) as error:
-        raise RunFailed(f"{url}: cannot be downloaded ({one_line(error)})") from None
+    except (exceptions.RequestException, ValueError) as error:
+        answer = getattr(error, "response", None)
+        words = {
+            exceptions.HTTPError: answer is not None
+            and f"the server says {answer.status_code} {answer.reason}",
+            exceptions.Timeout: f"the server did not respond within {TIMEOUT} s",
+            exceptions.ChunkedEncodingError: "the download was interrupted",
+            exceptions.ConnectionError: "no connection; is this machine online?",
+        }
+        known = (text for kind, text in words.items() if isinstance(error, kind))
+        reason = next(known, f"cannot be downloaded ({one_line(error)})")
+        raise RunFailed(f"{url}: {reason}; try again, or another place with --model_url") from None
 
 
 def unpack(archive, member, path):
-    """Writes the one file called `member`, in whatever folder of the tar archive, to `path`. Raises RunFailed."""
+    """Writes the one file called `member`, in whatever folder of the tar archive, to `path`. Raises
+    RunFailed."""
     import tarfile
 
     try:
         with tarfile.open(archive) as tar:
-            found = next((item for item in tar if item.isfile() and os.path.basename(item.name) == member), None)
+            files = (item for item in tar if item.isfile())
+            found = next((item for item in files if os.path.basename(item.name) == member), None)
             if found is None:
-                raise RunFailed(f"the archive holds no {member}")
+                raise RunFailed(f"the archive has no {member}")
             with tar.extractfile(found) as source, open(path, "wb") as target:
                 shutil.copyfileobj(source, target)
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -1194,8 +1451,9 @@ def unpack(archive, member, path):
 
 
 def download(model, url, check_structure):
-    """Downloads the model's weights to where they are looked for. Nothing lies there before it is known to be right: by its
-    hash, or else because check_structure(path), which returns what is wrong or None, finds nothing. Raises RunFailed."""
+    """Downloads the model's weights to where they are looked for. Nothing is placed there before it
+    is known to be right: by its hash, or else because check_structure(path), which returns what is
+    wrong or None, finds nothing. Raises RunFailed."""
     place = model.cache_place()
     folder = os.path.dirname(place)
     try:
@@ -1206,84 +1464,64 @@ def download(model, url, check_structure):
             with open(fetched, "rb") as file:
                 start = file.read(512).lstrip().lower()
             if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-                raise RunFailed(f"{url}: a web page came instead of the network; is there a login page on this connection?")
+                problem = "got a web page, not a network: does this connection need a login?"
+                raise RunFailed(f"{url}: {problem}")
             if model.member is not None:
                 weights = os.path.join(temporary, "weights")
                 try:
                     unpack(fetched, model.member, weights)
                 except RunFailed as error:
                     raise RunFailed(f"{url}: {error}; try again, or --model_url") from None
-            verified = has_known_hash(weights, model)
-            if model.member is None and model.hashes and not verified:
-                raise RunFailed(f"{url}: not the right file: its {file_hash(fetched, 'sha1')} is not {model.hashes[0]}; removed")
-            if not verified:
-                error = check_structure(weights)
-                if error is not None:
-                    raise RunFailed(f"{url}: not a {model.name}: {error}; removed")
-                with open(f"{weights}.checked", "w") as file:
-                    file.write(f"{file_hash(weights, 'sha256')}\n")
+            if not has_known_hash(weights, model):
+                check_unknown(model, url, weights, check_structure)
                 os.replace(f"{weights}.checked", f"{place}.checked")
             os.replace(weights, place)
     except OSError as error:
-        raise RunFailed(
-            f"{folder}: {error.strerror or error}; free some space, or name another folder in CNN_VIS_MODELS"
-        ) from None
+        remedy = "free some space, or name another folder in CNN_VIS_MODELS"
+        raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
 
 
-# ---- The network -------------------------------------------------------------------------------------------------------
-# Runs in the workers only, so that Caffe, which ends its process at any error, never ends the program.
+def check_unknown(model, url, weights, check_structure):
+    """Checks downloaded weights without a known hash, and keeps their hash as weights.checked.
+    Raises RunFailed."""
+    if model.member is None and model.hashes:
+        expected, found = model.hashes[0], file_hash(weights, "sha1")
+        raise RunFailed(f"{url}: wrong file, deleted: expected {expected}, got {found}")
+    error = check_structure(weights)
+    if error is not None:
+        raise RunFailed(f"{url}: not a {model.name}, deleted: {error}")
+    with open(f"{weights}.checked", "w") as file:
+        file.write(file_hash(weights, "sha256"))
 
 
-@dataclasses.dataclass(frozen=True)
-class NetworkSpec:
-    """All that a worker needs to load the network. Paths are strings, as Caffe wants them."""
+# ---- The network ------------------------------------------------------------------------------
+# Runs in worker processes only, so that Caffe, which ends its process at any error, never ends the
+# program. First reading and judging a network's files, then cutting it, then running it.
 
-    deploy: str
-    weights: str
-    target: str
-    objective: Objective
-    fit_classifier: bool = False  # whether the classifier takes its width from the weights
-    use_gpu: bool = False
-
-
-@contextlib.contextmanager
-def stand_ins(*names):
-    """Within, those of the modules `names` that were not imported yet are empty ones, which have any name asked of them."""
-    names = [name for name in names if name not in sys.modules]
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__getattr__ = lambda _: None
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
+ANOTHER_LAYER = "choose another of --list_layers"
 
 
 def import_caffe():
     """Caffe, quiet, from the Python path or else from $CAFFE_ROOT/python. Raises BadRequest."""
     os.environ.setdefault("GLOG_minloglevel", "2")
+    if root := os.environ.get("CAFFE_ROOT"):
+        path = os.path.join(root, "python")
+        sys.path += [path] if path not in sys.path else []
     try:
-        # What only caffe.io uses, to read pictures, would be the half of a worker's start.
-        with stand_ins("skimage", "skimage.io", "skimage.transform", "scipy", "scipy.ndimage"):
-            import caffe
+        import caffe
     except Exception as error:  # somebody's own may fail in any way
-        root = os.environ.get("CAFFE_ROOT")
-        if not root or (path := os.path.join(root, "python")) in sys.path:
-            raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); install it with: pip install ./pycaffe") from None
-        sys.path.append(path)
-        return import_caffe()
+        remedy = "install it with: pip install ./pycaffe"
+        raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
     return caffe
 
 
-@contextlib.contextmanager
 def caffe_net(net):
     """The NetParameter as a caffe.Net in TEST phase, without weights."""
     caffe = import_caffe()
-    with tempfile.TemporaryFile("w+") as file:  # has no name, so none is left when Caffe ends the process
+    with open(os.memfd_create("net"), "w") as file:  # Caffe reads nets from files only
         file.write(str(net))
-        file.seek(0)
-        yield caffe.Net(f"/dev/fd/{file.fileno()}", caffe.TEST)
+        file.flush()
+        return caffe.Net(f"/proc/self/fd/{file.fileno()}", caffe.TEST)
 
 
 def read_prototxt(path):
@@ -1296,16 +1534,18 @@ def read_prototxt(path):
         with open(path, encoding="utf-8") as file:
             net = text_format.Parse(file.read(), caffe_pb2.NetParameter())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise BadRequest(f"--deploy_txt {path}: not a network description ({one_line(error)}); give a deploy.prototxt") from None
+        problem = f"not a network description ({one_line(error)}); give a deploy.prototxt"
+        raise refusal("deploy_txt", path, problem) from None
     return upgraded(net) if net.layers else net
 
 
 def upgraded(net):
-    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it loads, and saves it so."""
+    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it
+    loads, and saves it so."""
     from caffe.proto import caffe_pb2
 
-    with caffe_net(net) as loaded, tempfile.NamedTemporaryFile() as file:
-        loaded.save(file.name)
+    with tempfile.NamedTemporaryFile() as file:
+        caffe_net(net).save(file.name)
         new = caffe_pb2.NetParameter.FromString(file.read())
     for layer in new.layer:
         del layer.blobs[:]
@@ -1322,8 +1562,9 @@ def read_weights(path):
         with open(path, "rb") as file:
             net = caffe_pb2.NetParameter.FromString(file.read())
     except (OSError, DecodeError) as error:
-        raise BadRequest(f"--caffe_model {path}: cannot be read as Caffe weights ({one_line(error)})") from None
-    return {layer.name: [blob_shape(blob) for blob in layer.blobs] for layer in (net.layer or net.layers)}
+        problem = f"cannot be read as Caffe weights ({one_line(error)}); give a .caffemodel"
+        raise refusal("caffe_model", path, problem) from None
+    return {layer.name: list(map(blob_shape, layer.blobs)) for layer in net.layer or net.layers}
 
 
 def blob_shape(blob):
@@ -1337,28 +1578,29 @@ def without_leading_ones(shape):
 
 
 def fit_classifier(net, weights):
-    """Gives the classifier of the NetParameter `net` the width that `weights` (of read_weights) have: one GoogLeNet
-    prototxt serves all data sets. Changes `net` in place."""
+    """Gives the classifier of the NetParameter `net` the width that `weights` (of read_weights)
+    have: one GoogLeNet prototxt serves all data sets. Changes `net` in place."""
     for layer in net.layer:
-        if layer.type == "InnerProduct" and weights.get(layer.name) and len(weights[layer.name][0]) > 1:
-            layer.inner_product_param.num_output = weights[layer.name][0][-2]
+        shapes = weights.get(layer.name)
+        if layer.type == "InnerProduct" and shapes and len(shapes[0]) > 1:
+            layer.inner_product_param.num_output = shapes[0][-2]
 
 
 def structure_error(deploy, path):
-    """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every layer must have its
-    blobs, of its shapes. Caffe has then read the file too."""
+    """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every
+    layer must have its blobs, of its shapes. Caffe has then read the file too."""
     try:
         weights = read_weights(path)
     except BadRequest:
         return "it cannot be read as Caffe weights"
     net = read_prototxt(deploy)
     fit_classifier(net, weights)
-    with caffe_net(net) as loaded:
-        for name, blobs in loaded.params.items():
-            expected, found = [tuple(blob.shape) for blob in blobs], weights.get(name, [])
-            if list(map(without_leading_ones, found)) != list(map(without_leading_ones, expected)):
-                return f"layer {name} has weights of shape {found or None}, not {expected}"
-        loaded.copy_from(path)
+    loaded = caffe_net(net)
+    for name, blobs in loaded.params.items():
+        expected, found = [tuple(blob.shape) for blob in blobs], weights.get(name, [])
+        if list(map(without_leading_ones, found)) != list(map(without_leading_ones, expected)):
+            return f"layer {name} has weights of shape {found or None}, not {expected}"
+    loaded.copy_from(path)
     return None
 
 
@@ -1376,29 +1618,49 @@ def runs_in_test(layer):
 
 
 def targets(net):
-    """The layers of a caffe_pb2.NetParameter that can be amplified: those with a blob of their own name, in order."""
-    return [layer.name for layer in net.layer if layer.name in layer.top and layer.bottom and runs_in_test(layer)]
+    """The layers of a NetParameter that can be amplified, in order: those with a blob of their own
+    name."""
+    layers = (layer for layer in net.layer if layer.bottom and runs_in_test(layer))
+    return [layer.name for layer in layers if layer.name in layer.top]
 
 
 def layer_shapes(deploy, weights):
-    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets. With `weights` (a path or
-    None) the classifier has their width."""
+    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets.
+    With `weights` (a path or None) the classifier has their width."""
     net = read_prototxt(deploy)
     if weights is not None:
         fit_classifier(net, read_weights(weights))
-    with caffe_net(net) as loaded:
-        shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
+    loaded = caffe_net(net)
+    shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
     return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
 
 
-def cut(net, target, blob_counts):
-    """Cuts the NetParameter `net` down to what the gradient of `target` by the input takes; changes it in place.
+def check_target(spec, net, weights):
+    """Raises BadRequest if the target is not a layer of `net` that can be amplified, or if the
+    weights are those of another network."""
+    names = targets(net)
+    if not names:
+        problem = "has no layer that can be amplified; give a deploy.prototxt"
+        raise refusal("deploy_txt", spec.files.deploy, problem)
+    if spec.target not in names:
+        close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}"
+        raise refusal("layer", spec.target, f"{spec.files.deploy} has no such layer; {hint}")
+    if net.layer and not any(weights.get(layer.name) for layer in net.layer):
+        problem = f"has no weights for any layer of {spec.files.deploy}; give its own"
+        raise refusal("caffe_model", spec.files.weights, problem)
 
-    Kept are the target's ancestors and the layers that work in place on it. Caffe's force_backward would also compute the
-    gradient of every weight. Instead one weight only is left to learn, the first layer's bias: then Caffe runs backward
-    from a loss (put on the last writer of the target) down to that layer, and propagate_down takes it on to the input.
-    Where that cannot be had (a first layer without bias, several of them) force_backward does the same slowly.
-    `blob_counts` is {layer name: number of its weight blobs}. Raises BadRequest where the input is no ancestor.
+
+def cut(net, target, blob_counts):
+    """Cuts the NetParameter `net` down to what the gradient of `target` with respect to the input
+    takes; changes it in place.
+
+    Kept are the target's ancestors and the layers that work in place on it. Caffe's force_backward
+    would also compute the gradient of every weight. Instead only one weight is left to learn, the
+    first layer's bias: then Caffe runs backward from a loss (put on the last writer of the target)
+    down to that layer, and propagate_down takes it on to the input. If that is impossible (a first
+    layer without bias, several of them) force_backward does the same slowly. `blob_counts` is
+    {layer name: number of its weight blobs}. Raises BadRequest if the input is not an ancestor.
     """
     kept, needed = [], {target}
     for layer in reversed(net.layer):
@@ -1408,8 +1670,9 @@ def cut(net, target, blob_counts):
     inputs = set(net.input).union(*(layer.top for layer in kept if layer.type == "Input"))
     first = [layer for layer in kept if not inputs.isdisjoint(layer.bottom)]
     if not first:
-        raise BadRequest(f"--layer {target}: does not depend on the picture; choose another of --list_layers")
-    has_bias = len(first) == 1 and blob_counts.get(first[0].name, 0) == 2 and first[0].type in ("Convolution", "InnerProduct")
+        raise refusal("layer", target, f"does not depend on the picture; {ANOTHER_LAYER}")
+    has_bias = len(first) == 1 and blob_counts.get(first[0].name, 0) == 2
+    has_bias = has_bias and first[0].type in ("Convolution", "InnerProduct")
     net.force_backward = not has_bias
     if has_bias:
         for layer in kept:
@@ -1426,7 +1689,8 @@ def cut(net, target, blob_counts):
             del net.layer[index]
 
 
-# Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in less time.
+# Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in
+# less time.
 FAST_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
 
 
@@ -1438,122 +1702,176 @@ def use_fast_layers(net):
             layer.type = FAST_LAYERS[layer.type]
 
 
-class Network:
-    """A Caffe net from its input to the target layer. Raises BadRequest where `spec` cannot be loaded.
+@dataclasses.dataclass(frozen=True)
+class NetworkSpec:
+    """All that a worker needs to load the network: its files; the target layer; the objective, of a
+    kind in IMAGE_TYPES."""
 
-    Attributes: tile_size, (height, width) of the input; target_shape, of one tile's activations, as (C, ...).
+    files: NetworkFiles
+    target: str
+    objective: object
+    use_gpu: bool = False
+
+
+class Network:
+    """A Caffe net from its input to the target layer. Raises BadRequest if `spec` cannot be loaded.
+
+    Attributes: tile_size, (height, width) of the input; target_shape, (C, ...) of one tile's
+    activations.
     """
 
     def __init__(self, spec):
-        # One BLAS thread: processes scale where threads hardly do, and sums then come out the same however many workers run.
-        os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        # One BLAS thread: processes scale where threads hardly do, and sums then do not depend on
+        # the number of workers.
+        threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        os.environ.update(threads)
         caffe = import_caffe()
         if spec.use_gpu:
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees
         else:
             caffe.set_mode_cpu()
-        weights = read_weights(spec.weights)
-        net = read_prototxt(spec.deploy)
-        if spec.fit_classifier:
+        weights = read_weights(spec.files.weights)
+        net = read_prototxt(spec.files.deploy)
+        if spec.files.fit_classifier:
             fit_classifier(net, weights)
-        self._check(spec, net, weights)
+        check_target(spec, net, weights)
         cut(net, spec.target, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net)
-        with caffe_net(net) as self._net:
-            self._net.copy_from(spec.weights)
-        self._spec = spec
-        self._input = self._net.blobs["data" if "data" in self._net.inputs else next(iter(self._net.inputs))]
-        shape = tuple(self._input.shape)
-        if len(shape) != 4 or shape[1] != 3:
-            raise BadRequest(f"--deploy_txt {spec.deploy}: its input has shape {shape}; it must take 3-channel pictures")
-        self.tile_size = shape[2:]
-        self.target_shape = tuple(self._net.blobs[spec.target].shape)[1:]
-        if not self.target_shape:
-            raise BadRequest(f"--layer {spec.target}: is one number, without channels; choose another of --list_layers")
-        if spec.objective.neuron is not None and spec.objective.neuron >= self.target_shape[0]:
-            raise BadRequest(
-                f"--target_neuron {spec.objective.neuron}: {spec.target} has {self.target_shape[0]} channels, counted from 0"
-            )
+        self._spec, self._net = spec, caffe_net(net)
+        self._net.copy_from(spec.files.weights)
+        inputs = list(self._net.inputs)
+        self._input = self._net.blobs["data" if "data" in inputs else inputs[0]]
+        self._target = self._net.blobs[spec.target]
+        self.tile_size, self.target_shape = self._shapes()
 
-    @staticmethod
-    def _check(spec, net, weights):
-        names = targets(net)
-        if spec.target not in names:
-            if not names:
-                raise BadRequest(f"--deploy_txt {spec.deploy}: has no layer that can be amplified; give a deploy.prototxt")
-            close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names)}"
-            raise BadRequest(f"--layer {spec.target}: {spec.deploy} has no such layer; {hint}")
-        if net.layer and not any(weights.get(layer.name) for layer in net.layer):
-            raise BadRequest(f"--caffe_model {spec.weights}: holds weights for none of the layers in {spec.deploy}")
+    def _shapes(self):
+        """(tile_size, target_shape). Raises BadRequest if they do not suit."""
+        spec, shape = self._spec, tuple(self._input.shape)
+        if len(shape) != 4 or shape[1] != 3:
+            problem = f"its input has shape {shape}; it must take 3-channel pictures"
+            raise refusal("deploy_txt", spec.files.deploy, problem)
+        target_shape = tuple(self._target.shape)[1:]
+        if not target_shape:
+            problem = "its output is a single number, without channels"
+            raise refusal("layer", spec.target, f"{problem}; {ANOTHER_LAYER}")
+        spec.objective.check(spec.target, target_shape[0])
+        return shape[2:], target_shape
 
     def batch_for_memory(self):
-        """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where more bring nothing."""
+        """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where
+        more would not help."""
         if not self._spec.use_gpu:
             return 1
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-        tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in self._net.blobs.values())  # data and diff
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        blobs = self._net.blobs.values()
+        tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in blobs)  # data, diff
         return min(32, max(1, int(0.7 * free.value) // tile))
 
     def gradients(self, batch, measure=True):
-        """Minus the objective's gradient by the tiles `batch`, float32 (N, 3, H, W); and the objective of each, None unless it is
-        to be measured."""
+        """The gradient of the objective's loss with respect to the tiles `batch`, float32
+        (N, 3, H, W), valid until the next call; and the loss of each, None unless measured."""
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
         self._input.data[...] = batch
         self._net.forward()
-        blob = self._net.blobs[self._spec.target]
-        blob.diff[...] = self._spec.objective.descent(blob.data)
-        # From the layer of the target's name: an in-place ReLU after it has shaped the activations but is not passed backward.
+        objective, activations = self._spec.objective, self._target.data
+        self._target.diff[...] = objective.gradient(activations)
+        # From the layer of the target's name: an in-place ReLU after it has shaped the activations
+        # but is not passed backward.
         self._net.backward(start=self._spec.target)
-        return self._input.diff, [self._spec.objective.value(a) if measure else None for a in blob.data]
+        losses = [objective.loss(a[np.newaxis]) if measure else None for a in activations]
+        return self._input.diff, losses
 
 
-# ---- Workers -----------------------------------------------------------------------------------------------------------
-# A device is a process with a Caffe of its own. Tiles and gradients travel through one shared memory, cut into slots. It
-# has no name, as has the pipe that Caffe's words come through: however a process ends, nothing is left behind.
+# ---- Engines ----------------------------------------------------------------------------------
+
+
+class Engine:
+    """Whatever computes the gradients of tiles; a context manager. The loop knows no more of it.
+
+    After `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of a tile's
+    activations; batch_size, how many tiles `send` takes at most; device, where it runs, in words.
+
+    Which tile is computed where and with which others must not change its gradient. A failure that
+    the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
+    """
+
+    def describe(self):
+        """Loads the network and tries it once. To be called first."""
+        raise NotImplementedError
+
+    def has_room(self):
+        """Whether `send` can be called."""
+        raise NotImplementedError
+
+    def send(self, tiles_in, measure=True):
+        """Starts computing the gradients of tiles, up to batch_size arrays (3, H, W); returns a
+        ticket. With `measure` the losses too."""
+        raise NotImplementedError
+
+    def receive(self, ticket):
+        """Waits for the tiles of a ticket; returns [(gradient of the objective's loss, float32
+        (3, H, W); the loss, None unless measured), ...]."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Ends the engine and leaves nothing behind; at once if `kind` is Stopped."""
+
+
+# Tasks of the processes. Tiles and gradients travel through one shared memory, cut into slots. It
+# has no name, nor has the pipe that takes Caffe's messages: however a process ends, nothing is
+# left behind.
 
 
 @functools.cache
 def load_network(spec):
-    """The worker's network: loaded at its first task, kept for all others."""
+    """The worker's network: loaded for its first task, kept for all others."""
     return Network(spec)
 
 
 def map_memory(pid, descriptor, shape):
-    """The shared memory that process `pid` has open as `descriptor`, an array float32 of `shape` (slots, 2, batch, 3, H, W):
-    in each slot the tiles and their gradients."""
+    """The shared memory that process `pid` has open as `descriptor`, an array float32 of `shape`
+    (slots, 2, batch, 3, H, W): in each slot the tiles and their gradients."""
     with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 4 * math.prod(shape)), np.float32).reshape(shape)
+        memory = mmap.mmap(file.fileno(), 4 * math.prod(shape))
+        return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 attach = functools.cache(map_memory)  # in a worker, which has one memory for life
 
 
 def describe(spec):
-    """Task: (tile_size, target_shape, batch size that suits the device) of the network, after a first trial of it."""
+    """Task: (tile_size, target_shape, batch size that suits the device) of the network, after a
+    first trial of it."""
     network = load_network(spec)
-    network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))  # takes its memory, and fails now if it ever does
+    # Takes the memory it needs, and fails now if it ever does.
+    network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
     return network.tile_size, network.target_shape, network.batch_for_memory()
 
 
 def compute_slot(spec, memory, slot, count, measure):
-    """Task: computes the gradients of the slot's first `count` tiles; returns their objectives, None unless it is to `measure`
-    them."""
+    """Task: computes the gradients of the slot's first `count` tiles; returns their losses, None
+    unless `measure`."""
     tiles_in, gradients_out = attach(*memory)[slot, :, :count]
-    gradients_out[...], values = load_network(spec).gradients(tiles_in, measure)
-    return values
+    gradients_out[...], losses = load_network(spec).gradients(tiles_in, measure)
+    return losses
 
 
 def can_use_gpu():
-    """Task: whether this Caffe was built with CUDA, asked of its library: Caffe itself ends the process that asks in vain."""
+    """Task: whether this Caffe was built with CUDA. Its library tells; asked in vain for a GPU,
+    Caffe itself would end the process."""
     import_caffe()
     import caffe._caffe
 
-    return hasattr(ctypes.CDLL(caffe._caffe.__file__), "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
+    library = ctypes.CDLL(caffe._caffe.__file__)
+    return hasattr(library, "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
 
 
 def count_gpus():
@@ -1567,41 +1885,45 @@ def count_gpus():
 
 
 def visible_gpu(number):
-    """The name for CUDA_VISIBLE_DEVICES of the GPU that is the number-th of those that this process sees."""
+    """The name for CUDA_VISIBLE_DEVICES of the number-th GPU that this process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[number].strip() if visible else str(number)
 
 
 def cgroup_folders():
-    """The folders that tell this process's limits: its control group's (version 2), and those above it."""
-    with contextlib.suppress(OSError), open("/proc/self/cgroup") as file:
-        path = re.search(r"^0::/(.*)$", file.read(), re.MULTILINE)
+    """The folders with this process's limits: its control group's (version 2), and those above."""
+    with contextlib.suppress(OSError):
+        path = re.search(r"^0::/(.*)$", read_text("/proc/self/cgroup"), re.MULTILINE)
         parts = path[1].split("/") if path else []
         for depth in range(len(parts), -1, -1):
             yield os.path.join("/sys/fs/cgroup", *parts[:depth])
 
 
 def count_cores():
-    """How many cores this process may use, by its affinity and its control groups' quotas."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores that this process may use, by its affinity and its control groups'
+    quotas."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for folder in cgroup_folders():
-        with contextlib.suppress(OSError, ValueError), open(f"{folder}/cpu.max") as file:
-            quota, period = file.read().split()
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = read_text(f"{folder}/cpu.max").split()
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
 
 
 def free_memory():
-    """How many bytes this process may still take, by the system's account and its control groups'; infinite where none tells."""
+    """Free memory in bytes, also respecting cgroup limits; infinite if nothing tells."""
     free = [math.inf]
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        free += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: *(\d+) kB", file.read())]
+    with contextlib.suppress(OSError):
+        available = re.findall(r"MemAvailable: *(\d+) kB", read_text("/proc/meminfo"))
+        free += [1024 * int(kilobytes) for kilobytes in available]
     for folder in cgroup_folders():
         with contextlib.suppress(OSError, ValueError):
-            limit, current, stat = (read_text(f"{folder}/memory.{name}") for name in ("max", "current", "stat"))
+            files = (f"{folder}/memory.{name}" for name in ("max", "current", "stat"))
+            limit, current, stat = map(read_text, files)
             # A file cache counts as taken, and is given back when asked for.
-            cached = sum(int(size) for size in re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE))
-            free.append(int(limit) - int(current) + cached)
+            cached = re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE)
+            free.append(int(limit) - int(current) + sum(map(int, cached)))
     return max(0, min(free))
 
 
@@ -1613,11 +1935,13 @@ def read_text(path):
 
 @contextlib.contextmanager
 def signals_held_back():
-    """While processes are started: nothing interrupts that half done here, and they are born with Ctrl-C and the loss of the
-    terminal blocked, which are not meant for them."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    """While processes are started: nothing interrupts that halfway here, and child processes
+    inherit a block of Ctrl-C and of the loss of the terminal, which are not meant for them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
     came = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    before = {n: signal.signal(n, lambda signum, _: came.append(signum)) for n in numbers}
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -1636,8 +1960,8 @@ def end_with_parent():
 
 
 def start_worker(log, gpus, memory):
-    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, it sees one GPU, and on the
-    CPU no file from a stranger makes it take more than `memory` bytes."""
+    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, it
+    sees one GPU, and on the CPU a stranger's file cannot make it take more than `memory` bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(log.fileno(), 1)
@@ -1650,160 +1974,223 @@ def start_worker(log, gpus, memory):
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def caffe_reason(log):
-    """Why Caffe ended its process, in one line, from what it wrote; None where it did not end it."""
-    if "std::bad_alloc" in log:
-        return "there is not enough memory; use smaller sizes, or fewer --workers"
-    fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", log, re.MULTILINE)
-    return fatal and " ".join(fatal[1].split())
+class CaffeStopped(RunFailed):
+    """Caffe ended its process; the message says why."""
 
 
-class Workers:
-    """Processes that compute gradients of tiles; a context manager. One for each GPU in `gpus`, or `number` on the CPU.
+def check_log(text):
+    """Raises CaffeStopped or OutOfMemory if a worker's log shows that Caffe ended it."""
+    if "std::bad_alloc" in text:
+        raise OutOfMemory("Caffe stopped: ")
+    fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", text, re.MULTILINE)
+    if fatal:
+        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
 
-    One that is killed from outside is started again, with all the others, and its tiles are computed again.
-    """
+
+class CaffeProcesses:
+    """Processes with a Caffe of their own, for tasks that need one; a context manager. One for
+    each GPU in `gpus`, or `number` on the CPU. If one is killed from outside, all are restarted."""
 
     MAX_RESTARTS = 3
 
-    def __init__(self, spec=None, number=1, gpus=(), batch_size=None):
-        self.number, self.batch_size = len(gpus) or number, batch_size
-        self.spec, self.gpus = spec, gpus
+    def __init__(self, number=1, gpus=()):
+        self.number, self.gpus = len(gpus) or number, gpus
         self._context = multiprocessing.get_context("spawn")
         self._log, self._log_end = self._context.Pipe(duplex=False)
-        os.set_blocking(self._log_end.fileno(), False)  # what nobody reads must not hold a worker up
-        self._memory_file = os.memfd_create("cnn_vis")
+        os.set_blocking(self._log_end.fileno(), False)  # a full log must not hold a worker up
         self._restarts = 0
-        self._jobs = {}  # slot -> (number of tiles, whether they are measured, future of their objectives)
-        self._start()
+        self.start()
 
-    def _start(self):
+    def start(self):
+        """Makes the executor; processes start with the first tasks. Raises RunFailed."""
         gpus = self._context.SimpleQueue() if self.gpus else None
         for gpu in self.gpus:
             gpus.put(visible_gpu(gpu))
         arguments = (self._log_end, gpus, free_memory())
         try:
             with signals_held_back():  # its queues start a process that looks after them
-                self._executor = concurrent.futures.ProcessPoolExecutor(self.number, self._context, start_worker, arguments)
+                self._executor = concurrent.futures.ProcessPoolExecutor(
+                    self.number, self._context, start_worker, arguments
+                )
         except OSError as error:
             raise RunFailed(
-                f"workers cannot be started ({error.strerror}); they take a little of /dev/shm, and open files: see ulimit -n"
+                f"workers cannot be started ({error.strerror}); they need a little of /dev/shm, "
+                "and open files: see ulimit -n"
             ) from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if kind is Stopped:  # at once; from Python 3.14 on the executor has kill_workers() for it
+        if kind is Stopped:  # from Python 3.14 on the executor has kill_workers() for this
             for process in list((self._executor._processes or {}).values()):
                 process.kill()
-        self._executor.shutdown(cancel_futures=True)
+        self.end()
         self._log.close()
         self._log_end.close()
-        os.close(self._memory_file)
 
-    def _submit(self, task, *arguments):
+    def end(self):
+        """Waits for the processes to end; tasks not begun are dropped."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def submit(self, task, *arguments):
         """The future of a task, which may start a process."""
         try:
             with signals_held_back():
                 return self._executor.submit(task, *arguments)
-        except concurrent.futures.process.BrokenProcessPool as error:  # to be told when the result is asked for
+        except concurrent.futures.BrokenExecutor as error:  # told when the result is asked for
             future = concurrent.futures.Future()
             future.set_exception(error)
             return future
 
-    def _restart(self):
-        """After the death of a worker. Raises RunFailed where Caffe chose it, or at one death too many; BadRequest where it did
-        so for want of a gradient."""
-        log = b""
+    def restart(self):
+        """Starts over after the death of a process. Raises CaffeStopped or OutOfMemory if Caffe
+        chose it, RunFailed at one death too many."""
+        text = b""
         while self._log.poll():
-            log += os.read(self._log.fileno(), 1 << 16)
-        reason = caffe_reason(log.decode(errors="replace"))
-        if reason and "Not Implemented Yet" in reason:
-            raise BadRequest(f"--layer {self.spec.target}: Caffe has no gradient there; choose another of --list_layers")
-        if reason:
-            doubt = "" if self._jobs or not self.spec else f"; do {self.spec.deploy} and {self.spec.weights} fit together?"
-            raise RunFailed(f"Caffe stopped: {reason[:300]}{doubt}")
+            text += os.read(self._log.fileno(), 1 << 16)
+        check_log(text.decode(errors="replace"))
         self._restarts += 1
         if self._restarts > self.MAX_RESTARTS:
             raise RunFailed(
-                f"workers were killed {self._restarts} times, perhaps for want of memory; use fewer --workers, or smaller sizes"
+                f"workers were killed {self._restarts} times, possibly out of memory; "
+                "use fewer --workers, or smaller sizes"
             )
-        self._executor.shutdown()
-        self._start()
+        self.end()
+        self.start()
 
     def call(self, task, *arguments):
-        """task(*arguments), done by a worker. Raises what the task raises; RunFailed where Caffe stops."""
+        """task(*arguments), done by one of the processes. Raises what the task raises, and as
+        `restart` does."""
         while True:
             try:
-                return self._submit(task, *arguments).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                self._restart()
+                return self.submit(task, *arguments).result()
+            except concurrent.futures.BrokenExecutor:
+                self.restart()
+
+
+def in_a_worker(task, *arguments):
+    """Runs a task that needs Caffe in a process of its own."""
+    with CaffeProcesses() as processes:
+        return processes.call(task, *arguments)
+
+
+class Workers(Engine):
+    """The engine of this machine: one process for each GPU in `gpus`, or `number` on the CPU. A
+    worker that is killed from outside is replaced, and its tiles are computed again."""
+
+    def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU"):
+        self.spec, self.gpus, self.batch_size = spec, gpus, batch_size
+        self.processes = CaffeProcesses(number, gpus)
+        many = "s" * (self.processes.number > 1)
+        self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
+        self._memory_file = os.memfd_create("cnn_vis")
+        self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
+
+    def __exit__(self, kind, *_):
+        self.processes.__exit__(kind)
+        os.close(self._memory_file)
 
     def describe(self):
-        """(tile_size, target_shape) of the network. Starts all workers."""
-        others = [self._submit(describe, self.spec) for _ in range(self.number - 1)]
-        self.tile_size, self.target_shape, suits = self.call(describe, self.spec)
+        others = [
+            self.processes.submit(describe, self.spec) for _ in range(self.processes.number - 1)
+        ]
+        try:
+            self.tile_size, self.target_shape, suits = self.processes.call(describe, self.spec)
+        except CaffeStopped as error:
+            if "Not Implemented Yet" in str(error):
+                problem = "Caffe cannot compute a gradient for this layer"
+                raise BadRequest(
+                    f"--layer {self.spec.target}: {problem}; {ANOTHER_LAYER}"
+                ) from None
+            files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
+            raise RunFailed(f"{error}; do {files} belong together?") from None
         if self.gpus and not self.batch_size:
             for future in others:
-                with contextlib.suppress(concurrent.futures.process.BrokenProcessPool):  # which the next task finds too
+                with contextlib.suppress(concurrent.futures.BrokenExecutor):  # found again below
                     suits = min(suits, future.result()[2])
             self.batch_size = suits
-        if not self.gpus:  # more than one would bring nothing, and a sum could come out otherwise for the company it is in
+        if not self.gpus:  # more would not help, and a sum might depend on the tiles beside it
             self.batch_size = 1
-        shape = (2 * self.number + 1, 2, self.batch_size, 3, *self.tile_size)
+        self._map_slots()
+
+    def _map_slots(self):
+        """Two batches for each worker, one to compute and one to begin with next, and one more."""
+        slots = 2 * self.processes.number + 1
+        shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
         self._slots = map_memory(*self._memory)
-        self._free = list(range(len(self._slots)))
-        return self.tile_size, self.target_shape
+        self._free = list(range(slots))
 
     def has_room(self):
-        """Whether `send` can be called: workers have two batches each at most, one to compute and one to begin with next."""
         return bool(self._free)
 
     def send(self, tiles_in, measure=True):
-        """Has the gradients of `tiles_in`, up to batch_size arrays (3, H, W), computed; returns a ticket for `receive`."""
         slot = self._free.pop()
-        for place, tile in enumerate(tiles_in):
-            self._slots[slot, 0, place] = tile
+        for i, tile in enumerate(tiles_in):
+            self._slots[slot, 0, i] = tile
         self._compute(slot, len(tiles_in), measure)
         return slot
 
     def _compute(self, slot, count, measure):
-        future = self._submit(compute_slot, self.spec, self._memory, slot, count, measure)
-        self._jobs[slot] = (count, measure, future)
+        arguments = (self.spec, self._memory, slot, count, measure)
+        self._jobs[slot] = (count, measure, self.processes.submit(compute_slot, *arguments))
 
-    def receive(self, slot):
-        """[(gradient, float32 (3, H, W); objective, None unless measured), ...] of the ticket's tiles, for which it waits."""
+    def receive(self, ticket):
         while True:
-            count, _, future = self._jobs[slot]
+            count, _, future = self._jobs[ticket]
             try:
-                values = future.result()
+                losses = future.result()
                 break
-            except concurrent.futures.process.BrokenProcessPool:
-                self._restart()
-                for other, (*job, future) in list(self._jobs.items()):
+            except concurrent.futures.BrokenExecutor:
+                self.processes.restart()
+                for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
-                        self._compute(other, *job)
-        del self._jobs[slot]
-        self._free.append(slot)
-        return list(zip(self._slots[slot, 1, :count].copy(), values))
+                        self._compute(slot, *job)
+        del self._jobs[ticket]
+        self._free.append(ticket)
+        return list(zip(self._slots[ticket, 1, :count].copy(), losses))
 
 
-def in_a_worker(task, *arguments):
-    """Runs a task that needs Caffe in a process of its own. Raises what the task raises; RunFailed where Caffe stops."""
-    with Workers() as workers:
-        return workers.call(task, *arguments)
+def choose_gpus(gpus):
+    """The GPUs to run on, [] for the CPU, and the device in words, with the reason if it is the
+    CPU though no GPU was named. `gpus` is the option's list, or None. Raises BadRequest."""
+    if gpus == []:
+        return [], "CPU"
+    present = count_gpus()
+    cuda = (present or gpus) and in_a_worker(can_use_gpu)
+    if gpus is None:
+        if cuda:
+            return [0], "GPU 0"
+        return [], f"CPU ({'Caffe was built without CUDA' if present else 'no GPU found'})"
+    asked = ",".join(map(str, gpus))
+    if not cuda:
+        remedy = "use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1"
+        raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; {remedy}")
+    if max(gpus) >= present:
+        found = f"{present} found, numbered from 0" if present else "none found"
+        remedy = "use another number, or -1 for the CPU"
+        raise BadRequest(f"--gpu {asked}: no such GPU ({found}); {remedy}")
+    return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 
-# ---- Files of a run ----------------------------------------------------------------------------------------------------
+def open_engine(options, settings, files):
+    """The Engine that the options ask for, not yet entered. Raises BadRequest."""
+    gpus, device = choose_gpus(options.gpu)
+    objective = IMAGE_TYPES[settings.image_type](settings)
+    spec = NetworkSpec(files, settings.target_layer, objective, bool(gpus))
+    return Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
+
+
+# ---- Files of a run ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def whole_file(path, name=None):
-    """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is written and on the disk, and
-    leaves no trace if that fails. Raises RunFailed, which calls it `name`."""
+    """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is
+    written and on the disk, and leaves no trace if that fails. Raises RunFailed, which calls it
+    `name`."""
     try:
         place = os.path.realpath(path)
         part = part_name(place, os.getpid())
@@ -1817,29 +2204,23 @@ def whole_file(path, name=None):
             with contextlib.suppress(OSError):
                 os.remove(part)
     except OSError as error:
-        raise RunFailed(f"{name or path}: cannot be written ({one_line(error)}); what was there is unchanged") from None
+        problem = f"cannot be written ({one_line(error)}); what was there is unchanged"
+        raise RunFailed(f"{name or path}: {problem}") from None
 
 
 def part_name(path, pid):
     """Where process `pid` of this machine writes what is to become `path`."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}.{os.uname().nodename}.{pid}.part")
-
-
-def remove_parts(output):
-    """Removes what runs to `output` that were killed while they wrote a file have left."""
-    for part in glob.glob(part_name(f"{glob.escape(os.path.splitext(os.path.realpath(output))[0])}*", "*")):
-        pid = part.split(".")[-2]
-        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
-            with contextlib.suppress(OSError):
-                os.remove(part)
+    name = os.fsdecode(os.fsencode(name)[:100])
+    return os.path.join(folder, f".{name}.{os.uname().nodename}.{pid}.part")
 
 
 @contextlib.contextmanager
 def sole_writer(paths):
-    """Within, no other run on this machine writes to any of `paths`. Raises BadRequest where one does.
+    """Within, no other run on this machine writes to any of `paths`. Raises BadRequest if one does.
 
-    Each path is held by a socket in Linux's abstract namespace, which leaves nothing behind however the process ends.
+    Each path is held by a socket in Linux's abstract namespace, which leaves nothing behind however
+    the process ends.
     """
     with contextlib.ExitStack() as stack:
         for path in sorted({os.path.realpath(path) for path in paths}):
@@ -1847,8 +2228,82 @@ def sole_writer(paths):
             try:
                 lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
             except OSError:
-                raise BadRequest(f"--output: another run is writing {path}; choose another name, or stop it") from None
+                problem = f"another run is writing {path}; choose another name, or stop it"
+                raise BadRequest(f"--output: {problem}") from None
         yield
+
+
+class Files:
+    """The names of all files that a run may write: the picture, and beside it everything else.
+    `resumed` is the checkpoint that the run continues from, or None."""
+
+    def __init__(self, picture, resumed=None):
+        self.picture, self.resumed = picture, resumed
+        self.stem, self.extension = os.path.splitext(picture)
+        self.checkpoint, self.sidecar = f"{picture}.checkpoint", f"{picture}.json"
+
+    def on_the_way(self, size, step):
+        """A picture along the way: NAME_SIZE_STEP.EXT."""
+        return f"{self.stem}_{size}_{step}{self.extension}"
+
+    def beside(self, ending):
+        """A file of a watcher: NAME and its ending."""
+        return f"{self.stem}{ending}"
+
+    def may_write(self, path):
+        """Whether a run to this picture may ever write `path`, whatever its options."""
+        ours, path = Files(os.path.realpath(self.picture)), os.path.realpath(path)
+        if path in (ours.picture, ours.sidecar) or Files.of_checkpoint(path) == ours.picture:
+            return True
+        endings = [watcher.ending for watcher in BEHAVIORS.values() if watcher.ending]
+        pattern = rf"{re.escape(ours.stem)}_\d+_\d+{re.escape(ours.extension)}"
+        return path in map(ours.beside, endings) or bool(re.fullmatch(pattern, path))
+
+    @staticmethod
+    def of_checkpoint(path):
+        """The picture of the run that a checkpoint belongs to, by its name; None if somebody gave
+        it a name of their own."""
+        match = re.fullmatch(r"(.+)\.checkpoint(\.old\d*)?", path, re.DOTALL)
+        return match and match[1]
+
+    def resumed_from(self):
+        """The picture of the run that this one continues, which that must not write any more, as a
+        list; empty if it continues none."""
+        return [Files.of_checkpoint(self.resumed) or self.resumed] if self.resumed else []
+
+    def set_aside(self):
+        """Renames the checkpoint of an earlier run, if there is one and this run does not continue
+        it; returns the new name, or None."""
+        path, resumed = self.checkpoint, self.resumed
+        if not os.path.exists(path) or (resumed and os.path.samefile(path, resumed)):
+            return None
+        names = (f"{path}.old{n}" for n in itertools.count(1))
+        old = next(name for name in names if not os.path.exists(name))
+        os.replace(path, old)
+        return old
+
+    def hint(self):
+        """How to continue after the run has ended too early, if there is a checkpoint."""
+        candidates = filter(None, (self.checkpoint, self.resumed))
+        path = next(filter(os.path.exists, candidates), None)
+        return f"; to continue: python cnn_vis.py --resume {shlex.quote(path)}" if path else ""
+
+    def clean_up(self):
+        """Removes the checkpoints of a run that has ended well."""
+        for path in {self.checkpoint, self.resumed} - {None}:
+            if Files.of_checkpoint(path) is not None:
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+
+def remove_parts(path):
+    """Removes what runs to `path` that were killed while they wrote a file have left."""
+    stem = glob.escape(os.path.splitext(os.path.realpath(path))[0])
+    for part in glob.glob(part_name(f"{stem}*", "*")):
+        pid = part.split(".")[-2]
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            with contextlib.suppress(OSError):
+                os.remove(part)
 
 
 FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixels, PIL's options
@@ -1861,59 +2316,105 @@ FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixe
 }
 
 
-def picture_format(path):
-    """The entry of FORMATS for a file name, or None."""
-    return FORMATS.get(os.path.splitext(path)[1].lower())
+def extension_of(path):
+    """A file name's extension, as FORMATS has it."""
+    return os.path.splitext(path)[1].lower()
 
 
-def write_picture(picture, path, origin=None):
-    """Writes uint8 (H, W, 3), sRGB, to `path`, whole or not at all; the format is by the extension. A PNG carries the dict
-    `origin`, which tells how it was made. Raises RunFailed."""
+def check_output(option, path, formats=FORMATS):
+    """Raises BadRequest if `path` cannot be written: tries it, without touching what is there."""
+
+    def refusal(problem):
+        return BadRequest(f"--{option} {path}: {problem}")
+
+    extension, folder = extension_of(path), os.path.dirname(os.path.realpath(path))
+    if formats and extension not in formats:
+        known = f"unknown file extension{extension and f' {extension}'}; use one of"
+        raise refusal(f"{known} {', '.join(formats)}")
+    if not os.path.isdir(folder):
+        raise refusal(f"the folder {folder} does not exist; create it first")
+    if os.path.isdir(path):
+        raise refusal("this is a folder; give a file name")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise refusal("this is not a regular file; give another name")
+    try:
+        files = Files(path)
+        for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(name)  # fails if the name is too long
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise refusal(f"cannot be written there ({error.strerror}); choose another place") from None
+
+
+def check_sides(path, sizes):
+    """Raises BadRequest if the format of `path` cannot hold pictures as large as the `sizes`."""
+    name, greatest, _ = FORMATS[extension_of(path)]
+    if max(map(max, sizes)) > greatest:
+        problem = f"{name} cannot hold sides of more than {greatest} pixels"
+        raise BadRequest(f"--output {path}: {problem}; use .png")
+
+
+def write_picture(picture, path, record=None):
+    """Writes a picture to `path`, tagged as sRGB, whole or not at all; the extension decides the
+    format. A PNG carries the dict `record`, which tells how it was made. Raises RunFailed."""
     from PIL import Image, ImageCms, PngImagePlugin
 
-    name, _, extra = picture_format(path)
-    extra = extra | {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
-    if name == "PNG" and origin:
+    name, _, extra = FORMATS[extension_of(path)]
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    extra = extra | {"icc_profile": profile}
+    if name == "PNG" and record:
+        command = os.fsencode(record["command"]).decode(errors="backslashreplace")
         extra["pnginfo"] = PngImagePlugin.PngInfo()
-        extra["pnginfo"].add_text("Software", origin["program"])
-        extra["pnginfo"].add_itxt("Comment", os.fsencode(origin["command"]).decode(errors="backslashreplace"))
-        extra["pnginfo"].add_itxt(ORIGIN_KEY, json.dumps(origin))
+        extra["pnginfo"].add_text("Software", record["program"])
+        extra["pnginfo"].add_itxt("Comment", command)
+        extra["pnginfo"].add_itxt(RECORD_KEY, json.dumps(record))
     with whole_file(path, f"--output {path}") as file:
         Image.fromarray(picture).save(file, name, **extra)
 
 
-def numbered(path, size_index, step):
-    """The name of a picture along the way: NAME_SIZE_STEP.EXT, counted from 1."""
-    stem, extension = os.path.splitext(path)
-    return f"{stem}_{size_index + 1}_{step + 1}{extension}"
+# How a picture was made is one record, a dict, in PNGs, sidecars and checkpoints alike.
+
+RECORD_KEY = "cnn-vis"  # of the text in a PNG
+RECORD_FIELDS = {  # what is relied on, when a record is read
+    "program": str,
+    "command": str,
+    "network": str,
+    "weights_sha256": str,
+    "deploy_sha256": str,
+    "mean": float,
+    "seconds": float,
+}
 
 
-ORIGIN_KEY = "cnn-vis"  # of the text in a PNG that tells how it was made
+def make_record(options, settings, network, sizes):
+    """The record of a run: program and versions; the command, with what the program chose itself;
+    what identifies the network; the layer, the sizes, the seed."""
+    found = {"seed": settings.seed}
+    if network.name in MODELS:
+        found["model"] = network.name
+    words = ["python", "cnn_vis.py", *command_words(options, **found)]
+    return {
+        "program": f"cnn_vis.py {__version__}",
+        "command": shlex.join(words),
+        "network": network.name,
+        "layer": settings.target_layer,
+        "sizes": sizes,
+        "seed": settings.seed,
+        **identify(network),
+        "versions": versions(),
+        "seconds": 0.0,
+    }
 
 
-def read_origin(path):
-    """The dict that tells how a picture was made, from the PNG `path`, or from the JSON file `path` or `path`.json. Raises
-    BadRequest."""
-    from PIL import Image
-
-    try:
-        origin, sidecar = None, path
-        if not path.lower().endswith(".json"):
-            with Image.open(path) as file:
-                origin = file.info.get(ORIGIN_KEY)
-            sidecar = f"{path}.json"
-        if origin is None:
-            with open(sidecar, encoding="utf-8") as file:
-                origin = file.read()
-        origin = json.loads(origin)
-        on_the_way = f"after step {origin['step']} of size {origin['size']}" if "step" in origin else ""
-        texts = {name: str(origin[name]) for name in ("program", "network", "weights_sha256")}
-        return texts | {"words": shlex.split(origin["command"]), "when": on_the_way}
-    except Exception as error:  # strangers' files
-        raise BadRequest(
-            f"--reproduce {path}: holds no word of how it was made ({one_line(error)}); give a PNG that cnn_vis.py wrote, or the "
-            "file that --sidecar wrote"
-        ) from None
+def identify(network):
+    """What tells one network from others, as a dict."""
+    hashes = {
+        f"{name}_sha256": file_hash(getattr(network, name), "sha256").partition(":")[2]
+        for name in ("weights", "deploy")
+    }
+    return hashes | {"mean": float(network.mean)}
 
 
 @functools.cache
@@ -1926,160 +2427,117 @@ def versions():
     for name in ("numpy", "scipy", "pillow", "pycaffe"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {"versions": found}
+    return found
 
 
-def check_output(option, path, formats=FORMATS):
-    """Raises BadRequest where nothing can be written to `path`: tries it, without touching what is there."""
-    extension = os.path.splitext(path)[1].lower()
-    if formats and extension not in formats:
-        known = ", ".join(formats)
-        raise BadRequest(f"--{option} {path}: {extension or 'no ending'} is no known format; use one of {known}")
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise BadRequest(f"--{option} {path}: the folder {folder} does not exist; make it first")
-    if os.path.isdir(path):
-        raise BadRequest(f"--{option} {path}: is a folder; give a file name")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise BadRequest(f"--{option} {path}: is no ordinary file; give another name")
+def check_record(record):
+    """The words of the command in a record, a dict. Raises ValueError if it is not a record as
+    make_record makes them."""
+    for name, kind in RECORD_FIELDS.items():
+        if type(record.get(name)) is not kind:
+            raise ValueError(f"it does not tell the {name}")
+    return shlex.split(record["command"])
+
+
+def read_record(path):
+    """(record, words of its command) of the PNG `path`, or of the JSON file `path` or `path`.json.
+    Raises BadRequest."""
+    from PIL import Image
+
     try:
-        for name in (path, checkpoint_name(path), numbered(path, 98, 99998)):
-            with contextlib.suppress(FileNotFoundError):
-                os.lstat(name)  # fails where the name is too long
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise BadRequest(f"--{option} {path}: cannot be written there ({error.strerror}); choose another place") from None
+        text, sidecar = None, path
+        if not path.lower().endswith(".json"):
+            with Image.open(path) as file:
+                text = file.info.get(RECORD_KEY)
+            sidecar = Files(path).sidecar
+        if text is None:
+            text = read_text(sidecar)
+        record = json.loads(text)
+        return record, check_record(record)
+    except Exception as error:  # strangers' files
+        remedy = "give a PNG that cnn_vis.py wrote, or the file that --sidecar wrote"
+        problem = f"has no record of how it was made ({one_line(error)})"
+        raise refusal("reproduce", path, f"{problem}; {remedy}") from None
 
 
-def check_sides(path, sizes):
-    """Raises BadRequest where the format of `path` does not hold pictures as large as the `sizes` of the run."""
-    name, greatest, _ = picture_format(path)
-    if max(map(max, sizes)) > greatest:
-        raise BadRequest(f"--output {path}: {name} holds no sides of more than {greatest} pixels; use .png")
+# A checkpoint is NumPy's archive of arrays: the state of a Dream, the start picture, what watchers
+# keep, and one array of JSON with the rest.
 
-
-FIGURES = {"show": "_show.png", "plot_pix": "_plot_pix.png", "plot": "_plot.png", "gif": "_run.gif"}  # of iter_behavior
-
-
-def figure_name(output, behavior):
-    """Where what a word of FIGURES asks for is written: beside the output."""
-    return os.path.splitext(output)[0] + FIGURES[behavior]
-
-
-def files_of(options):
-    """The paths that a run writes at its end."""
-    figures = [figure_name(options.output_file, word) for word in FIGURES if word in options.iter_behavior]
-    more = [options.stats, f"{options.output_file}.json" if options.sidecar else None]
-    return [options.output_file, *filter(None, more), *figures]
-
-
-def check_apart(options, spec):
-    """Raises BadRequest where the run would write over a file that it reads, or two files under one name."""
-    stem, extension = map(re.escape, os.path.splitext(os.path.realpath(options.output_file)))
-    figures = "|".join(map(re.escape, FIGURES.values()))
-    ours = rf"{stem}({figures}|{extension}(\.json|{CHECKPOINT_ENDING})?|_\d+_\d+{extension})"
-    read = {
-        "image": options.initial_image,
-        "caffe_model": spec.weights,
-        "deploy_txt": spec.deploy,
-        "mean_image": options.mean_image,
-    }
-    for name, path in [*read.items(), ("resume", options.resume)]:
-        is_checkpoint = name == "resume" and path and output_of(path) is not None
-        if path and not is_checkpoint and re.fullmatch(ours, os.path.realpath(path)):
-            raise BadRequest(f"--output {options.output_file}: the run would write over --{name} {path}; choose another name")
-    if options.stats:
-        stats = os.path.realpath(options.stats)
-        if re.fullmatch(ours, stats) or stats in [os.path.realpath(path) for path in [*read.values(), options.resume] if path]:
-            raise BadRequest(f"--stats {options.stats}: is the name of another file of the run; choose another")
-
-
-def checkpoint_name(output):
-    """Where the checkpoint of a run lies."""
-    return f"{output}.checkpoint"
-
-
-CHECKPOINT_ENDING = r"\.checkpoint(\.old\d*)?"  # also of those that set_aside has renamed
-
-
-def output_of(checkpoint):
-    """The output of the run that a checkpoint belongs to, by its name; None where somebody has given it one of his own."""
-    match = re.search(f"{CHECKPOINT_ENDING}$", checkpoint)
-    return match and checkpoint[: match.start()]
-
-
-def set_aside(checkpoint, resumed):
-    """Gives the checkpoint of an earlier run, if there is one and it is not `resumed`, another name; returns that, or None."""
-    if not os.path.exists(checkpoint) or (resumed and os.path.samefile(checkpoint, resumed)):
-        return None
-    old = next(name for n in itertools.count(1) if not os.path.exists(name := f"{checkpoint}.old{n}"))
-    os.replace(checkpoint, old)
-    return old
-
-
-# NumPy's archive of arrays, unpacked: the state of a Dream, the start picture, and one array of JSON with the rest.
-def write_checkpoint(path, header, arrays):
-    """Writes the JSON-able dict `header` and the arrays {name: array} to `path`, whole or not at all. Raises RunFailed."""
-    with whole_file(path) as file:
-        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-
-
-CHECKPOINT_FIELDS = {
-    "command": list,
-    "numbers": dict,
-    "seconds": float,
-    "weights_sha256": str,
-    "deploy_sha256": str,
-    "mean": float,
-}
 CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
     "image": (np.float64, 1, 3, None, None),
     "caches": (np.float64, None, 3, None, None),
     "picture": (np.uint8, None, None, 3),
-    "rows": (np.float64, None, len(COLUMNS)),
-    "frames": (np.uint8, None, None, None, 3),
-    "pixels": (np.float64, None, 6),
 }
 
 
-def read_checkpoint(path):
-    """(header, arrays) as written by write_checkpoint, all of the kinds that they should be. Raises BadRequest.
+@dataclasses.dataclass
+class Checkpoint:
+    """A run so far: the numbers and arrays of its Dream and its watchers, the record of how its
+    picture is made, and the folder in which its command was given."""
 
-    Every array's bytes are read, and so checked against their CRC, before anything in them is believed. No pickles.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
-                raise ValueError("it claims to hold more than it does")
-            arrays = {
-                os.path.splitext(name)[0]: np.load(io.BytesIO(file.read(name)), allow_pickle=False) for name in file.namelist()
-            }
-        header = json.loads(arrays.pop("header").tobytes())
-        for name, kind in CHECKPOINT_FIELDS.items():
-            if type(header[name]) is not kind:
-                raise ValueError(f"its {name} is no {kind.__name__}")
+    record: dict
+    folder: str
+    numbers: dict
+    arrays: dict
+
+    def write(self, path):
+        """Writes it to `path`, whole or not at all. Raises RunFailed."""
+        header = {"record": self.record, "folder": self.folder, "numbers": self.numbers}
+        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        with whole_file(path) as file:
+            np.savez(file, header=text, **self.arrays)
+
+    @classmethod
+    def read(cls, path):
+        """The Checkpoint in `path`; all is of the kinds that it should be. Raises BadRequest.
+
+        Every array's bytes are read, and so checked against their CRC, before anything in them is
+        believed. No pickles.
+        """
+        try:
+            with zipfile.ZipFile(path) as file:
+                if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+                    raise ValueError("it claims to hold more than it does")
+                arrays = {
+                    os.path.splitext(name)[0]: np.load(
+                        io.BytesIO(file.read(name)), allow_pickle=False
+                    )
+                    for name in file.namelist()
+                }
+            header = json.loads(arrays.pop("header").tobytes())
+            for name, kind in {"record": dict, "folder": str, "numbers": dict}.items():
+                if type(header.get(name)) is not kind:
+                    raise ValueError(f"it has no {name}")
+            check_record(header["record"])
+            cls._check_arrays(arrays)
+            return cls(**header, arrays=arrays)
+        except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
+            raise unusable(path, f"not a readable checkpoint ({one_line(error)})") from None
+
+    @staticmethod
+    def _check_arrays(arrays):
+        known = CHECKPOINT_ARRAYS.copy()
+        for watcher in WATCHERS:
+            known |= watcher.arrays
         for name, array in arrays.items():
-            kind, *shape = CHECKPOINT_ARRAYS[name]
-            if (
-                array.dtype != kind
-                or array.ndim != len(shape)
-                or any(n not in (None, side) for n, side in zip(shape, array.shape))
-            ):
+            dtype, *shape = known[name]
+            fits = array.dtype == dtype and array.ndim == len(shape)
+            if not fits or any(n not in (None, side) for n, side in zip(shape, array.shape)):
                 raise ValueError(f"its {name} is of another kind")
-        return header, arrays
-    except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
-        raise BadRequest(
-            f"--resume {path}: not a checkpoint that can be read ({one_line(error)}); start anew without --resume"
-        ) from None
 
 
-# ---- Along the way -----------------------------------------------------------------------------------------------------
+def unusable(path, problem):
+    """The BadRequest for a checkpoint that a run cannot continue from."""
+    return BadRequest(f"--resume {path}: {problem}; start over without --resume")
+
+
+# ---- Along the way ----------------------------------------------------------------------------
 
 
 def say(text, stream="stdout"):
-    """Prints a line on sys.stdout or sys.stderr, past the progress bar if there is one; if nobody reads any more (| head), or a
-    log's disk is full, this and all later ones go nowhere, and the run goes on."""
+    """Prints a line on sys.stdout or sys.stderr, past the progress bar if there is one. If nobody
+    reads any more (| head), or a log's disk is full, this and all later ones go nowhere, and the
+    run goes on."""
     file, tqdm = getattr(sys, stream), sys.modules.get("tqdm")
     try:
         tqdm.tqdm.write(text, file) if tqdm else print(text, file=file)
@@ -2090,313 +2548,408 @@ def say(text, stream="stdout"):
             file.flush()
 
 
-def note(text):
-    """Prints a line on stderr."""
-    say(text, "stderr")
+class Watcher:
+    """Something that a run does along the way. To add one, write a class and put it into BEHAVIORS
+    under its word of --iter_behavior.
+
+    A RunFailed that a hook raises is reported, and the run goes on. `self.run` is the Run, once it
+    has begun: its options, files, record and so on.
+    """
+
+    ending = None  # of a file NAME + ending that it writes beside the picture
+    at_end = False  # whether it does something at the end, too
+    arrays = {}  # what it keeps in a checkpoint: {name: (dtype, *shape)}, None for any length
+
+    def __init__(self, options, files):
+        """Before the run: raises BadRequest if it cannot work."""
+        self.options, self.files = options, files
+
+    def writes(self):
+        """The paths that it writes, besides pictures with a number."""
+        return [self.files.beside(self.ending)] if self.ending else []
+
+    def wants_stats(self, step):
+        """Whether a step, counted from 1, is to be measured."""
+        return False
+
+    def begin(self, run):
+        """When all is known to be right, before the first step; run.kept holds the arrays of the
+        checkpoint that the run continues from."""
+        self.run = run
+
+    def after_step(self, progress):
+        """After every step."""
+
+    def when_due(self, progress):
+        """After every --output_iter steps of a size."""
+
+    def finish(self, progress, picture):
+        """When the finished `picture` has been written. A RunFailed ends the run."""
+
+    def close(self):
+        """However the run ends."""
+
+    def keep(self):
+        """Its `arrays`, {name: array}, for a checkpoint."""
+        return {}
 
 
-def teller(options):
-    """The function that gives notices: `note`, or with --quiet one that does not."""
-    return (lambda text: None) if options.quiet else note
+class Print(Watcher):
+    """print: statistics as lines for people."""
+
+    def wants_stats(self, step):
+        return step % self.options.output_iter == 0
+
+    def when_due(self, progress):
+        s = progress.stats
+        say(
+            f"{progress}, objective {s['objective']:.4g}\n"
+            f"  losses: p {s['p_loss']:.4g}, aux {s['aux_loss']:.4g}, tv {s['tv_loss']:.4g}\n"
+            f"  mean gradients: cnn {s['cnn_gradient']:.4g}, p {s['p_gradient']:.4g}, "
+            f"aux {s['aux_gradient']:.4g}, tv {s['tv_gradient']:.4g}\n"
+            f"  step: mean {s['step_size']:.4g}, to value {s['step_to_value']:.4g}; "
+            f"image: mean {s['image_mean']:.4g}, std {s['image_std']:.4g}"
+        )
 
 
-def printable(text):
-    """The text with what a terminal might obey, or not show, as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+class Save(Watcher):
+    """save: NAME_SIZE_STEP.EXT."""
+
+    def when_due(self, progress):
+        picture = progress.picture(self.options.rescale_image)
+        path = self.files.on_the_way(progress.size, progress.step)
+        write_picture(picture, path, self.run.made(size=progress.size, step=progress.step))
 
 
-def format_stats(progress):
-    """The statistics of a Progress as lines for people."""
-    s = progress.stats
-    return (
-        f"{whereabouts(progress)}, objective {s['objective']:.4g}\n"
-        f"  losses: p {s['p_loss']:.4g}, aux {s['aux_loss']:.4g}, tv {s['tv_loss']:.4g}\n"
-        f"  mean gradients: cnn {s['cnn_gradient']:.4g}, p {s['p_gradient']:.4g}, aux {s['aux_gradient']:.4g}, "
-        f"tv {s['tv_gradient']:.4g}\n"
-        f"  step: mean {s['step_size']:.4g}, to value {s['step_to_value']:.4g}; "
-        f"image: mean {s['image_mean']:.4g}, std {s['image_std']:.4g}"
-    )
+class Drawing(Watcher):
+    """A watcher that draws with matplotlib: in a window, or without a display in a file."""
 
+    def __init__(self, options, files):
+        super().__init__(options, files)
+        try:
+            import matplotlib.figure
+            import matplotlib.pyplot  # noqa: F401
+        except (ImportError, ValueError) as error:
+            remedy = "pip install matplotlib, and look at $MPLBACKEND"
+            problem = f"matplotlib does not work ({one_line(error)})"
+            raise BadRequest(f"--iter_behavior: {problem}; {remedy}") from None
 
-def check_matplotlib():
-    """Raises BadRequest where matplotlib is not installed, or set up for something that it does not have."""
-    try:
-        import matplotlib.figure
-        import matplotlib.pyplot  # noqa: F401
-    except (ImportError, ValueError) as error:
-        raise BadRequest(
-            f"--iter_behavior: matplotlib does not work ({one_line(error)}); pip install matplotlib, and look at $MPLBACKEND"
-        ) from None
-
-
-class Figure:
-    """A matplotlib figure in a window; where there is no display, in the file `path`."""
-
-    def __init__(self, path, **arguments):
+    def open_window(self, **arguments):
+        """Makes self.figure, in a window if there is a display."""
         import matplotlib.figure
         import matplotlib.pyplot
 
+        self._window = matplotlib.pyplot
         try:
-            self.figure, self._pyplot = matplotlib.pyplot.figure(**arguments), matplotlib.pyplot
+            self.figure = matplotlib.pyplot.figure(**arguments)
+            has_display = self.figure.canvas.required_interactive_framework is not None
         except Exception:  # each toolkit fails in its own way without a display
-            self.figure, self._pyplot = None, None
-        if self._pyplot is None or self.figure.canvas.required_interactive_framework is None:
+            has_display = False
+        if not has_display:
             arguments.pop("num", None)
-            self.figure, self._pyplot = matplotlib.figure.Figure(**arguments), None
-        self.path = None if self._pyplot else path
+            self.figure, self._window = matplotlib.figure.Figure(**arguments), None
+            log.info(f"note: there is no display; see {self.files.beside(self.ending)}")
 
-    def draw(self):
-        """Shows the figure as it is, or writes it."""
-        if self._pyplot:
-            self._pyplot.pause(0.01)
+    def update_window(self):
+        """Shows the figure as it is, or writes it. Raises RunFailed."""
+        if self._window:
+            self._window.pause(0.01)
         else:
-            write_figure(self.figure, self.path)
+            self.write(self.figure)
+
+    def write(self, figure):
+        """Writes a figure as a PNG. Raises RunFailed."""
+        with whole_file(self.files.beside(self.ending)) as file:
+            figure.savefig(file, format="png")
 
 
-def write_figure(figure, path):
-    """Writes a matplotlib figure as a PNG. Raises RunFailed."""
-    with whole_file(path) as file:
-        figure.savefig(file, format="png")
+class Show(Drawing):
+    """show: the picture as it stands."""
+
+    ending = "_show.png"
+
+    def begin(self, run):
+        super().begin(run)
+        size = (self.options.show_width, self.options.show_height)
+        self.open_window(num="cnn-vis", figsize=size)
+
+    def when_due(self, progress):
+        self.figure.clf()
+        axes = self.figure.add_axes((0, 0, 1, 1))
+        axes.imshow(progress.picture(self.options.rescale_image))
+        axes.axis("off")
+        self.update_window()
 
 
-class PlotPix:
-    """A few pixels' values over time, behavior `plot_pix`: the original's four pixels, those that the picture has."""
+class PlotPix(Drawing):
+    """plot_pix: a few pixels' values over time, the original's four, as far as the picture has
+    them."""
 
-    PIXELS = ((100, 100), (200, 200), (100, 200), (200, 100))
+    ending = "_plot_pix.png"
+    arrays = {"pixels": (np.float64, None, 6)}
+    PIXELS = ((100, 100), (200, 200), (100, 200), (200, 100))  # (y, x)
 
-    def __init__(self, history=()):
-        self.history = list(history)  # (step, y, x, b, g, r)
+    def begin(self, run):
+        super().begin(run)
+        self.open_window(num="cnn-vis pixels")
+        self.history = run.kept.get("pixels", np.empty((0, 6))).tolist()  # step, y, x, b, g, r
 
-    def record(self, progress):
-        """Takes down the pixels of the picture; to be called at every step."""
+    def after_step(self, progress):
         image = progress.image
         for y, x in self.PIXELS:
             if y < image.shape[2] and x < image.shape[3]:
-                self.history.append((progress.steps_done(), y, x, *image[0, :, y, x]))
+                self.history.append([progress.steps_done(), y, x, *image[0, :, y, x]])
 
-    def draw(self, figure):
-        """Draws what was recorded into a matplotlib figure."""
-        figure.clf()
+    def when_due(self, progress):
+        self.figure.clf()
+        history = np.array(self.history).reshape(-1, 6)
         for place, (y, x) in enumerate(self.PIXELS, 1):
-            axes = figure.add_subplot(2, 2, place, title=f"pixel {(y, x)}", xlabel="step")
-            rows = [row for row in self.history if row[1:3] == (y, x)]
+            axes = self.figure.add_subplot(2, 2, place, title=f"pixel {(y, x)}", xlabel="step")
+            rows = history[(history[:, 1:3] == (y, x)).all(axis=1)]
             for colour, channel in zip("bgr", (3, 4, 5)):
-                axes.plot([row[0] for row in rows], [row[channel] for row in rows], colour)
-        figure.tight_layout()
+                axes.plot(rows[:, 0], rows[:, channel], colour)
+        self.figure.tight_layout()
+        self.update_window()
+
+    def keep(self):
+        return {"pixels": np.array(self.history, np.float64).reshape(-1, 6)}
 
 
-def stats_row(progress):
-    """The figures of a measured Progress, as COLUMNS name them; size and step count from 1."""
-    size = progress.sizes[progress.size_index]
-    return (progress.size_index + 1, *size, progress.step + 1, *(progress.stats[name] for name in STATS))
+COLUMNS = ("size", "height", "width", "step", *STATS)
 
 
-def write_stats(rows, path):
-    """Writes rows of stats_row as CSV. Raises RunFailed."""
-    with whole_file(path, f"--stats {path}") as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        csv.writer(text).writerows([COLUMNS, *([*map(int, row[:4]), *row[4:]] for row in rows)])
-        text.detach()
+class Statistics(Watcher):
+    """A watcher of every step's statistics: a row for each, as COLUMNS name them."""
 
-
-def plot_stats(rows, num_steps):
-    """A matplotlib figure of rows of stats_row: objective, losses and step size over all steps, of which a size has num_steps;
-    size changes marked."""
-    from matplotlib.figure import Figure as Plain
-
-    columns = dict(zip(COLUMNS, np.array(rows, float).T))
-    steps = (columns["size"] - 1) * num_steps + columns["step"]
-    changes = steps[1:][np.diff(columns["size"]) > 0] - 0.5
-    figure = Plain(figsize=(8, 9), layout="constrained")
-    groups = {"objective": ["objective"], "loss": ["p_loss", "aux_loss", "tv_loss"], "mean step": ["step_size"]}
-    for axes, (label, names) in zip(figure.subplots(len(groups), sharex=True), groups.items()):
-        for name in names:
-            if columns[name].any():
-                axes.plot(steps, columns[name], label=name.replace("_", " "))
-        for change in changes:
-            axes.axvline(change, color="grey", linewidth=0.7, linestyle=":")
-        axes.set_ylabel(label)
-        if any((columns[name] > 0).any() for name in names[1:]):
-            axes.set_yscale("log")
-        if len(names) > 1 and axes.lines:
-            axes.legend()
-    axes.set_xlabel("step, over all sizes (dotted: the size changes)")
-    return figure
-
-
-FRAME_SIDE = 480  # pixels at most, of a gif
-
-
-def gif_frame(picture, last_size):
-    """A frame of the animation, whatever the size: uint8 (h, w, 3), of the last size's shape."""
-    scale = min(1, FRAME_SIDE / max(last_size))
-    return resize(picture, tuple(max(1, round(scale * side)) for side in last_size))
-
-
-def write_gif(frames, path):
-    """Writes frames uint8 (h, w, 3) as an animation of ten a second that rests on the last. Raises RunFailed."""
-    from PIL import Image
-
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    durations = [100] * len(others) + [2000]
-    with whole_file(path) as file:
-        first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
-
-
-class Output:
-    """All that a run writes and shows: the pictures, statistics, plots, animation and checkpoints that `options` ask for.
-
-    `mean` is the scalar to add for pictures, `origin` tells how they are made, `header` identifies the run in checkpoints,
-    `kept` holds the arrays of an earlier checkpoint.
-    """
-
-    def __init__(self, options, mean, origin, header, kept):
-        self.options, self.mean, self.origin, self.header = options, mean, origin, header
-        self.path, self.behavior = options.output_file, options.iter_behavior
-        self.checkpoint = checkpoint_name(self.path)
-        self.checkpoint_iter = max(50, options.output_iter) if options.checkpoint_iter is None else options.checkpoint_iter
-        self.begun = time.monotonic() - header.get("seconds", 0)
-        self.rows = kept["rows"].tolist() if "rows" in kept else []
-        self.frames = list(kept.get("frames", []))
-        self.show = self.plot_pix = None
-        if "show" in self.behavior:
-            size = (options.show_width, options.show_height)
-            self.show = Figure(figure_name(self.path, "show"), num="cnn-vis", figsize=size)
-        if "plot_pix" in self.behavior:
-            self.plot_pix = Figure(figure_name(self.path, "plot_pix"), num="cnn-vis pixels")
-            self.pixels = PlotPix(map(tuple, kept.get("pixels", np.empty((0, 6))).tolist()))
-        self.every_step = bool(options.stats) or "plot" in self.behavior
-
-    def files(self):
-        """The paths that figures go to for want of a display."""
-        return [figure.path for figure in (self.show, self.plot_pix) if figure is not None and figure.path]
-
-    def is_due(self, step):
-        """Whether iter_behavior is to be done after this step, counted from 0."""
-        return (step + 1) % self.options.output_iter == 0
+    at_end = True
+    arrays = {"rows": (np.float64, None, len(COLUMNS))}
 
     def wants_stats(self, step):
-        """Whether the step, counted from 0, is to be measured."""
-        return self.every_step or ("print" in self.behavior and self.is_due(step))
+        return True
 
-    def after_step(self, dream, progress):
-        """Does what is due after a step. A file that cannot be written is told of, and the run goes on."""
-        if self.every_step:
-            self.rows.append(stats_row(progress))
-        if self.plot_pix is not None:
-            self.pixels.record(progress)
-        if self.is_due(progress.step):
-            if "print" in self.behavior:
-                say(format_stats(progress))
-            picture = None
-            if self.behavior & {"save", "show", "gif"}:
-                picture = progress.picture(self.options.rescale_image)
-            for write in (self._save, self._show, self._gif, self._plots):
-                try:
-                    write(picture, progress)
-                except RunFailed as error:
-                    note(f"cnn_vis.py: {error}")
-        if self.checkpoint_iter and progress.steps_done() % self.checkpoint_iter == 0:
-            self.write_checkpoint(dream)
+    def begin(self, run):
+        super().begin(run)
+        self.rows = run.kept["rows"].tolist() if "rows" in run.kept else []
 
-    def _save(self, picture, progress):
-        if "save" in self.behavior:
-            path = numbered(self.path, progress.size_index, progress.step)
-            write_picture(picture, path, self.origin_now(size=progress.size_index + 1, step=progress.step + 1))
+    def after_step(self, progress):
+        size = progress.sizes[progress.size - 1]
+        stats = (progress.stats[name] for name in STATS)
+        self.rows.append([progress.size, *size, progress.step, *stats])
 
-    def _show(self, picture, progress):
-        if self.show is not None:
-            self.show.figure.clf()
-            axes = self.show.figure.add_axes((0, 0, 1, 1))
-            axes.imshow(picture)
-            axes.axis("off")
-            self.show.draw()
-        if self.plot_pix is not None:
-            self.pixels.draw(self.plot_pix.figure)
-            self.plot_pix.draw()
+    def finish(self, progress, picture):
+        if self.rows:
+            self.when_due(progress)
 
-    def _gif(self, picture, progress):
-        if "gif" in self.behavior:
-            self.frames.append(gif_frame(picture, progress.sizes[-1]))
-
-    def _plots(self, *_):
-        if "plot" in self.behavior and self.rows:
-            write_figure(plot_stats(self.rows, self.options.num_steps), figure_name(self.path, "plot"))
-        if self.options.stats and self.rows:
-            write_stats(self.rows, self.options.stats)
-
-    def origin_now(self, **more):
-        """How the picture as it stands was made."""
-        return self.origin | versions() | more | {"seconds": round(time.monotonic() - self.begun, 1)}
-
-    def write_checkpoint(self, dream, tell=note):
-        """Writes a checkpoint; where that fails it says so by tell(text)."""
-        numbers, arrays = dream.state()
-        if dream.picture is not None:
-            arrays["picture"] = dream.picture
-        arrays["rows"] = np.array(self.rows, np.float64).reshape(-1, len(COLUMNS))
-        if self.frames:
-            arrays["frames"] = np.stack(self.frames)
-        if self.plot_pix is not None:
-            arrays["pixels"] = np.array(self.pixels.history, np.float64).reshape(-1, 6)
-        header = self.header | {"numbers": numbers, "seconds": time.monotonic() - self.begun}
-        try:
-            write_checkpoint(self.checkpoint, header, arrays)
-        except RunFailed as error:
-            tell(f"cnn_vis.py: {error}")
-
-    def rescue(self, dream):
-        """Saves a run whose picture could not be written, if need be among the temporary files; returns how to go on."""
-        self.write_checkpoint(dream, tell=lambda text: None)
-        if os.path.exists(self.checkpoint):
-            return self.hint()
-        self.checkpoint = os.path.join(tempfile.gettempdir(), os.path.basename(self.checkpoint))
-        set_aside(self.checkpoint, None)
-        self.write_checkpoint(dream, tell=lambda text: None)
-        return f"{self.hint()} --output ANOTHER.png" if os.path.exists(self.checkpoint) else ""
-
-    def hint(self):
-        """How to go on after the run has ended too early, if there is a checkpoint."""
-        path = next(filter(os.path.exists, filter(None, (self.checkpoint, self.options.resume))), None)
-        return f"; go on with: python cnn_vis.py --resume {shlex.quote(path)}" if path else ""
-
-    def finish(self, dream):
-        """Writes the picture as it stands, and all that goes with it."""
-        picture = to_uint8(dream.image, self.mean, self.options.rescale_image)
-        numbers = {"size": dream.size_index + 1, "step": dream.step}
-        origin = self.origin_now(**({} if dream.is_done() else numbers))
-        write_picture(picture, self.path, origin)
-        if self.options.sidecar:
-            with whole_file(f"{self.path}.json") as file:
-                file.write(json.dumps(origin, indent=1).encode())
-        self._plots()
-        if "gif" in self.behavior:
-            last = gif_frame(picture, dream.sizes[-1])
-            frames = self.frames if self.frames and np.array_equal(self.frames[-1], last) else [*self.frames, last]
-            write_gif(frames, figure_name(self.path, "gif"))
+    def keep(self):
+        return {"rows": np.array(self.rows, np.float64).reshape(-1, len(COLUMNS))}
 
 
-# ---- A run -------------------------------------------------------------------------------------------------------------
+class Stats(Statistics):
+    """--stats: the statistics as CSV."""
+
+    def writes(self):
+        return [self.options.stats]
+
+    def when_due(self, progress):
+        with whole_file(self.options.stats, f"--stats {self.options.stats}") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            rows = ([*map(int, row[:4]), *row[4:]] for row in self.rows)
+            csv.writer(text).writerows([COLUMNS, *rows])
+            text.detach()
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal has ended the program; exit status 128 + signum."""
+class Plot(Statistics, Drawing):
+    """plot: objective, losses and step size over all steps; size changes marked."""
 
-    def __init__(self, signum, message="stopped"):
-        super().__init__(message)
-        self.signum = signum
+    ending = "_plot.png"
+    GROUPS = {
+        "objective": ["objective"],
+        "loss": ["p_loss", "aux_loss", "tv_loss"],
+        "mean step": ["step_size"],
+    }
+
+    def when_due(self, progress):
+        from matplotlib.figure import Figure
+
+        columns = dict(zip(COLUMNS, np.array(self.rows, float).T))
+        steps = (columns["size"] - 1) * self.options.num_steps + columns["step"]
+        changes = steps[1:][np.diff(columns["size"]) > 0] - 0.5
+        figure = Figure(figsize=(8, 9), layout="constrained")
+        for axes, (label, names) in zip(figure.subplots(3, sharex=True), self.GROUPS.items()):
+            for name in filter(lambda name: columns[name].any(), names):
+                axes.plot(steps, columns[name], label=name.replace("_", " "))
+            for change in changes:
+                axes.axvline(change, color="grey", linewidth=0.7, linestyle=":")
+            axes.set_ylabel(label)
+            if any((columns[name] > 0).any() for name in names[1:]):
+                axes.set_yscale("log")
+            if len(names) > 1 and axes.lines:
+                axes.legend()
+        axes.set_xlabel("step, over all sizes (dotted: the size changes)")
+        self.write(figure)
+
+
+class Gif(Watcher):
+    """gif: an animation of ten pictures a second that rests on the last."""
+
+    ending, at_end = "_run.gif", True
+    arrays = {"frames": (np.uint8, None, None, None, 3)}
+    MAX_SIDE = 480
+
+    def begin(self, run):
+        super().begin(run)
+        self.frames = list(run.kept.get("frames", []))
+
+    def _frame(self, picture, last_size):
+        """The picture, whatever its size, in the shape of the last size: uint8 (h, w, 3)."""
+        scale = min(1, self.MAX_SIDE / max(last_size))
+        return resize(picture, tuple(max(1, round(scale * side)) for side in last_size))
+
+    def when_due(self, progress):
+        picture = progress.picture(self.options.rescale_image)
+        self.frames.append(self._frame(picture, progress.sizes[-1]))
+
+    def finish(self, progress, picture):
+        from PIL import Image
+
+        last = self._frame(picture, progress.sizes[-1])
+        is_there = self.frames and np.array_equal(self.frames[-1], last)
+        first, *others = map(Image.fromarray, self.frames if is_there else [*self.frames, last])
+        durations = [100] * len(others) + [2000]
+        with whole_file(self.files.beside(self.ending)) as file:
+            first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+
+    def keep(self):
+        return {"frames": np.stack(self.frames)} if self.frames else {}
+
+
+class Checkpoints(Watcher):
+    """--checkpoint_iter: saves the run every so many steps, over all sizes."""
+
+    def after_step(self, progress):
+        every = self.options.checkpoint_iter
+        if every is None:
+            every = max(50, self.options.output_iter)
+        if every and progress.steps_done() % every == 0:
+            self.run.checkpoint().write(self.files.checkpoint)
+
+
+class Bar(Watcher):
+    """The progress bar on a terminal; lines in a log."""
+
+    def begin(self, run):
+        from tqdm import tqdm
+
+        super().begin(run)
+        dream, steps = run.dream, run.dream.settings.num_steps
+        self._counts = [len(all_tiles(size, dream.engine.tile_size)) for size in dream.sizes]
+        done = (
+            steps * sum(self._counts[: dream.size - 1]) + dream.step * self._counts[dream.size - 1]
+        )
+        stderr = sys.stderr.fileno()
+        has_columns = sys.stderr.isatty() and os.get_terminal_size(stderr).columns > 0
+        self._bar = tqdm(
+            desc="starting", total=steps * sum(self._counts), initial=done, unit=" tiles",
+            bar_format="{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left",
+            leave=False, dynamic_ncols=True, disable=not has_columns,
+        )  # fmt: skip
+        self._left, self._done, self._begun = self._bar.total - done, 0, time.monotonic()
+
+    def after_step(self, progress):
+        count = self._counts[progress.size - 1]
+        self._done += count
+        self._bar.set_description_str(str(progress), refresh=False)
+        self._bar.update(count)
+
+    def when_due(self, progress):
+        if self._bar.disable:
+            rate = self._done / (time.monotonic() - self._begun)
+            left = self._bar.format_interval((self._left - self._done) / rate)
+            log.info(f"{progress}: {rate:.1f} tiles/s, {left} left")
+
+    def close(self):
+        self._bar.close()
+
+
+BEHAVIORS = {  # words of --iter_behavior
+    "print": Print,
+    "save": Save,
+    "show": Show,
+    "plot_pix": PlotPix,
+    "plot": Plot,
+    "gif": Gif,
+}
+WATCHERS = (*BEHAVIORS.values(), Stats, Checkpoints, Bar)
+
+
+class Watchers(list):
+    """The watchers that the options ask for, in the order in which they act. Raises BadRequest if
+    one cannot work."""
+
+    def __init__(self, options, files):
+        self.output_iter = options.output_iter
+        asked = [watcher for word, watcher in BEHAVIORS.items() if word in options.iter_behavior]
+        asked += [Stats] if options.stats else []
+        asked += [Checkpoints] + ([] if options.quiet else [Bar])
+        super().__init__(watcher(options, files) for watcher in asked)
+
+    def writes(self):
+        """The paths that they write, besides pictures with a number."""
+        return [path for watcher in self for path in watcher.writes()]
+
+    def wants_stats(self, step):
+        """Whether a step, counted from 1, is to be measured."""
+        return any(watcher.wants_stats(step) for watcher in self)
+
+    def after_step(self, progress):
+        """Does what is due after a step. What fails is reported, and the run goes on."""
+        for watcher in self:
+            try:
+                watcher.after_step(progress)
+                if progress.step % self.output_iter == 0:
+                    watcher.when_due(progress)
+            except RunFailed as error:
+                log.error(str(error))
+
+    def keep(self):
+        """What they keep in a checkpoint, {name: array}."""
+        return {name: array for watcher in self for name, array in watcher.keep().items()}
+
+
+# ---- A run ------------------------------------------------------------------------------------
+
+PARSER = build_parser()
+DEFAULTS = PARSER.parse_args([])
+
+Settings = dataclasses.make_dataclass(
+    "Settings",
+    [(a.dest, object, getattr(DEFAULTS, a.dest)) for a in PARSER.options if not a.free],
+    frozen=True,
+)
+Settings.__doc__ = """The options that the picture depends on, by name, with their defaults."""
+
+
+def choose_settings(options):
+    """The Settings of the options. If noise has no seed, one is drawn."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+    if values["initial_image"] is None and values["seed"] is None:
+        values["seed"] = np.random.SeedSequence().entropy % 2**32
+    return Settings(**values)
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the first is only remembered, as
-    `signum`, for the run to end where it can go on later, and only Ctrl-C again hurries it. The third ends the process."""
+    """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the
+    first is only remembered, as `signum`, so that the run ends where it can be continued, and only
+    another Ctrl-C hurries it. The third ends the process."""
 
     def __init__(self):
         self.held, self.signum, self._count = False, None, 0
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup's stay
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        # Keep signals ignored that nohup ignores.
+        self._before = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._handle)
         return self
@@ -2410,260 +2963,293 @@ class Signals:
         if self._count > 2:
             os._exit(128 + signum)
         if self.held and self.signum and signum != signal.SIGINT:
-            return  # a supervisor's, to the process and again to its group
+            return  # supervisors often signal the process, then its group
         if not self.held or self.signum:
             raise Stopped(signum)
         self.signum = signum
         if sys.stderr.isatty():
-            os.write(2, b"\nFinishing this step, then saving; once more to stop at once.\n")
+            text = "Finishing this step, then saving; press Ctrl-C again to stop immediately."
+            os.write(2, f"\n{text}\n".encode())
 
 
-LIMITS = {"v": (resource.RLIMIT_AS, 600 << 20), "d": (resource.RLIMIT_DATA, 250 << 20)}  # of ulimit: what libraries take
+LEAST_LIMITS = {  # ulimit's letter: the resource, and the bytes that libraries need
+    "v": (resource.RLIMIT_AS, 600 << 20),
+    "d": (resource.RLIMIT_DATA, 250 << 20),
+}
 
 
 def check_surroundings():
-    """Raises BadRequest where the shell that started the program leaves it no room to work."""
+    """Raises BadRequest if the shell that started the program leaves it no room to work."""
     try:
         os.getcwd()
     except OSError:
-        raise BadRequest("the current folder is no more; go to another one") from None
-    for letter, (limit, least) in LIMITS.items():
+        raise BadRequest("the current directory no longer exists; go to another one") from None
+    for letter, (limit, least) in LEAST_LIMITS.items():
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY and soft < least:
-            raise BadRequest(f"ulimit -{letter} {soft >> 10}: too little memory to start in; allow {least >> 10} at least")
+            problem = "too little memory to start in; allow at least"
+            raise BadRequest(f"ulimit -{letter} {soft >> 10}: {problem} {least >> 10}")
 
 
-def find_files(options):
-    """(deploy, weights or None, whether the classifier is to be fitted, Model) for the options. Raises BadRequest."""
-    model = choose_model(options.model, options.deploy_txt or options.caffe_model)
-    weights = find_file("caffe_model", options.caffe_model) if options.caffe_model else model.find_weights()
-    deploy = find_file("deploy_txt", options.deploy_txt) if options.deploy_txt else model.find_deploy()
-    if deploy is None:
-        raise BadRequest(f"--model {model.name}: no deploy.prototxt found; pip install ./pycaffe, or name one with --deploy_txt")
-    return deploy, weights, not options.deploy_txt, model
+def plan_outputs(options, files, watchers):
+    """The paths that the run writes, besides checkpoints and pictures with a number. Raises
+    BadRequest if one cannot be written."""
+    check_output("output", files.picture)
+    if options.stats:
+        check_output("stats", options.stats, ())
+    outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
+    for path in filter(os.path.isdir, outputs):
+        problem = f"the run needs to write {path}, but that is a folder; choose another name"
+        raise refusal("output", files.picture, problem)
+    return outputs
 
 
-def find_network(options):
-    """(NetworkSpec, name of the network, scalar mean) for the options. Raises BadRequest."""
-    deploy, weights, fit, model = find_files(options)
-    if weights is None:
-        raise BadRequest(
-            f"--model {model.name}: not installed at {' or '.join(model.weights_places()[:-1])}; "
-            f"get it with --download_model {model.name}, or name its weights with --caffe_model"
-        )
-    if options.mean_image or model.mean is None:
-        packaged = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
-        if packaged is None:
-            raise BadRequest("--mean_image: Caffe's ilsvrc_2012_mean.npy was not found; pip install ./pycaffe, or name the file")
-        mean = read_mean(find_file("mean_image", packaged))
-    else:
-        mean = model.mean
-    neuron = options.target_neuron if options.image_type == "amplify_neuron" else None
-    objective = Objective(neuron, options.amplify_l1_weight, options.amplify_l2_weight, options.amplify_grad_clip)
-    name = "network" if options.deploy_txt or options.caffe_model else model.name
-    return NetworkSpec(deploy, weights, options.target_layer, objective, fit), name, mean
-
-
-def choose_gpus(gpus):
-    """The GPUs to run on, [] for the CPU; and why it is the CPU where no GPU was named. `gpus` is the option's list, or None.
-    Raises BadRequest."""
-    if gpus == []:
-        return [], ""
-    present = count_gpus()
-    cuda = (present or gpus) and in_a_worker(can_use_gpu)
-    if gpus is None:
-        return ([0], "") if cuda else ([], ", as Caffe was built without CUDA" if present else ", as no GPU was found")
-    asked = ",".join(map(str, gpus))
-    if not cuda:
-        raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1")
-    if max(gpus) >= present:
-        found = f"only {present} found, counted from 0" if present else "none found"
-        raise BadRequest(f"--gpu {asked}: there is no such GPU, {found}; use another number, or -1 for the CPU")
-    return gpus, ""
-
-
-def set_up(options):
-    """(name of the network, scalar mean, Workers not yet entered) for the options. Raises BadRequest."""
-    spec, name, mean = find_network(options)
-    gpus, reason = choose_gpus(options.gpu)
-    workers = Workers(dataclasses.replace(spec, use_gpu=bool(gpus)), options.workers or count_cores(), gpus, options.batch_size)
-    many = "s" * (workers.number > 1)
-    workers.device = f"GPU{many} {','.join(map(str, gpus))}" if gpus else f"CPU{reason}, {workers.number} worker{many}"
-    return name, mean, workers
-
-
-def identify(spec, mean):
-    """What tells a network from others, as a dict."""
-    hashes = {name: file_hash(getattr(spec, name), "sha256").partition(":")[2] for name in ("weights", "deploy")}
-    return {"weights_sha256": hashes["weights"], "deploy_sha256": hashes["deploy"], "mean": mean}
-
-
-def check_same_network(path, header, identity):
-    """Raises BadRequest where the network is not the one that the checkpoint `path` was begun with."""
-    for name, option in (("weights_sha256", "caffe_model"), ("deploy_sha256", "deploy_txt"), ("mean", "mean_image")):
-        if header[name] != identity[name]:
-            raise BadRequest(
-                f"--{option}: not the one that {path} was begun with ({name} {identity[name]}, not {header[name]}); "
-                "name the right one"
-            )
+def check_apart(options, files, network):
+    """Raises BadRequest if the run would overwrite a file that it reads, or write two files under
+    one name."""
+    actions = [action for action in PARSER.options if action.file == "read"]
+    read = {action.option_strings[-1][2:]: getattr(options, action.dest) for action in actions}
+    read |= {"caffe_model": network.weights, "deploy_txt": network.deploy, "resume": files.resumed}
+    read = {name: path for name, path in read.items() if path}
+    for name, path in read.items():
+        is_own_checkpoint = name == "resume" and Files.of_checkpoint(path) is not None
+        if not is_own_checkpoint and files.may_write(path):
+            problem = f"the run would overwrite --{name} {path}; choose another name"
+            raise refusal("output", files.picture, problem)
+    if options.stats:
+        taken = {os.path.realpath(path) for path in read.values()}
+        if files.may_write(options.stats) or os.path.realpath(options.stats) in taken:
+            problem = "this is the name of another file of the run; choose another"
+            raise refusal("stats", options.stats, problem)
 
 
 def resume(path, argv):
-    """(options, header, arrays) of the run that the checkpoint `path` belongs to, with what `argv` changes. Raises BadRequest."""
-    path = find_file("resume", path)
-    header, arrays = read_checkpoint(path)
-    parser = build_parser()
-    words = list(map(str, header["command"]))
+    """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with what `argv`
+    changes. Raises BadRequest."""
+    checkpoint = Checkpoint.read(find_file("resume", path))
     try:
-        saved = parser.parse_args(words)
+        saved = PARSER.parse_args(check_record(checkpoint.record)[2:])
     except (BadRequest, SystemExit) as error:
-        raise BadRequest(f"--resume {path}: holds a command that cannot be run ({error}); start anew without --resume") from None
-    options = parser.parse_args([*words, *argv])
-    if options.initial_image:
-        options.initial_image = os.path.abspath(options.initial_image)
-    for name, value in vars(options).items():
-        if name not in FREE_OPTIONS and value != getattr(saved, name):
+        raise unusable(path, f"holds a command that cannot be run ({error})") from None
+    for action in PARSER.options:
+        name = getattr(saved, action.dest)
+        if action.file and name is not None:
+            setattr(saved, action.dest, os.path.join(checkpoint.folder, name))
+    saved.output_file = Files.of_checkpoint(path)
+    options = PARSER.parse_args(argv, copy.copy(saved))
+    for action in PARSER.options:
+        old, new = (getattr(choice, action.dest) for choice in (saved, options))
+        if action.file and new is not None:
+            new = os.path.abspath(new)
+        if not action.free and new != old:
+            problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
+            raise BadRequest(f"--{action.dest} {new}: {problem}")
+    if options.output_file is None:
+        raise BadRequest(f"--resume {path}: name the picture to write with --output")
+    return options, checkpoint
+
+
+def check_same_network(path, record, network):
+    """Raises BadRequest if the network is not the one that the checkpoint `path` was begun with."""
+    found = identify(network)
+    options = {"weights_sha256": "caffe_model", "deploy_sha256": "deploy_txt", "mean": "mean_image"}
+    for name, option in options.items():
+        if record[name] != found[name]:
             raise BadRequest(
-                f"--{name} {value}: the run in {path} has {getattr(saved, name)}; leave it out, or start anew without --resume"
+                f"--{option}: differs from what {path} was started with ({name} {found[name]}, "
+                f"not {record[name]}); pass the original file"
             )
-    options.resume = path
-    if "output_file" not in given_options(argv):
-        options.output_file = output_of(path)
-        if options.output_file is None:
-            raise BadRequest(f"--resume {path}: name the picture to write with --output")
-    return options, header, arrays
 
 
-def run(options, signals, header=None, arrays=None):
-    """Does what the options ask for; `header` and `arrays` are those of a checkpoint to go on from."""
-    arrays = arrays or {}
-    tell = teller(options)
+def read_start(settings, checkpoint):
+    """The start picture, or None for noise, and remarks on how it was read. Raises BadRequest."""
+    if checkpoint is not None:
+        return checkpoint.arrays.pop("picture", None), []
+    if settings.initial_image is None:
+        return None, []
+    return read_picture(find_file("image", settings.initial_image), settings.background)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is under way: what its stages and watchers share. `kept` holds the arrays that
+    watchers kept in the checkpoint that it continues from."""
+
+    options: argparse.Namespace
+    files: Files
+    watchers: Watchers
+    dream: Dream
+    record: dict
+    kept: dict
+
+    def __post_init__(self):
+        self.begun = time.monotonic() - self.record["seconds"]
+
+    def made(self, **more):
+        """The record of how the picture as it stands was made."""
+        return self.record | {"seconds": round(time.monotonic() - self.begun, 1)} | more
+
+    def checkpoint(self):
+        """The run so far, as a Checkpoint."""
+        numbers, arrays = self.dream.state()
+        if self.dream.picture is not None:
+            arrays["picture"] = self.dream.picture
+        arrays |= self.kept | self.watchers.keep()
+        return Checkpoint(self.made(), os.getcwd(), numbers, arrays)
+
+
+def run(options, signals, checkpoint=None):
+    """Makes the picture that the options ask for; `checkpoint` is one to continue from."""
     check_surroundings()
-    notices = list(without_effect(options))
-    check_output("output", options.output_file)
-    if options.stats:
-        check_output("stats", options.stats, ())
-    for path in filter(os.path.isdir, files_of(options)):
-        raise BadRequest(f"--output {options.output_file}: the run is to write {path}, which is a folder; choose another name")
-    if options.iter_behavior & {"show", "plot", "plot_pix"}:
-        check_matplotlib()
-    picture = arrays.pop("picture", None)
-    if header is None and options.initial_image is not None:
-        picture, remarks = read_picture(find_file("image", options.initial_image), options.background)
-        notices += remarks
-    if picture is None and options.seed is None:
-        options.seed = np.random.SeedSequence().entropy % 2**32
-    network_name, mean, workers = set_up(options)
-    spec = workers.spec
-    check_apart(options, spec)
-    if not (options.deploy_txt or options.caffe_model):
-        notices = stand_in_notices(options.model, network_name) + notices
-        options.model = network_name  # the command that makes it again is to find the same one
-    if options.batch_size and not spec.use_gpu:
-        notices.append("--batch_size has no effect on the CPU")
-    if options.workers and spec.use_gpu and not options.gpu:
-        notices.append("--workers has no effect on a GPU")
-    resumed = [output_of(options.resume) or options.resume] if options.resume else []
-    with workers, sole_writer([*files_of(options), *resumed]):
-        identity = identify(spec, mean)
-        if header is not None:
-            check_same_network(options.resume, header, identity)
-        workers.describe()
-        dream = Dream(options, picture, mean, workers)
-        if header is not None:
-            try:
-                dream.restore(header["numbers"], arrays)
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadRequest(f"--resume {options.resume}: {one_line(error)}; start anew without --resume") from None
-        check_sides(options.output_file, dream.sizes)
-        for line in notices:  # not before all is known to be right: an error is to be the one line
-            tell(f"note: {line}")
-        tell(
-            f"{network_name} ({spec.weights}), {spec.target} {'x'.join(map(str, workers.target_shape))}, {workers.device}, "
-            f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}" + (f", noise seed {options.seed}" if picture is None else "")
-        )
-        origin = {
-            "program": f"cnn_vis.py {__version__}",
-            "command": shlex.join(["python", "cnn_vis.py", *command_words(options)]),
-            "network": network_name,
-            "layer": spec.target,
-            "sizes": dream.sizes,
-            "seed": options.seed,
-        } | identity
-        run_header = {"seconds": 0} | (header or {}) | identity | {"command": command_words(options, portable=True)}
-        output = Output(options, mean, origin, run_header, arrays)
-        for path in output.files():
-            tell(f"note: there is no display; see {path}")
-        for path in filter(None, (output.path, options.stats)):
-            remove_parts(path)
-        old = set_aside(output.checkpoint, options.resume)
-        if old:
-            tell(f"note: an earlier run to {output.path} is unfinished; it goes on with --resume {shlex.quote(old)}")
-        with np.errstate(all="ignore"):  # what is not finite is told in our own words
-            loop(dream, output, signals)
+    files = Files(options.output_file, options.resume)
+    watchers = Watchers(options, files)
+    outputs = plan_outputs(options, files, watchers)
+    settings = choose_settings(options)
+    picture, remarks = read_start(settings, checkpoint)
+    network = find_network(options)
+    check_apart(options, files, network)
+    with (
+        open_engine(options, settings, network) as engine,
+        sole_writer(outputs + files.resumed_from()),
+    ):
+        if checkpoint is not None:
+            check_same_network(options.resume, checkpoint.record, network)
+        engine.describe()
+        dream = Dream(settings, picture, network.mean, engine)
+        record = make_record(options, settings, network, dream.sizes)
+        kept = {}
+        if checkpoint is not None:
+            record["seconds"], kept = checkpoint.record["seconds"], checkpoint.arrays
+            restore(dream, checkpoint, options.resume)
+        check_sides(files.picture, dream.sizes)
+        announce(options, network, dream, remarks)
+        make_room(options, files)
+        watch(Run(options, files, watchers, dream, record, kept), signals)
 
 
-def loop(dream, output, signals):
-    """Runs the dream with its progress bar, or lines in a log, and writes what there is, whatever ends it. Raises RunFailed;
-    Stopped after a signal."""
-    from tqdm import tqdm
-
-    options = dream.options
-    counts = [len(all_tiles(size, dream.workers.tile_size)) for size in dream.sizes]
-    total = sum(counts) * options.num_steps
-    first = done = sum(counts[: dream.size_index]) * options.num_steps + counts[dream.size_index] * dream.step
-    on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0: nobody looks at it
-    begun = time.monotonic()
-    form = "{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left"
-    signals.held = True
-    with tqdm(
-        desc="starting", total=total, initial=done, unit=" tiles", disable=options.quiet or not on_terminal, leave=False,
-        bar_format=form, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
-        try:
-            for progress in dream.run(output.wants_stats):
-                output.after_step(dream, progress)
-                done += counts[progress.size_index]
-                bar.set_description_str(whereabouts(progress), refresh=False)
-                bar.update(counts[progress.size_index])
-                if signals.signum and done < total:
-                    break
-                if not (on_terminal or options.quiet) and output.is_due(progress.step):
-                    rate = (done - first) / (time.monotonic() - begun)
-                    left = tqdm.format_interval((total - done) / rate)
-                    note(f"{whereabouts(progress)}: {rate:.1f} tiles/s, {left} left")
-        except Stopped as stop:
-            raise Stopped(stop.signum, f"stopped at once{output.hint()}") from None
-        except (RunFailed, MemoryError, OSError) as error:  # amid a step: there is a picture, but nothing to go on from
-            bar.close()
-            if isinstance(error, MemoryError):
-                error = "there is not enough memory; use smaller sizes, or fewer --workers"
-            if dream.image is None:
-                raise RunFailed(str(error)) from None
-            hint = "" if isinstance(error, NotFinite) else output.hint()
-            try:
-                output.finish(dream)
-            except RunFailed:
-                raise RunFailed(f"{error}{hint}") from None
-            raise RunFailed(f"{error}; the picture so far is in {output.path}{hint}") from None
-        except Exception:  # a fault in this program, whose traceback is to be seen; the picture is kept all the same
-            with contextlib.suppress(Exception):
-                output.finish(dream)
-            raise
-    stopped = done < total
-    if stopped and options.checkpoint_iter != 0:
-        output.write_checkpoint(dream)
+def restore(dream, checkpoint, path):
+    """Continues the dream from the checkpoint, of which watchers' arrays are left. Raises
+    BadRequest."""
     try:
-        output.finish(dream)
-    except RunFailed as error:
-        raise RunFailed(f"{error}{output.rescue(dream)}") from None
+        dream.restore(checkpoint.numbers, checkpoint.arrays)
+    except (ValueError, KeyError, TypeError) as error:
+        raise unusable(path, one_line(error)) from None
+    for name in dream.state()[1]:
+        del checkpoint.arrays[name]
+
+
+def announce(options, network, dream, remarks):
+    """Says what is about to be done. Not before all is known to be right: an error is to be the
+    only line."""
+    engine = dream.engine
+    asked = options.model or options.deploy_txt or options.caffe_model
+    notices = [*stand_in_notices(asked, network.name), *without_effect(options), *remarks]
+    if options.batch_size and engine.device.startswith("CPU"):
+        notices.append("--batch_size has no effect on the CPU")
+    if options.workers and not engine.device.startswith("CPU") and not options.gpu:
+        notices.append("--workers has no effect on a GPU")
+    for line in notices:
+        log.info(f"note: {line}")
+    seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
+    log.info(
+        f"{network.name} ({network.weights}), {dream.settings.target_layer} "
+        f"{'x'.join(map(str, engine.target_shape))}, {engine.device}, "
+        f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}{seed}"
+    )
+
+
+def make_room(options, files):
+    """Removes what killed runs to the same files have left, and keeps what unfinished ones have."""
+    for path in filter(None, (files.picture, options.stats)):
+        remove_parts(path)
+    old = files.set_aside()
+    if old:
+        hint = f"continue it with --resume {shlex.quote(old)}"
+        log.info(f"note: an unfinished earlier run to {files.picture} was kept; {hint}")
+
+
+def watch(run, signals):
+    """Does the run with its watchers, and writes what there is, whatever ends it. Raises RunFailed;
+    Stopped after a signal."""
+    dream = run.dream
+    signals.held = True
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(np.errstate(all="ignore"))  # overflow is reported in our own words
+        for watcher in run.watchers:
+            watcher.begin(run)
+            stack.callback(watcher.close)
+        try:
+            for progress in dream.run(run.watchers.wants_stats):
+                run.watchers.after_step(progress)
+                if signals.signum and not dream.is_done():
+                    break
+        except Stopped as stop:
+            raise Stopped(stop.signum, f"stopped immediately{run.files.hint()}") from None
+        except (RunFailed, MemoryError, OSError) as error:
+            raise RunFailed(salvage(run, error)) from None
+        except Exception:  # a fault in this program: its traceback is shown, the picture kept
+            with contextlib.suppress(Exception):
+                finish(run)
+            raise
+        stopped = not dream.is_done()
+        if stopped and run.options.checkpoint_iter != 0:
+            try:
+                run.checkpoint().write(run.files.checkpoint)
+            except RunFailed as error:
+                log.error(str(error))
+        try:
+            finish(run)
+        except RunFailed as error:
+            raise RunFailed(f"{error}{rescue(run)}") from None
     if stopped:
-        raise Stopped(signals.signum, f"stopped; the picture so far is in {output.path}{output.hint()}")
-    teller(options)(f"{output.path}: done in {tqdm.format_interval(time.monotonic() - output.begun)}")
-    for path in {output.checkpoint, options.resume} - {None}:
-        if output_of(path) is not None:
-            with contextlib.suppress(OSError):
-                os.remove(path)
+        where = f"the picture so far is in {run.files.picture}"
+        raise Stopped(signals.signum, f"stopped; {where}{run.files.hint()}")
+    seconds = int(time.monotonic() - run.begun)
+    log.info(f"{run.files.picture}: done in {seconds // 60:02}:{seconds % 60:02}")
+    run.files.clean_up()
+
+
+def finish(run):
+    """Writes the picture as it stands, and everything that goes with it. Raises RunFailed."""
+    dream, files = run.dream, run.files
+    progress = dream.progress()
+    picture = progress.picture(run.options.rescale_image)
+    where = {} if dream.is_done() else {"size": dream.size, "step": dream.step}
+    record = run.made(**where)
+    write_picture(picture, files.picture, record)
+    if run.options.sidecar:
+        with whole_file(files.sidecar) as file:
+            file.write(json.dumps(record, indent=1).encode())
+    for watcher in run.watchers:
+        watcher.finish(progress, picture)
+
+
+def salvage(run, error):
+    """Writes the picture of a run that failed amid a step, if there is one; returns what to say."""
+    error = OutOfMemory() if isinstance(error, MemoryError) else error
+    if run.dream.image is None:
+        return str(error)
+    hint = "" if isinstance(error, NotFinite) else run.files.hint()
+    try:
+        finish(run)
+    except RunFailed:
+        return f"{error}{hint}"
+    return f"{error}; the picture so far is in {run.files.picture}{hint}"
+
+
+def rescue(run):
+    """Saves a run whose picture could not be written, if need be among the temporary files;
+    returns how to continue."""
+    files = run.files
+    for more in ("", " --output ANOTHER.png"):
+        if more:
+            name = os.path.basename(files.checkpoint)
+            files.checkpoint = os.path.join(tempfile.gettempdir(), name)
+            files.set_aside()
+        with contextlib.suppress(RunFailed):
+            run.checkpoint().write(files.checkpoint)
+            return f"{files.hint()}{more}"
+    return ""
 
 
 def dream(image=None, **options):
@@ -2672,132 +3258,173 @@ def dream(image=None, **options):
         for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
             picture = progress.picture()  # uint8 (H, W, 3)
 
-    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for noise. The options are the
-    command line's, by any of their names and with the same defaults; those of output have no effect. Workers are processes
-    that import the calling script: it needs `if __name__ == "__main__":` around what it does. Raises BadRequest and RunFailed.
+    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for
+    noise. The options are the command line's, by any of their names and with the same defaults;
+    those of output have no effect. Workers are processes that import the calling script: it needs
+    `if __name__ == "__main__":` around what it does. Notices go to the logger "cnn_vis". Raises
+    BadRequest and RunFailed.
     """
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
         if value is not False and value is not None
     ]
-    parsed = build_parser().parse_args(words)
-    for name in ("resume", "reproduce", "download_model", "list_models", "list_layers"):
+    parsed = PARSER.parse_args(words)
+    for name in (*COMMANDS, "resume"):
         if getattr(parsed, name):
-            raise BadRequest(f"{name}: is of the command line only")
-    image = parsed.initial_image if image is None else image
+            raise BadRequest(f"{name}: only available on the command line")
+    settings = choose_settings(parsed)
+    image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         path = os.path.expanduser(os.path.expandvars(os.fspath(image)))
-        image, _ = read_picture(find_file("image", path), parsed.background)
+        image, _ = read_picture(find_file("image", path), settings.background)
     elif image is not None:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise BadRequest(f"image: an array {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
-    name, mean, workers = set_up(parsed)
-    for line in stand_in_notices(parsed.model, name):
-        teller(parsed)(line)
-    with workers:
-        workers.describe()
-        yield from Dream(parsed, image, mean, workers).run()
+            kind = f"an array {image.dtype} {image.shape}"
+            raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
+    network = find_network(parsed)
+    for line in stand_in_notices(parsed.model, network.name):
+        log.warning(line)
+    with open_engine(parsed, settings, network) as engine:
+        engine.describe()
+        yield from Dream(settings, image, network.mean, engine).run()
 
 
-# ---- Commands ----------------------------------------------------------------------------------------------------------
+# ---- Commands ---------------------------------------------------------------------------------
 
 
-def shell_word(word):
-    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash and its like read."""
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = (c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
-    return f"$'{''.join(escaped)}'"
-
-
-def list_models():
-    """Prints the networks known by name: where found, size, how far verified."""
+def list_models(options):
+    """Prints the networks known by name: where found, size, whether verified."""
     for model in MODELS.values():
         path = model.find_weights()
         if path is None:
-            say(f"{model.name:20} not installed; python cnn_vis.py --download_model {model.name}")
+            command = f"python cnn_vis.py --download_model {model.name}"
+            say(f"{model.name:20} not installed; {command}")
         else:
-            say(f"{model.name:20} {os.path.getsize(path) / 1e6:5.1f} MB, {standing(path, model)}: {path}")
+            size = os.path.getsize(path) / 1e6
+            say(f"{model.name:20} {size:5.1f} MB, {standing(path, model)}: {path}")
 
 
 def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
-    deploy, weights, fit, model = find_files(options)
-    for line in stand_in_notices(options.model, model.name):
-        note(line)
-    for name, shape in in_a_worker(layer_shapes, deploy, weights if fit else None):
+    files = find_files(options)
+    for line in stand_in_notices(options.model, files.name):
+        log.info(line)
+    weights = files.weights if files.fit_classifier else None
+    for name, shape in in_a_worker(layer_shapes, files.deploy, weights):
         say(f"{name:32} {'x'.join(map(str, shape))}")
 
 
 def download_model(options):
-    """Does --download_model."""
+    """Downloads a network, checked."""
     model = MODELS[options.download_model]
     deploy = model.find_deploy()
     if deploy is None:
-        raise BadRequest(f"--download_model {model.name}: Caffe is needed to check it; pip install ./pycaffe")
-    download(model, options.model_url or model.url, functools.partial(in_a_worker, structure_error, deploy))
+        remedy = "Caffe is needed to check it; pip install ./pycaffe"
+        raise refusal("download_model", model.name, remedy)
+    check = functools.partial(in_a_worker, structure_error, deploy)
+    download(model, options.model_url or model.url, check)
     place = model.cache_place()
     say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
 
 
-def reproduce(path):
+def reproduce(options):
     """Prints the command that made a picture."""
-    origin = read_origin(find_file("reproduce", path))
-    note(printable(f"{origin['program']}, {origin['network']}, weights sha256 {origin['weights_sha256']}"))
-    if origin["when"]:
-        note(printable(f"note: the picture is one on the way, {origin['when']}; the command makes the finished one"))
-    say(" ".join(map(shell_word, origin["words"])))
+    record, words = read_record(find_file("reproduce", options.reproduce))
+    weights = record["weights_sha256"]
+    log.info(f"{record['program']}, {record['network']}, weights sha256 {weights}")
+    if "step" in record:
+        when = f"after step {record['step']} of size {record.get('size')}"
+        log.info(f"note: an intermediate picture, {when}; the command makes the finished one")
+    say(" ".join(map(shell_word, words)))
+
+
+COMMANDS = {  # options that are done instead of a run
+    "list_models": list_models,
+    "list_layers": list_layers,
+    "download_model": download_model,
+    "reproduce": reproduce,
+}
+
+
+def printable(text):
+    """The text with what a terminal might obey, or not show, as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shell_word(word):
+    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash
+    and its like read."""
+    if word.isprintable():
+        return shlex.quote(word)
+
+    def escaped(c):
+        if c.isprintable() and c not in "'\\":
+            return c
+        return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+
+    return f"$'{''.join(map(escaped, word))}'"
 
 
 def mend_streams():
-    """Opens those of stdin, stdout and stderr that are closed to nothing, so that no file of ours gets their place; what a
-    terminal's encoding lacks is printed as escapes."""
+    """Reopens closed standard streams on the null device, so that no file of ours gets their
+    place; what a terminal's encoding lacks is printed as escapes."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest place free
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115, it is for the life of the process
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free place
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115, for the life of the process
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
+class LineHandler(logging.Handler):
+    """Prints what the program logs as lines on stderr."""
+
+    def emit(self, record):
+        prefix = "cnn_vis.py: " if record.levelno >= logging.ERROR else ""
+        say(printable(prefix + record.getMessage()), "stderr")
+
+
+def command_line(argv, signals):
+    """Does what a command line asks for."""
+    options = PARSER.parse_args(argv)
+    log.setLevel(logging.ERROR if options.quiet else logging.INFO)
+    for name, command in COMMANDS.items():
+        if getattr(options, name):
+            return command(options)
+    checkpoint = None
+    if options.resume:
+        options, checkpoint = resume(options.resume, argv)
+    return run(options, signals, checkpoint)
+
+
 def main(argv=None):
     """Runs the command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
     mend_streams()
+    handler = LineHandler()
+    log.addHandler(handler)
     try:
         with Signals() as signals:
-            options = build_parser().parse_args(argv)
-            if options.list_models:
-                list_models()
-            elif options.list_layers:
-                list_layers(options)
-            elif options.download_model:
-                download_model(options)
-            elif options.reproduce:
-                reproduce(options.reproduce)
-            elif options.resume:
-                options, header, arrays = resume(options.resume, argv)
-                run(options, signals, header, arrays)
-            else:
-                run(options, signals)
+            command_line(sys.argv[1:] if argv is None else argv, signals)
     except (BadRequest, RunFailed) as error:
-        note(printable(f"cnn_vis.py: error: {error}"))
+        log.error(f"error: {error}")
         return 2 if isinstance(error, BadRequest) else 1
-    except OSError as error:  # of the system: no descriptors left, no /dev/shm, a folder that went away
-        note(f"cnn_vis.py: error: {one_line(error)}; the system does not allow what is needed")
+    except OSError as error:  # no descriptors left, no /dev/shm, a folder that went away
+        log.error(f"error: {one_line(error)}")
         return 1
     except MemoryError:
-        note("cnn_vis.py: error: there is not enough memory; use smaller sizes, or fewer --workers")
+        log.error(f"error: {OutOfMemory()}")
         return 1
     except Stopped as stop:
-        note(f"cnn_vis.py: {stop}")
+        log.error(str(stop))
         return 128 + stop.signum
+    finally:
+        log.removeHandler(handler)
     return 0
 
 

@@ -5,8 +5,9 @@
     picture.py zoom PICTURE OUT FACTOR LIKE    enlarges it about its middle, cut to the size of LIKE
     picture.py blend PICTURE OUT SHARE WITH    mixes in another one, SHARE (0 to 1) of the whole
 
-cnn_vis.py writes 1.2 times the contrast that it reads. Where what it wrote becomes what it reads, that would grow from
-frame to frame; so zoom gives PICTURE the brightness and contrast of LIKE, and blend gives WITH those of PICTURE.
+cnn_vis.py writes 1.2 times the contrast that it reads. Where what it wrote becomes what it reads,
+that would grow from frame to frame; so zoom gives PICTURE the brightness and contrast of LIKE, and
+blend gives WITH those of PICTURE.
 """
 
 import argparse
@@ -28,26 +29,34 @@ def read(path):
 def fit(picture, side):
     """The Image resized so that its shorter side is `side` pixels long."""
     factor = side / min(picture.size)
-    return picture.resize([round(length * factor) for length in picture.size], Image.Resampling.LANCZOS)
+    return picture.resize(
+        [round(length * factor) for length in picture.size], Image.Resampling.LANCZOS
+    )
 
 
 def match(picture, model):
-    """The Image with the mean and the standard deviation, over all pixels and channels, of the Image `model`."""
+    """The Image with the mean and the standard deviation, over all pixels and channels, of the
+    Image `model`."""
     values, wanted = np.asarray(picture, dtype=float), np.asarray(model)
     values = (values - values.mean()) * (wanted.std() / (values.std() or 1)) + wanted.mean()
     return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
 
 
 def zoom(picture, factor, model):
-    """The middle of the Image, 1 / factor of its width and height, in the size and with the contrast of `model`."""
+    """The middle of the Image, 1 / factor of its width and height, in the size and with the
+    contrast of `model`."""
     width, height = picture.size
     x, y = (length * (1 - 1 / factor) / 2 for length in picture.size)
-    return match(picture.resize(model.size, Image.Resampling.BICUBIC, (x, y, width - x, height - y)), model)
+    return match(
+        picture.resize(model.size, Image.Resampling.BICUBIC, (x, y, width - x, height - y)), model
+    )
 
 
 def blend(picture, share, other):
     """The Image with `share` of it replaced by `other`, brought to its size and contrast."""
-    return Image.blend(picture, match(other.resize(picture.size, Image.Resampling.BICUBIC), picture), share)
+    return Image.blend(
+        picture, match(other.resize(picture.size, Image.Resampling.BICUBIC), picture), share
+    )
 
 
 def main():

@@ -3,8 +3,8 @@
 
     sheet.py OUT.png [--columns N] [--width W] [--html OUT.html] [--title TEXT] PICTURE=LABEL...
 
-The label is what follows the last "="; without one it is the file's name. The page shows the command that made each picture,
-which cnn_vis.py leaves in a PNG.
+The label is what follows the last "="; without one it is the file's name. The page shows the
+command that made each picture, which cnn_vis.py leaves in a PNG.
 """
 
 import argparse
@@ -36,7 +36,8 @@ code {{ color: #999; font-size: small; overflow-wrap: anywhere }}
 </html>
 """
 FIGURE = """<figure>
-<a href="{link}"><img src="{link}" width="{width}" height="{height}" loading="lazy" alt="{label}"></a>
+<a href="{link}">
+<img src="{link}" width="{width}" height="{height}" loading="lazy" alt="{label}"></a>
 <figcaption>{label}<br><code>{command}</code></figcaption>
 </figure>"""
 
@@ -56,13 +57,18 @@ def shorten(text, font, width):
 
 
 def contact_sheet(pictures, columns, width):
-    """The sheet, an RGB Image, of `pictures` [(path, label), ...]: each `width` pixels wide, with its label below."""
+    """The sheet, an RGB Image, of `pictures` [(path, label), ...]: each `width` pixels wide, with
+    its label below."""
     thumbnails = []
     for path, _ in pictures:
         with Image.open(path) as picture:
             height = max(1, round(picture.height * width / picture.width))
-            thumbnails.append(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-    rows = [range(len(pictures))[first : first + columns] for first in range(0, len(pictures), columns)]
+            thumbnails.append(
+                picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            )
+    rows = [
+        range(len(pictures))[first : first + columns] for first in range(0, len(pictures), columns)
+    ]
     heights = [max(thumbnails[i].height for i in row) + LINE + GAP for row in rows]
     sheet = Image.new("RGB", (len(rows[0]) * (width + GAP) + GAP, sum(heights) + GAP), "#222")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=LINE * 0.7)
@@ -71,26 +77,32 @@ def contact_sheet(pictures, columns, width):
         for column, i in enumerate(row):
             x = GAP + column * (width + GAP)
             sheet.paste(thumbnails[i], (x, y))
-            draw.text((x, y + thumbnails[i].height), shorten(pictures[i][1], font, width), "#ddd", font)
+            draw.text(
+                (x, y + thumbnails[i].height), shorten(pictures[i][1], font, width), "#ddd", font
+            )
         y += height
     return sheet
 
 
 def command(picture):
-    """The command that made the Image, as far as it tells, without its output: that is the name it had before it was whole."""
+    """The command that made the Image, as far as it tells, without its output: that is the name it
+    had before it was whole."""
     words = shlex.split(picture.info.get("Comment", ""))
     return shlex.join(word for word in words if not word.startswith("--output_file="))
 
 
 def page(pictures, title, folder):
-    """The HTML page, to lie in `folder`, of `pictures` [(path, label), ...]. Its links are relative."""
+    """The HTML page, to lie in `folder`, of `pictures` [(path, label), ...]. Its links are
+    relative."""
     figures = []
     for path, label in pictures:
         link = urllib.parse.quote(os.path.relpath(path, folder))
         with Image.open(path) as picture:
             values = {"width": picture.width, "height": picture.height, "command": command(picture)}
         values |= {"link": link, "label": label}
-        figures.append(FIGURE.format(**{name: html.escape(str(value)) for name, value in values.items()}))
+        figures.append(
+            FIGURE.format(**{name: html.escape(str(value)) for name, value in values.items()})
+        )
     return PAGE.format(title=html.escape(title), figures="\n".join(figures))
 
 
@@ -99,13 +111,25 @@ def main():
     parser.add_argument("output", metavar="OUT.png", help="the sheet; the format is by the ending")
     parser.add_argument("pictures", metavar="PICTURE=LABEL", nargs="+", type=split_argument)
     parser.add_argument("--columns", metavar="N", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--width", metavar="W", type=int, default=240, help="of each picture, in pixels; default: %(default)s")
-    parser.add_argument("--html", metavar="OUT.html", type=pathlib.Path, help="the page; default: none")
-    parser.add_argument("--title", metavar="TEXT", default="cnn-vis", help="of the page; default: %(default)s")
+    parser.add_argument(
+        "--width",
+        metavar="W",
+        type=int,
+        default=240,
+        help="of each picture, in pixels; default: %(default)s",
+    )
+    parser.add_argument(
+        "--html", metavar="OUT.html", type=pathlib.Path, help="the page; default: none"
+    )
+    parser.add_argument(
+        "--title", metavar="TEXT", default="cnn-vis", help="of the page; default: %(default)s"
+    )
     options = parser.parse_args()
     contact_sheet(options.pictures, options.columns, options.width).save(options.output)
     if options.html:
-        options.html.write_text(page(options.pictures, options.title, options.html.parent), encoding="utf-8")
+        options.html.write_text(
+            page(options.pictures, options.title, options.html.parent), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Times the program against the original's way of computing, against PyTorch, and against the matrix products alone.
+"""Times the program against the original's way of computing, against PyTorch, and against the
+matrix products alone.
 
-    python tests/benchmark.py                              # all of it: about five minutes on two cores, nothing else running
+    python tests/benchmark.py    # everything: about five minutes on two cores, nothing else running
     python tests/benchmark.py --model googlenet_mini --steps 10
 
-One run prints one table, so its ratios are of one machine in one state. Each row is measured in processes of its own. The
-original's way: the whole network forward, force_backward (so the gradients of all weights too), BLAS on all cores, one
-process, regularizers with general powers.
+One run prints one table, so its ratios are of one machine in one state. Each row is measured in
+processes of its own. The original's way: the whole network forward, force_backward (so the
+gradients of all weights too), BLAS on all cores, one process, regularizers with general powers.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 from PIL import Image
@@ -27,7 +30,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import cnn_vis
 
 # Of the whole command: a photograph's usual settings.
-SETTINGS = {"alpha": 2.0, "p_reg": 0.5, "alpha_aux": 8.0, "p_reg_aux": 5e-11, "beta": 2.5, "tv_reg": 0.05, "decay_rate": 0.9}
+SETTINGS = {
+    "alpha": 2.0,
+    "p_reg": 0.5,
+    "alpha_aux": 8.0,
+    "p_reg_aux": 5e-11,
+    "beta": 2.5,
+    "tv_reg": 0.05,
+    "decay_rate": 0.9,
+}
 SIZE = (427, 640)
 
 
@@ -41,17 +52,17 @@ def milliseconds(task, repeat):
     return 1000 * float(np.median(times[2:]))
 
 
-# ---- The original's way ----------------------------------------------------------------------------------------------------
+# ---- The original's way -----------------------------------------------------------------------
 
 
 def original_net(spec):
     """The whole network, with force_backward, as the original loads it."""
     caffe = cnn_vis.import_caffe()
-    net = cnn_vis.read_prototxt(spec.deploy)
-    cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.weights))
+    net = cnn_vis.read_prototxt(spec.files.deploy)
+    cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.files.weights))
     net.force_backward = True
-    with cnn_vis.caffe_net(net) as loaded:
-        loaded.copy_from(spec.weights)
+    loaded = cnn_vis.caffe_net(net)
+    loaded.copy_from(spec.files.weights)
     loaded.blobs["data"].reshape(1, *loaded.blobs["data"].shape[1:])
     loaded.reshape()
     caffe.set_mode_cpu()
@@ -63,13 +74,14 @@ def original_gradient(net, spec, tile):
     net.blobs["data"].data[...] = tile
     net.forward()
     blob = net.blobs[spec.target]
-    blob.diff[...] = spec.objective.descent(blob.data)
+    blob.diff[...] = spec.objective.gradient(blob.data)
     net.backward(start=spec.target)
     return net.blobs["data"].diff.copy()
 
 
 def original_update(x, start, cnn, cache):
-    """The regularizers and RMSProp step of a tile, float64 (1, 3, H, W), written straight from the formulas."""
+    """The regularizers and RMSProp step of a tile, float64 (1, 3, H, W), written straight from the
+    formulas."""
     o, d = SETTINGS, x - start
     p = o["p_reg"] * o["alpha"] * np.sign(d) * np.abs(d) ** (o["alpha"] - 1)
     aux = o["p_reg_aux"] * o["alpha_aux"] * np.sign(x) * np.abs(x) ** (o["alpha_aux"] - 1)
@@ -85,7 +97,8 @@ def original_update(x, start, cnn, cache):
 
 
 def original_run(spec, picture, mean, steps):
-    """The original's loop: a picture uint8 (H, W, 3), SETTINGS, one size. Returns the picture as it then is."""
+    """The original's loop: a picture uint8 (H, W, 3), SETTINGS, one size. Returns the picture as it
+    then is."""
     net = original_net(spec)
     tile_size = tuple(net.blobs["data"].shape[2:])
     start = cnn_vis.from_uint8(picture, mean)
@@ -96,11 +109,13 @@ def original_run(spec, picture, mean, steps):
             gradients = [original_gradient(net, spec, image[place]) for place in places]
             for region, place, cnn in zip(colour, places, gradients):
                 cache = caches.setdefault(region, np.zeros(cnn.shape))
-                image[place] += original_update(image[place], start[place], cnn.astype(np.float64), cache)
+                image[place] += original_update(
+                    image[place], start[place], cnn.astype(np.float64), cache
+                )
     return cnn_vis.to_uint8(image, mean)
 
 
-# ---- Measurements, each in a process of its own ----------------------------------------------------------------------------
+# ---- Measurements, each in a process of its own -----------------------------------------------
 
 
 def measure_original(spec, tile):
@@ -116,7 +131,8 @@ def measure_ours(spec, tile):
 
 
 def measure_workers(spec, tile):
-    """All workers at once, through the program's own machinery: 60 tiles that do not wait for one another."""
+    """All workers at once, through the program's own machinery: 60 tiles that do not wait for one
+    another."""
     count, height, width = 60, *tile.shape[2:]
     image = np.concatenate([tile] * count, axis=3).astype(np.float64)
     regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
@@ -124,22 +140,28 @@ def measure_workers(spec, tile):
         workers.describe()
 
         def gradients():
-            for _, receive in cnn_vis.tile_gradients(workers, image, [(regions, False)]):
-                receive()
+            for _ in cnn_vis.tile_gradients(workers, image, [(regions, False)]):
+                pass
 
         return milliseconds(gradients, 3) / count
 
 
 def measure_torch(spec, tile, threads):
-    """The same gradient by PyTorch, which runs as fast as it can on `threads` threads: oneDNN, channels last."""
+    """The same gradient by PyTorch, which runs as fast as it can on `threads` threads: oneDNN,
+    channels last."""
     import torch
 
     sys.path.append(os.path.join(cnn_vis.HERE, "models", "googlenet_mini"))
     from distill import GoogLeNet, load_caffemodel
 
     torch.set_num_threads(threads)
-    width = 0.5 if "mini" in spec.weights else 1.0
-    full = load_caffemodel(spec.weights, width).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    width = 0.5 if "mini" in spec.files.weights else 1.0
+    full = (
+        load_caffemodel(spec.files.weights, width)
+        .eval()
+        .requires_grad_(False)
+        .to(memory_format=torch.channels_last)
+    )
     key = spec.target.split("/")[0].removeprefix("inception_")
 
     class Cut(GoogLeNet):
@@ -159,42 +181,52 @@ def measure_torch(spec, tile, threads):
 
 
 def measure_floor(spec, tile):
-    """The matrix products of the convolutions forward, and backward to the tile, and nothing else, on one core."""
+    """The matrix products of the convolutions forward, and backward to the tile, and nothing else,
+    on one core."""
     network = cnn_vis.Network(spec)
     loaded, products = network._net, []
     for name, (weight, *_) in loaded.params.items():
         outputs, columns = weight.shape[0], int(np.prod(weight.shape[1:]))
         top = loaded.blobs[loaded.top_names[name][0]]
         pixels = top.shape[2] * top.shape[3]
-        w, x, y = (np.random.rand(*s).astype(np.float32) for s in ((outputs, columns), (columns, pixels), (outputs, pixels)))
+        w, x, y = (
+            np.random.rand(*s).astype(np.float32)
+            for s in ((outputs, columns), (columns, pixels), (outputs, pixels))
+        )
         products += [(w, x), (np.ascontiguousarray(w.T), y)]
     return milliseconds(lambda: [a @ b for a, b in products], 15)
 
 
 def measure_maths(_, tile):
-    """Regularizers and step of a tile, at the settings of the README's examples and at the defaults."""
-    o = dict(vars(cnn_vis.build_parser().parse_args([])))
-    results = {}
-    for name, more in {"examples": SETTINGS, "defaults": {}}.items():
-        options = argparse.Namespace(**(o | more))
-        dream = object.__new__(cnn_vis.Dream)
-        region = (0, tile.shape[2], 0, tile.shape[3])
-        dream.options, dream.tv_reg, dream.learning_rate, dream.counts = options, options.tv_reg, 1.0, None
-        dream.image = tile.astype(np.float64)
-        dream.start = dream.image - 3
-        dream.tiles, dream.caches = {region: 0}, np.zeros((1, *tile.shape[1:]))
-        cnn = np.random.RandomState(1).randn(*tile.shape[1:]).astype(np.float32)
-        results[name] = milliseconds(lambda d=dream, r=region, c=cnn: d._update_tile(r, lambda: (c, None), None), 30)
+    """Regularizers and step of a tile, at the settings of the README's examples and at the
+    defaults."""
+    engine, results = types.SimpleNamespace(tile_size=tile.shape[2:]), {}
+    picture = cnn_vis.to_uint8(tile.astype(np.float64), 100)
+    cnn = np.random.RandomState(1).randn(*tile.shape[1:]).astype(np.float32)
+    for name, changes in {"examples": SETTINGS, "defaults": {}}.items():
+        dream = cnn_vis.Dream(cnn_vis.Settings(**changes), picture, 103, engine)
+        dream.lay_out()
+        dream.begin_size()
+        dream.image += 3
+        (region,) = dream.cache_index
+        step = functools.partial(dream.step_tile, region, cnn, None, cnn_vis.NoGauge())
+        results[name] = milliseconds(step, 30)
     x, cache = tile.astype(np.float64), np.zeros(tile.shape)
-    results["original"] = milliseconds(lambda: original_update(x, x - 3, tile.astype(np.float64), cache), 15)
+    results["original"] = milliseconds(
+        lambda: original_update(x, x - 3, tile.astype(np.float64), cache), 15
+    )
     return results
 
 
 def measured(what, arguments, threads=1, copies=1):
-    """The result of measure_WHAT(...) in `copies` processes at the same time, the mean of numbers; None where it fails."""
+    """The result of measure_WHAT(...) in `copies` processes at the same time, the mean of numbers;
+    None where it fails."""
     command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments]), *sys.argv[1:]]
     threaded = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threaded) for _ in range(copies)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threaded)
+        for _ in range(copies)
+    ]
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         return None
@@ -202,7 +234,7 @@ def measured(what, arguments, threads=1, copies=1):
     return results[0] if copies == 1 else float(np.mean(results)) / copies
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------
 
 
 def load(args):
@@ -210,8 +242,9 @@ def load(args):
     import skimage.data
 
     words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
-    spec, _, mean = cnn_vis.find_network(cnn_vis.build_parser().parse_args(words))
-    return spec, mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
+    files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(words))
+    spec = cnn_vis.NetworkSpec(files, args.layer, cnn_vis.AmplifyLayer())
+    return spec, files.mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
 
 
 def one_measurement(args):
@@ -250,28 +283,43 @@ def memory(pid):
 
 
 def large_picture(folder):
-    """Peak bytes of a run at 4096x4096 with googlenet_mini; ms for each of its tiles, and for each of a small picture's."""
-    words = ["--model=googlenet_mini", "--layer=inception_4c/output", "--initialization_scale=20", "--seed=1", "--p_reg=1e-9"]
+    """Peak bytes of a run at 4096x4096 with googlenet_mini; ms for each of its tiles, and for each
+    of a small picture's."""
+    words = [
+        "--model=googlenet_mini",
+        "--layer=inception_4c/output",
+        "--initialization_scale=20",
+        "--seed=1",
+        "--p_reg=1e-9",
+    ]
 
     def step_seconds(size, few, more):
-        return (seconds(folder, *words, size, f"--num_steps={more}") - seconds(folder, *words, size, f"--num_steps={few}")) / (
-            more - few
-        )
+        return (
+            seconds(folder, *words, size, f"--num_steps={more}")
+            - seconds(folder, *words, size, f"--num_steps={few}")
+        ) / (more - few)
 
     running, peak = program(folder, *words, "--initial_size=4096x4096", "--num_steps=1"), 0
     while running.poll() is None:
         peak = max(peak, memory(running.pid))
         time.sleep(0.05)
     tiles = {size: len(cnn_vis.all_tiles(size, (224, 224))) for size in ((4096, 4096), (864, 864))}
-    large, small = (1000 * step_seconds(f"--initial_size={h}x{w}", 1, more) / tiles[h, w] for (h, w), more in zip(tiles, (3, 41)))
+    large, small = (
+        1000 * step_seconds(f"--initial_size={h}x{w}", 1, more) / tiles[h, w]
+        for (h, w), more in zip(tiles, (3, 41))
+    )
     return peak, large, small
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="network (default: as the program chooses)")
-    parser.add_argument("--layer", default="inception_4c/output", help="target (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)")
+    parser.add_argument(
+        "--layer", default="inception_4c/output", help="target (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -296,34 +344,48 @@ def report(args):
     start = time.perf_counter()
     measured_original = subprocess.run(
         [sys.executable, __file__, "--measure", '["original_run"]', *sys.argv[1:]],
-        env=os.environ | {"OPENBLAS_NUM_THREADS": str(cores)}, check=False,
-    )  # fmt: skip
+        env=os.environ | {"OPENBLAS_NUM_THREADS": str(cores)},
+        check=False,
+    )
     original_seconds = time.perf_counter() - start
     assert measured_original.returncode == 0
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(picture).save(f"{folder}/in.png")
-        words = [*(f"--{name}={value}" for name, value in SETTINGS.items()), f"--layer={args.layer}", "--image=in.png"]
+        words = [
+            *(f"--{name}={value}" for name, value in SETTINGS.items()),
+            f"--layer={args.layer}",
+            "--image=in.png",
+        ]
         words += [f"--model={args.model}"] if args.model else []
         ours_seconds = seconds(folder, *words, f"--num_steps={args.steps}")
         start_seconds = min(seconds(folder, *words, "--num_steps=1") for _ in range(3))
         peak, large, small = large_picture(folder)
 
-    print(f"\n{spec.weights}, {args.layer}, {cores} cores")
+    print(f"\n{spec.files.weights}, {args.layer}, {cores} cores")
     print("\n| for each 224x224 tile | ms |\n|---|---|")
     for name, value in rows.items():
         print(f"| {name} | {'not installed' if value is None else f'{value:.1f}'} |")
     for name in ("original", "examples", "defaults"):
-        print(f"| regularizers and step, {'original formulas' if name == 'original' else f'ours, {name}'} | {maths[name]:.1f} |")
+        formulas = "original formulas" if name == "original" else f"ours, {name}"
+        print(f"| regularizers and step, {formulas} | {maths[name]:.1f} |")
     print(f"\n| whole command, 640x427, {args.steps} steps | s |\n|---|---|")
-    print(f"| original's way | {original_seconds:.1f} |\n| ours | {ours_seconds:.1f} |\n| ours, one step | {start_seconds:.2f} |")
+    print(
+        f"| original's way | {original_seconds:.1f} |\n| ours | {ours_seconds:.1f} |\n"
+        f"| ours, one step | {start_seconds:.2f} |"
+    )
     print("\n| googlenet_mini at 4096x4096 | |\n|---|---|")
     print(f"| memory of all processes, peak | {peak / 1e9:.2f} GB |")
     print(f"| for each tile; at 864x864 | {large:.1f} ms; {small:.1f} ms |\n")
-    torch_best = min((value for name, value in rows.items() if "PyTorch" in name and value), default=None)
+    floor = rows["matrix products alone, one core"]
+    torch_best = min(
+        (value for name, value in rows.items() if "PyTorch" in name and value), default=None
+    )
     print(f"whole command: {original_seconds / ours_seconds:.2f} times faster")
     if torch_best:
-        print(f"network: {torch_best / rows[f'{cores} workers']:.2f} times faster than PyTorch's best")
-    print(f"one worker: {100 * rows['matrix products alone, one core'] / rows['one worker']:.0f}% of the floor")
+        print(
+            f"network: {torch_best / rows[f'{cores} workers']:.2f} times faster than PyTorch's best"
+        )
+    print(f"one worker: {100 * floor / rows['one worker']:.0f}% of the floor")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 """What the tests share: where things lie, and the command line run as a user runs it."""
 
+import contextlib
+import io
 import os
 import pathlib
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,22 +19,34 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
-TINY = [f"--deploy_txt={GOLDEN}/deploy.prototxt", f"--caffe_model={GOLDEN}/tiny_inception.caffemodel",
-        f"--mean_image={GOLDEN}/mean.npy", "--gpu=-1"]  # fmt: skip
+TINY = [
+    f"--deploy_txt={GOLDEN}/deploy.prototxt",
+    f"--caffe_model={GOLDEN}/tiny_inception.caffemodel",
+    f"--mean_image={GOLDEN}/mean.npy",
+    "--gpu=-1",
+]
 
 
-def cnn_vis(*arguments, cwd, timeout=110, **environment):
-    """Runs the script in a process of its own, in this environment with changes (None: without that variable); returns the
-    finished process with its stdout and stderr as text."""
-    environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
+def run_cli(*arguments, cwd, timeout=110, **environment):
+    """Runs the script in a process of its own, in this environment with changes (None: without that
+    variable); returns the finished process with its stdout and stderr as text."""
+    environment = {
+        name: value for name, value in (os.environ | environment).items() if value is not None
+    }
     return subprocess.run(
         [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of two 8-bit picture files, in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two 8-bit picture files, in dB; infinite where they are
+    equal."""
     a, b = (np.asarray(Image.open(path)).astype(float) for path in (a, b))
     assert a.shape == b.shape
     error = ((a - b) ** 2).mean()
@@ -55,3 +73,194 @@ def photographs(tmp_path_factory):
         Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
     Image.fromarray(skimage.data.coffee()).resize((640, 427)).save(folder / "in.jpg", quality=95)
     return folder
+
+
+QUICK = [*TINY, "--layer=inception_a/output", "--num_steps=2"]
+
+
+ONE = [
+    *TINY,
+    "--layer=inception_a/output",
+    "--num_steps=1",
+    "--initial_size=32x32",
+    "--seed=1",
+    "--quiet",
+    "--iter_behavior=none",
+]
+
+
+# Two sizes, odd caches and schedules, statistics: a run in which everything that a checkpoint holds
+# matters.
+RUN = [
+    *TINY,
+    "--layer=inception_a/output",
+    "--initialization_scale=20",
+    "--seed=5",
+    "--initial_size=40x50",
+    "--final_size=64x96",
+    "--num_sizes=2",
+    "--num_steps=60",
+    "--learning_rate_decay_iter=7",
+    "--learning_rate_decay_fraction=0.9",
+    "--tv_reg=0.01",
+    "--tv_reg_step=0.01",
+    "--tv_reg_step_iter=9",
+    "--p_reg=1e-9",
+    "--stats=stats.csv",
+    "--iter_behavior=gif",
+]
+
+
+CHECKPOINT = "out.png.checkpoint"
+
+
+CARD = Image.fromarray(np.random.RandomState(3).randint(0, 256, (40, 50, 3), np.uint8)).resize(
+    (200, 160)
+)
+
+
+def start(*arguments, cwd):
+    """The program as a running process, its own session leader, to which SIGHUP matters though
+    these tests run under nohup. It is ended with the test."""
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    STARTED.append(running)
+    return running
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test():
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+
+
+def under_way(*arguments, cwd):
+    """As start, once there is a checkpoint."""
+    running = start(*arguments, cwd=cwd)
+    wait_for((cwd / CHECKPOINT).exists)
+    return running
+
+
+def descendants(pid):
+    """The pids of all processes below `pid`."""
+    children = []
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = list(map(int, file.read().split()))
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+def workers(pid):
+    """The pids of the worker processes of a run."""
+    found = []
+    for child in descendants(pid):
+        with contextlib.suppress(OSError), open(f"/proc/{child}/cmdline") as file:
+            if "spawn_main" in file.read():
+                found.append(child)
+    return found
+
+
+def kill_workers(pid, number=None):
+    """Kills the workers of a run, or `number` of them; returns how many were there to be killed."""
+    killed = 0
+    for worker in workers(pid)[:number]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+            killed += 1
+    return killed
+
+
+def session(sid):
+    """The pids of the processes in a session that are not zombies."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state, _, _, its = file.read().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its) == sid and state not in "ZX":
+            found.append(int(pid))
+    return found
+
+
+def wait_for(condition, seconds=20):
+    """Waits until condition() is true, and returns what it gave."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def shared_memory(pid):
+    """The paths of the named shared memory that the processes of a run have mapped."""
+    paths = set()
+    for one in (pid, *descendants(pid)):
+        with contextlib.suppress(OSError), open(f"/proc/{one}/maps") as file:
+            paths.update(re.findall(r"/dev/shm/\S+", file.read()))
+    return paths
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def encoded(picture, form, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def mutated(data, randomly):
+    """The bytes with a few changed, cut out or put in twice."""
+    data = bytearray(data)
+    for _ in range(randomly.choice((1, 1, 2, 8))):
+        place, length = randomly.randrange(len(data)), randomly.choice((1, 1, 4, 40))
+        kind = randomly.randrange(4)
+        if kind < 2:
+            data[place : place + length] = randomly.randbytes(min(length, len(data) - place))
+        elif kind == 2 and len(data) > length + 1:
+            del data[place : place + length]
+        else:
+            data[place:place] = data[place : place + length]
+    return bytes(data)
+
+
+def assert_same_run(folder, whole):
+    """Picture, statistics and animation are those of the run left alone, and no checkpoint is
+    left."""
+    assert np.array_equal(pixels(folder / "out.png"), pixels(whole / "out.png"))
+    assert (folder / "stats.csv").read_text() == (whole / "stats.csv").read_text()
+    assert (folder / "out_run.gif").read_bytes() == (whole / "out_run.gif").read_bytes()
+    assert sorted(os.listdir(folder)) == ["out.png", "out_run.gif", "stats.csv"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of RUN left alone, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    begun = time.monotonic()
+    done = run_cli(*RUN, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(folder)) == ["out.png", "out_run.gif", "stats.csv"]
+    return folder, time.monotonic() - begun
+
+
+@pytest.fixture
+def picture(tmp_path):
+    return shutil.copy(GOLDEN / "input.png", tmp_path / "in.png")

@@ -1,4 +1,5 @@
-"""Our own layers in Caffe against Caffe's: max pooling to the last bit, 3x3 convolution and LRN to rounding."""
+"""Our own layers in Caffe against Caffe's: max pooling to the last bit, 3x3 convolution and LRN to
+rounding."""
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ HAS = set(caffe.layer_type_list())
 
 
 def net(kind, parameters, shape, tmp_path):
-    """A net of one layer `top` of that kind, behind a convolution of which only the bias learns: as the program cuts nets, so
-    that gradients go back to the data and none is asked for of the layer's weights."""
+    """A net of one layer `top` of that kind, behind a convolution of which only the bias learns: as
+    the program cuts nets, so that gradients go back to the data and none is asked for of the
+    layer's weights."""
     dims = " ".join(f"dim: {side}" for side in shape)
     weights = 0 if "convolution" not in parameters else 1 if "bias_term: false" in parameters else 2
     path = tmp_path / f"{kind}.prototxt"
     path.write_text(f"""
         layer {{ name: "data" type: "Input" top: "data" input_param {{ shape {{ {dims} }} }} }}
-        layer {{ name: "before" type: "Convolution" bottom: "data" top: "before" propagate_down: true param {{ lr_mult: 0 }}
+        layer {{ name: "before" type: "Convolution" bottom: "data" top: "before"
+          propagate_down: true param {{ lr_mult: 0 }}
           convolution_param {{ num_output: {shape[1]} kernel_size: 1 }} }}
-        layer {{ name: "top" type: "{kind}" bottom: "before" top: "top" loss_weight: 1 {"param { lr_mult: 0 } " * weights}
+        layer {{ name: "top" type: "{kind}" bottom: "before" top: "top"
+          loss_weight: 1 {"param { lr_mult: 0 } " * weights}
           {parameters} }}""")
     caffe.set_mode_cpu()
     loaded = caffe.Net(str(path), caffe.TEST)
@@ -37,25 +41,36 @@ def passes(net, x, gradient):
 
 
 @pytest.mark.skipif("MaxPooling" not in HAS, reason="this Caffe is not ours")
-@pytest.mark.parametrize("kernel, stride, pad", [(3, 1, 1), (3, 2, 0), (3, 2, 1), (2, 2, 0), (5, 3, 0), (7, 1, 0)])
+@pytest.mark.parametrize(
+    "kernel, stride, pad", [(3, 1, 1), (3, 2, 0), (3, 2, 1), (2, 2, 0), (5, 3, 0), (7, 1, 0)]
+)
 @pytest.mark.parametrize("side", [7, 14, 28, 57])
 def test_max_pooling_is_bit_identical(kernel, stride, pad, side, tmp_path):
     parameters = f"pooling_param {{ pool: MAX kernel_size: {kernel} stride: {stride} pad: {pad} }}"
     random = np.random.RandomState(side)
     x = random.randint(-3, 4, (2, 5, side, side + 3)).astype(np.float32)  # with many ties
-    original, ours = (net(kind, parameters, x.shape, tmp_path) for kind in ("Pooling", "MaxPooling"))
+    original, ours = (
+        net(kind, parameters, x.shape, tmp_path) for kind in ("Pooling", "MaxPooling")
+    )
     gradient = random.randn(*original.blobs["top"].shape).astype(np.float32)
     for a, b in zip(passes(original, x, gradient), passes(ours, x, gradient)):
         assert a.tobytes() == b.tobytes()
 
 
 @pytest.mark.skipif("WinogradConvolution" not in HAS, reason="this Caffe is not ours")
-@pytest.mark.parametrize("parameters", [
-    "num_output: 9 kernel_size: 3 pad: 1", "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
-    "num_output: 9 kernel_size: 3 pad: 0", "num_output: 9 kernel_size: 3 pad: 1 stride: 2", "num_output: 8 kernel_size: 1",
-    "num_output: 8 kernel_size: 3 pad: 1 group: 4", "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
-    "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "num_output: 9 kernel_size: 3 pad: 1",
+        "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
+        "num_output: 9 kernel_size: 3 pad: 0",
+        "num_output: 9 kernel_size: 3 pad: 1 stride: 2",
+        "num_output: 8 kernel_size: 1",
+        "num_output: 8 kernel_size: 3 pad: 1 group: 4",
+        "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
+        "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
+    ],
+)
 @pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56), (131, 97)])
 def test_winograd_convolution(parameters, size, tmp_path):
     """Equal up to rounding where it is our own, and to the last bit where it is Caffe's."""
@@ -64,11 +79,17 @@ def test_winograd_convolution(parameters, size, tmp_path):
     parameters = f"convolution_param {{ {parameters} }}"
     random = np.random.RandomState(1)
     x = random.randn(2, 12, *size).astype(np.float32)
-    original, ours = (net(kind, parameters, x.shape, tmp_path) for kind in ("Convolution", "WinogradConvolution"))
+    original, ours = (
+        net(kind, parameters, x.shape, tmp_path) for kind in ("Convolution", "WinogradConvolution")
+    )
     for theirs, mine in zip(original.params["top"], ours.params["top"]):
         theirs.data[...] = mine.data[...] = random.randn(*theirs.data.shape)
     gradient = random.randn(*original.blobs["top"].shape).astype(np.float32)
-    own = "kernel_size: 3 pad: 1 " in f"{parameters} " and "stride" not in parameters and "group" not in parameters
+    own = (
+        "kernel_size: 3 pad: 1 " in f"{parameters} "
+        and "stride" not in parameters
+        and "group" not in parameters
+    )
     for a, b in zip(passes(original, x, gradient), passes(ours, x, gradient)):
         assert np.linalg.norm(a - b) <= (1e-6 * np.linalg.norm(a) if own else 0)
 
@@ -92,26 +113,33 @@ def lrn(x, gradient, size, alpha, beta, k):
 @pytest.mark.parametrize("size, alpha, beta, k", [(5, 1e-4, 0.75, 1), (3, 2, 0.75, 0.5)])
 @pytest.mark.parametrize("channels", [1, 2, 7, 24])
 def test_fast_lrn_is_as_exact_as_caffes(size, alpha, beta, k, channels, tmp_path):
-    """Measured from the formulas in double precision; how far Caffe's own is from them is up to the processor."""
+    """Measured from the formulas in double precision; how far Caffe's own is from them is up to the
+    processor."""
     random = np.random.RandomState(2)
     x = 30 * random.randn(2, channels, 13, 17).astype(np.float32)
     gradient = random.randn(*x.shape).astype(np.float32)
     parameters = f"lrn_param {{ local_size: {size} alpha: {alpha} beta: {beta} k: {k} }}"
-    original, ours = (passes(net(kind, parameters, x.shape, tmp_path), x, gradient) for kind in ("LRN", "FastLRN"))
+    original, ours = (
+        passes(net(kind, parameters, x.shape, tmp_path), x, gradient) for kind in ("LRN", "FastLRN")
+    )
     for exact, theirs, mine in zip(lrn(x, gradient, size, alpha, beta, k), original, ours):
         rounding = np.finfo(np.float32).eps * np.linalg.norm(exact)
         assert np.linalg.norm(mine - exact) <= 1.1 * np.linalg.norm(theirs - exact) + rounding
 
 
 @pytest.mark.skipif("FastLRN" not in HAS, reason="this Caffe is not ours")
-@pytest.mark.parametrize("parameters", ["local_size: 5 alpha: 1 beta: 0.6", "local_size: 5 alpha: 1 norm_region: WITHIN_CHANNEL"])
+@pytest.mark.parametrize(
+    "parameters",
+    ["local_size: 5 alpha: 1 beta: 0.6", "local_size: 5 alpha: 1 norm_region: WITHIN_CHANNEL"],
+)
 @pytest.mark.parametrize("channels", [1, 2, 7, 24])
 def test_other_lrns_are_caffes(parameters, channels, tmp_path):
     random = np.random.RandomState(2)
     x = 30 * random.randn(2, channels, 13, 17).astype(np.float32)
     gradient = random.randn(*x.shape).astype(np.float32)
     original, ours = (
-        passes(net(kind, f"lrn_param {{ {parameters} }}", x.shape, tmp_path), x, gradient) for kind in ("LRN", "FastLRN")
+        passes(net(kind, f"lrn_param {{ {parameters} }}", x.shape, tmp_path), x, gradient)
+        for kind in ("LRN", "FastLRN")
     )
     for a, b in zip(original, ours):
         assert a.tobytes() == b.tobytes()

@@ -1,4 +1,5 @@
-"""The scripts in examples/ do what they say, on the network that comes along, with one step and small pictures."""
+"""The scripts in examples/ do what they say, on the network that comes along, with one step and
+small pictures."""
 
 import os
 import pathlib
@@ -16,35 +17,54 @@ from PIL import Image
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
-SHELLCHECK = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+)
 FAST = ["--model=googlenet_mini", "--gpu=-1", "--workers=1", "--num_steps=1"]
 SMALL = [*FAST, "--initial_size=224x224"]
 
 
 def run(script, *arguments, cwd, status=0, **environment):
-    """Runs a script of examples/ as a user does; returns what it printed, stdout and stderr together."""
+    """Runs a script of examples/ as a user does; returns what it printed, stdout and stderr
+    together."""
     done = subprocess.run(
-        [EXAMPLES / script, *map(str, arguments)], cwd=cwd, timeout=110, text=True, stdin=subprocess.DEVNULL, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment,
-    )  # fmt: skip
+        [EXAMPLES / script, *map(str, arguments)],
+        cwd=cwd,
+        timeout=110,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment,
+    )
     assert done.returncode == status, done.stdout
     return done.stdout
 
 
 def stand_in(folder, reaction):
-    """The path of a python that does the shell command `reaction` in place of running cnn_vis.py."""
+    """The path of a python that does the shell command `reaction` in place of running
+    cnn_vis.py."""
     path = folder / "stand-in"
-    path.write_text(f'#!/bin/sh\ncase $1 in */cnn_vis.py) shift; {reaction} ;; esac\nexec "{sys.executable}" "$@"\n')
+    path.write_text(
+        f"#!/bin/sh\ncase $1 in */cnn_vis.py) shift; {reaction} ;; esac\n"
+        f'exec "{sys.executable}" "$@"\n'
+    )
     path.chmod(0o755)
     return str(path)
 
 
 def options_of(script, *arguments, cwd, **environment):
-    """{option: value} that the script calls cnn_vis.py with, which is not run; flags have the value ""."""
+    """{option: value} that the script calls cnn_vis.py with, which is not run; flags have the value
+    ""."""
     python = stand_in(cwd, 'printf "<%s>\\n" "$@"; exit 9')
     printed = run(script, *arguments, cwd=cwd, status=9, CNN_VIS_PYTHON=python, **environment)
     words = re.findall("^<(.*)>$", printed, re.MULTILINE)
-    return {word: "" if value[:2] == "--" else value for word, value in zip(words, [*words[1:], "--"]) if word[:2] == "--"}
+    return {
+        word: "" if value[:2] == "--" else value
+        for word, value in zip(words, [*words[1:], "--"])
+        if word[:2] == "--"
+    }
 
 
 @pytest.fixture
@@ -59,7 +79,7 @@ def cat(tmp_path):
     return path
 
 
-# ---- All scripts --------------------------------------------------------------------------------------------------------
+# ---- All scripts ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
@@ -76,30 +96,82 @@ def test_scripts_can_be_run():
 
 @pytest.mark.parametrize(
     "script, arguments",
-    [("all_layers.sh", []), ("neurons.sh", []), ("neurons.sh", ["conv2/3x3", "many"]), ("compare_networks.sh", []),
-     ("zoom.sh", []), ("zoom.sh", ["in.png", "many"]), ("video.sh", []), ("video.sh", ["in.mp4", "--gpu=-1"]),
-     ("parallel.sh", ["a", "b"])],
-)  # fmt: skip
+    [
+        ("all_layers.sh", []),
+        ("neurons.sh", []),
+        ("neurons.sh", ["conv2/3x3", "many"]),
+        ("compare_networks.sh", []),
+        ("zoom.sh", []),
+        ("zoom.sh", ["in.png", "many"]),
+        ("video.sh", []),
+        ("video.sh", ["in.mp4", "--gpu=-1"]),
+        ("parallel.sh", ["a", "b"]),
+    ],
+)
 def test_what_is_missing_is_told_in_one_line(script, arguments, tmp_path):
     lines = run(script, *arguments, cwd=tmp_path, status=2).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"usage: {script} ")
 
 
-# ---- example1.sh to example13.sh ----------------------------------------------------------------------------------------
+# ---- example1.sh to example13.sh --------------------------------------------------------------
 
-# The original's settings: layer, number of sizes, steps, learning rate, decay rate, alpha, p_reg, beta, tv_reg, and more.
+# The original's settings: layer, number of sizes, steps, learning rate, decay rate, alpha, p_reg,
+# beta, tv_reg, and more.
 NOISE = {"initial_size": "270x480", "final_size": "1080x1920"}
 AUX = {"alpha_aux": 8, "p_reg_aux": 5e-11, "use_pixel_learning_rates": ""}
 PLACES = {"model": "googlenet_places205"}
 SETTINGS = {
-    1: ("inception_4d/3x3_reduce", 5, 100, 10, 0.25, 6, 1e-10, 2.5, 0.5, NOISE | {"batch_size": 25}),
+    1: (
+        "inception_4d/3x3_reduce",
+        5,
+        100,
+        10,
+        0.25,
+        6,
+        1e-10,
+        2.5,
+        0.5,
+        NOISE | {"batch_size": 25},
+    ),
     2: ("inception_4c/output", 5, 100, 10, 0.25, 6, 1e-10, 2.5, 0.5, NOISE),
     3: ("inception_4e/output", 5, 100, 10, 0.25, 6, 1e-10, 2.5, 0.5, NOISE),
-    4: ("inception_4d/3x3_reduce", 5, 200, 10, 0.25, 6, 1e-11, 2.5, 0.01, NOISE | {"batch_size": 10}),
-    5: ("inception_4b/3x3_reduce", 5, 200, 5, 0.95, 4, 1e-9, 2.0, 0.3, NOISE | PLACES | {"batch_size": 10}),
-    6: ("inception_4c/pool", 5, 150, 2, 0.9, 4, 1e-9, 2.5, 1,
-        NOISE | PLACES | {"batch_size": 20, "initialization_scale": 10, "initialization_blur": 1}),
+    4: (
+        "inception_4d/3x3_reduce",
+        5,
+        200,
+        10,
+        0.25,
+        6,
+        1e-11,
+        2.5,
+        0.01,
+        NOISE | {"batch_size": 10},
+    ),
+    5: (
+        "inception_4b/3x3_reduce",
+        5,
+        200,
+        5,
+        0.95,
+        4,
+        1e-9,
+        2.0,
+        0.3,
+        NOISE | PLACES | {"batch_size": 10},
+    ),
+    6: (
+        "inception_4c/pool",
+        5,
+        150,
+        2,
+        0.9,
+        4,
+        1e-9,
+        2.5,
+        1,
+        NOISE | PLACES | {"batch_size": 20, "initialization_scale": 10, "initialization_blur": 1},
+    ),
     7: ("inception_3a/1x1", 2, 30, 1, 0.9, 2, 0.5, 2.5, 0.05, {}),
     8: ("inception_3a/3x3_reduce", 2, 30, 1, 0.9, 2, 0.5, 2.5, 0.05, {}),
     9: ("inception_4d/output", 3, 50, 1, 0.9, 2, 0.5, 2.5, 0.05, {}),
@@ -107,15 +179,27 @@ SETTINGS = {
     11: ("inception_4d/pool", 5, 50, 1, 0.85, 2, 10, 2.5, 1, AUX),
     12: ("inception_4c/output", 3, 100, 5, 0.85, 2, 0.5, 2.5, 5, AUX),
     13: ("inception_4b/5x5_reduce", 3, 100, 5, 0.85, 2, 0.5, 2.5, 0.5, AUX),
-}  # fmt: skip
-NAMES = ("layer", "num_sizes", "num_steps", "learning_rate", "decay_rate", "alpha", "p_reg", "beta", "tv_reg")
+}
+NAMES = (
+    "layer",
+    "num_sizes",
+    "num_steps",
+    "learning_rate",
+    "decay_rate",
+    "alpha",
+    "p_reg",
+    "beta",
+    "tv_reg",
+)
 
 
 @pytest.mark.parametrize("number", SETTINGS)
 def test_example_settings(number, tmp_path):
     *values, more = SETTINGS[number]
     expected = dict(zip(NAMES, values)) | more | {"output": f"example{number}.png"}
-    options = {name[2:]: value for name, value in options_of(f"example{number}.sh", cwd=tmp_path).items()}
+    options = {
+        name[2:]: value for name, value in options_of(f"example{number}.sh", cwd=tmp_path).items()
+    }
     picture = options.pop("image", None)
     assert (picture is None) == (number <= 6)
     if picture:
@@ -124,18 +208,28 @@ def test_example_settings(number, tmp_path):
             assert float(options.pop(name)[1:]) * min(width, height) >= 224
     assert options.keys() == expected.keys()
     for name, value in expected.items():
-        assert options[name] == value if isinstance(value, str) else float(options[name]) == value, name
+        assert (
+            options[name] == value if isinstance(value, str) else float(options[name]) == value
+        ), name
 
 
 @pytest.mark.parametrize("number", SETTINGS)
 def test_example_runs(number, tmp_path):
     """From another folder, with options of one's own, which come after the example's."""
-    run(f"example{number}.sh", *SMALL, "--num_sizes=1", "--iter_behavior=none", "--output=my own.png", cwd=tmp_path)
+    run(
+        f"example{number}.sh",
+        *SMALL,
+        "--num_sizes=1",
+        "--iter_behavior=none",
+        "--output=my own.png",
+        cwd=tmp_path,
+    )
     assert Image.open(tmp_path / "my own.png").size == (224, 224)
 
 
 def test_python_of_the_environment_or_else_of_the_path(tmp_path):
-    """Without CNN_VIS_PYTHON the scripts take the repository's environment, and where there is none python from the PATH."""
+    """Without CNN_VIS_PYTHON the scripts take the repository's environment, and where there is none
+    python from the PATH."""
     (tmp_path / "examples").mkdir()
     for name in ("common.sh", "example2.sh"):
         shutil.copy(EXAMPLES / name, tmp_path / "examples")
@@ -145,18 +239,24 @@ def test_python_of_the_environment_or_else_of_the_path(tmp_path):
         (folder / "python").chmod(0o755)
         environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
         printed = subprocess.run(
-            ["../examples/example2.sh"], cwd=tmp_path / "bin", env=environment, capture_output=True, text=True
+            ["../examples/example2.sh"],
+            cwd=tmp_path / "bin",
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert printed.stdout == f"{folder}/python {tmp_path}/cnn_vis.py\n"
 
 
-# ---- Sheets -------------------------------------------------------------------------------------------------------------
+# ---- Sheets -----------------------------------------------------------------------------------
 
 
 def test_all_layers(cat):
     folder = cat.parent / "my layers"
     environment = {"SIDE": "224", "LAYERS": "conv2/3x3 no/such inception_3a/1x1"}
-    printed = run("all_layers.sh", cat.name, folder.name, *FAST, cwd=cat.parent, status=1, **environment)
+    printed = run(
+        "all_layers.sh", cat.name, folder.name, *FAST, cwd=cat.parent, status=1, **environment
+    )
     assert printed.splitlines()[-1] == "failed: no/such"
     names = ["conv2-3x3.png", "inception_3a-1x1.png", "index.html", "sheet.png", "start.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -174,19 +274,30 @@ def test_all_layers(cat):
 
     (folder / "conv2-3x3.png").unlink()
     before = (folder / "inception_3a-1x1.png").stat().st_mtime_ns
-    run("all_layers.sh", cat.name, folder.name, *FAST, cwd=cat.parent, SIDE="224", LAYERS="conv2/3x3 inception_3a/1x1")
+    run(
+        "all_layers.sh",
+        cat.name,
+        folder.name,
+        *FAST,
+        cwd=cat.parent,
+        SIDE="224",
+        LAYERS="conv2/3x3 inception_3a/1x1",
+    )
     assert (folder / "conv2-3x3.png").exists()
     assert (folder / "inception_3a-1x1.png").stat().st_mtime_ns == before
 
 
 def test_all_layers_of_the_network(cat):
-    """Without LAYERS they are those of --list_layers. Its pictures are there already, so nothing is computed."""
+    """Without LAYERS they are those of --list_layers. Its pictures are there already, so nothing is
+    computed."""
     folder = cat.parent / "my <cat> & co_layers"
     folder.mkdir()
     layers = subprocess.run(
         [sys.executable, ROOT / "cnn_vis.py", "--list_layers", "--model=googlenet_mini"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()[::2]  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[::2]
     for layer in layers:
         Image.new("RGB", (8, 6)).save(folder / f"{layer.replace('/', '-')}.png")
     run("all_layers.sh", cat.name, "--model=googlenet_mini", cwd=cat.parent)
@@ -195,7 +306,8 @@ def test_all_layers_of_the_network(cat):
 
 
 def test_a_stopped_picture_is_not_taken_for_a_whole_one(cat):
-    """cnn_vis.py writes what it has when it is stopped or fails; here, something that does so in its place."""
+    """cnn_vis.py writes what it has when it is stopped or fails; here, something that does so in
+    its place."""
     python = stand_in(cat.parent, 'for last; do :; done; cp "$PICTURE" "$last"; exit 130')
     environment = {"LAYERS": "conv2/3x3", "CNN_VIS_PYTHON": python, "PICTURE": str(cat)}
     run("all_layers.sh", cat, "folder", cwd=cat.parent, status=1, **environment)
@@ -224,34 +336,61 @@ def test_compare_networks(cat, tmp_path):
     nowhere = {"CNN_VIS_MODELS": str(tmp_path), "CAFFE_ROOT": str(tmp_path), "SIDE": "224"}
     run("compare_networks.sh", cat, *FAST, cwd=tmp_path, **nowhere)
     folder = tmp_path / "my <cat> & co_networks"
-    assert sorted(path.name for path in folder.iterdir()) == ["googlenet_mini.png", "sheet.png", "start.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "googlenet_mini.png",
+        "sheet.png",
+        "start.png",
+    ]
     assert Image.open(folder / "sheet.png").width == 2 * (480 + 8) + 8
 
 
 def test_sheet(tmp_path):
-    """Rows are as high as their highest picture, labels may be missing, and links are relative to the page."""
+    """Rows are as high as their highest picture, labels may be missing, and links are relative to
+    the page."""
     (tmp_path / "a#b").mkdir()
-    for name, size in (("a#b/tall=1.png", (10, 20)), ("wide.png", (20, 10)), ("square.png", (10, 10))):
+    for name, size in (
+        ("a#b/tall=1.png", (10, 20)),
+        ("wide.png", (20, 10)),
+        ("square.png", (10, 10)),
+    ):
         Image.new("RGB", size, "red").save(tmp_path / name)
-    arguments = ["sheet.png", "a#b/tall=1.png=<tall>", "wide.png", "square.png=s", "--columns=2", "--width=50"]
-    subprocess.run([sys.executable, EXAMPLES / "sheet.py", *arguments, "--html=page.html"], cwd=tmp_path, check=True)
+    arguments = [
+        "sheet.png",
+        "a#b/tall=1.png=<tall>",
+        "wide.png",
+        "square.png=s",
+        "--columns=2",
+        "--width=50",
+    ]
+    subprocess.run(
+        [sys.executable, EXAMPLES / "sheet.py", *arguments, "--html=page.html"],
+        cwd=tmp_path,
+        check=True,
+    )
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (2 * 58 + 8, (100 + 28) + (50 + 28) + 8)
-    assert [sheet.getpixel(place) for place in ((30, 107), (90, 32), (30, 160))] == [(255, 0, 0)] * 3
+    assert [sheet.getpixel(place) for place in ((30, 107), (90, 32), (30, 160))] == [
+        (255, 0, 0)
+    ] * 3
     page = (tmp_path / "page.html").read_text()
-    assert 'src="a%23b/tall%3D1.png" width="10" height="20" loading="lazy" alt="&lt;tall&gt;"' in page
+    assert (
+        'src="a%23b/tall%3D1.png" width="10" height="20" loading="lazy" alt="&lt;tall&gt;"' in page
+    )
     assert "<figcaption>wide<" in page
 
 
-# ---- Films --------------------------------------------------------------------------------------------------------------
+# ---- Films ------------------------------------------------------------------------------------
 
 
 def picture_py(command, *arguments):
-    subprocess.run([sys.executable, EXAMPLES / "picture.py", command, *map(str, arguments)], check=True)
+    subprocess.run(
+        [sys.executable, EXAMPLES / "picture.py", command, *map(str, arguments)], check=True
+    )
 
 
 def test_picture_fit_and_zoom(tmp_path):
-    """fit goes by the shorter side; zoom keeps the middle, and takes size, brightness and contrast from the model."""
+    """fit goes by the shorter side; zoom keeps the middle, and takes size, brightness and contrast
+    from the model."""
     pixels = np.full((30, 60, 3), 60, np.uint8)
     pixels[10:20, 20:40] = 100
     Image.fromarray(pixels).save(tmp_path / "in.png")
@@ -270,10 +409,16 @@ def test_picture_fit_and_zoom(tmp_path):
 def test_picture_blend(tmp_path):
     """The other picture's contrast does not matter, only its pattern."""
     for name, values in (("frame", (90, 110)), ("dream", (140, 100)), ("harsh", (210, 10))):
-        Image.fromarray(np.repeat(np.uint8(values), 300).reshape(2, 100, 3)).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.repeat(np.uint8(values), 300).reshape(2, 100, 3)).save(
+            tmp_path / f"{name}.png"
+        )
     for name in ("dream", "harsh"):
-        picture_py("blend", tmp_path / "frame.png", tmp_path / "out.png", 0.25, tmp_path / f"{name}.png")
-        assert np.asarray(Image.open(tmp_path / "out.png"))[:, 0, 0] == pytest.approx([95, 105], abs=1)
+        picture_py(
+            "blend", tmp_path / "frame.png", tmp_path / "out.png", 0.25, tmp_path / f"{name}.png"
+        )
+        assert np.asarray(Image.open(tmp_path / "out.png"))[:, 0, 0] == pytest.approx(
+            [95, 105], abs=1
+        )
 
 
 def test_zoom(cat):
@@ -293,8 +438,23 @@ def test_zoom(cat):
 
 def probe(film, entries):
     """What ffprobe tells about the film's first video stream, as text."""
-    command = ["ffprobe", "-v", "error", "-select_streams", "v", "-show_entries", f"stream={entries}", "-of", "csv=p=0", film]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(",")
+    command = [
+        "ffprobe",
+        "-v",
+        "error",
+        "-select_streams",
+        "v",
+        "-show_entries",
+        f"stream={entries}",
+        "-of",
+        "csv=p=0",
+        film,
+    ]
+    return (
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .split(",")
+    )
 
 
 def test_zoom_without_ffmpeg(cat):
@@ -303,14 +463,28 @@ def test_zoom_without_ffmpeg(cat):
     folder.mkdir()
     shutil.copy(cat, folder / "00001.png")
     printed = run("zoom.sh", cat, 1, cwd=cat.parent, PATH=path_without("ffmpeg", cat.parent))
-    assert re.match("ffmpeg is not installed; .*'my <cat> & co_zoom.mp4'$", printed.splitlines()[-1])
+    assert re.match(
+        "ffmpeg is not installed; .*'my <cat> & co_zoom.mp4'$", printed.splitlines()[-1]
+    )
 
 
 def path_without(program, folder):
     """A PATH with all that the scripts use but `program`: links in a folder of its own."""
     programs = folder / "programs"
     programs.mkdir()
-    for name in {"sh", "bash", "dirname", "mkdir", "cut", "awk", "mv", "rm", "grep", "cksum", "env"} - {program}:
+    for name in {
+        "sh",
+        "bash",
+        "dirname",
+        "mkdir",
+        "cut",
+        "awk",
+        "mv",
+        "rm",
+        "grep",
+        "cksum",
+        "env",
+    } - {program}:
         (programs / name).symlink_to(shutil.which(name))
     return str(programs)
 
@@ -318,25 +492,60 @@ def path_without(program, folder):
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_video(tmp_path):
     """Three frames and their sound, begun by an earlier run."""
-    source = ["-f", "lavfi", "-i", "testsrc=size=240x224:rate=12.5", "-f", "lavfi", "-i", "sine", "-t", "0.24"]
+    source = [
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc=size=240x224:rate=12.5",
+        "-f",
+        "lavfi",
+        "-i",
+        "sine",
+        "-t",
+        "0.24",
+    ]
     subprocess.run(["ffmpeg", "-loglevel", "error", *source, "my in.mp4"], cwd=tmp_path, check=True)
     frames = tmp_path / "my out.mp4.frames"
     (frames / "in").mkdir(parents=True)
     (frames / "out").mkdir()
-    subprocess.run(["ffmpeg", "-loglevel", "error", "-i", "my in.mp4", frames / "in" / "%06d.png"], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["ffmpeg", "-loglevel", "error", "-i", "my in.mp4", frames / "in" / "%06d.png"],
+        cwd=tmp_path,
+        check=True,
+    )
     Image.open(frames / "in" / "000001.png").save(frames / "out" / "000001.png")
     printed = run("video.sh", "my in.mp4", "my out.mp4", *FAST, cwd=tmp_path)
     made = [pathlib.Path(line).name for line in printed.splitlines() if line.endswith(".png")]
     assert made == ["000002.png", "000003.png"]
-    assert probe(tmp_path / "my out.mp4", "width,height,avg_frame_rate,nb_frames") == ["240", "224", "25/2", "3"]
-    streams = ["ffprobe", "-v", "error", "-show_entries", "stream=codec_type", "-of", "csv=p=0", "my out.mp4"]
-    assert "audio" in subprocess.run(streams, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert probe(tmp_path / "my out.mp4", "width,height,avg_frame_rate,nb_frames") == [
+        "240",
+        "224",
+        "25/2",
+        "3",
+    ]
+    streams = [
+        "ffprobe",
+        "-v",
+        "error",
+        "-show_entries",
+        "stream=codec_type",
+        "-of",
+        "csv=p=0",
+        "my out.mp4",
+    ]
+    assert (
+        "audio"
+        in subprocess.run(streams, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    )
     assert not frames.exists()
 
 
 @pytest.mark.parametrize(
     "script, arguments, program",
-    [("video.sh", ["in.mp4", "out.mp4"], "ffmpeg"), ("parallel.sh", [":::", "a", ":::", "b"], "parallel")],
+    [
+        ("video.sh", ["in.mp4", "out.mp4"], "ffmpeg"),
+        ("parallel.sh", [":::", "a", ":::", "b"], "parallel"),
+    ],
 )
 def test_what_is_not_installed_is_told_in_one_line(script, arguments, program, tmp_path):
     printed = run(script, *arguments, cwd=tmp_path, status=1, PATH=path_without(program, tmp_path))
@@ -344,7 +553,7 @@ def test_what_is_not_installed_is_told_in_one_line(script, arguments, program, t
     assert f"apt-get install {program}" in printed
 
 
-# ---- Many machines ------------------------------------------------------------------------------------------------------
+# ---- Many machines ----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("parallel") is None, reason="GNU parallel is not installed")
@@ -359,21 +568,33 @@ def test_parallel(cat):
 
 
 def test_slurm(cat):
-    """Run as Slurm runs it: a copy elsewhere, in the folder of submission, with its variables. A checkpoint is gone on from."""
+    """Run as Slurm runs it: a copy elsewhere, in the folder of submission, with its variables. A
+    checkpoint is gone on from."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
-    environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "2"}
+    environment = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_CPUS_PER_TASK": "2",
+    }
     options = options_of(copy, cat.name, "--num_steps", "7", cwd=cat.parent, **environment)
     assert options["--layer"] == "inception_4b/output"
     assert options["--output"] == "my <cat> & co_inception_4b-output.part.png"
-    assert (options["--image"], options["--num_steps"], options["--workers"]) == (cat.name, "7", "2")
+    assert (options["--image"], options["--num_steps"], options["--workers"]) == (
+        cat.name,
+        "7",
+        "2",
+    )
     checkpoint = cat.parent / "my <cat> & co_inception_4b-output.part.png.checkpoint"
     checkpoint.touch()
-    assert options_of(copy, cat.name, cwd=cat.parent, **environment) == {"--resume": checkpoint.name}
+    assert options_of(copy, cat.name, cwd=cat.parent, **environment) == {
+        "--resume": checkpoint.name
+    }
     checkpoint.unlink()
 
 
 def test_slurm_ends_a_task_and_starts_it_again(cat):
-    """With the signal that comes when time is up: all is saved, goes on, and is not made again when it is done."""
+    """With the signal that comes when time is up: all is saved, goes on, and is not made again when
+    it is done."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
     environment = {
         "SLURM_SUBMIT_DIR": str(ROOT),
@@ -383,8 +604,11 @@ def test_slurm_ends_a_task_and_starts_it_again(cat):
     }
     picture = cat.parent / "my <cat> & co_pool1-3x3_s2.png"
     part = picture.with_suffix(".part.png")
-    task = subprocess.Popen(["bash", copy, cat.name, "--model=googlenet_mini", "--gpu=-1", "--num_steps=30"], cwd=cat.parent,
-                            env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment)  # fmt: skip
+    task = subprocess.Popen(
+        ["bash", copy, cat.name, "--model=googlenet_mini", "--gpu=-1", "--num_steps=30"],
+        cwd=cat.parent,
+        env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment,
+    )
     while not pathlib.Path(f"{part}.checkpoint").exists():
         time.sleep(0.01)
         assert task.poll() is None

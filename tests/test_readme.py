@@ -1,4 +1,5 @@
-"""Every command of the README is run, with a picture in.jpg at hand, few steps and the network that comes along."""
+"""Every command of the README is run, with a picture in.jpg at hand, few steps and the network that
+comes along."""
 
 import os
 import re
@@ -8,24 +9,38 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, cnn_vis
+from conftest import ROOT, run_cli
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+LINES = [
+    line.split("  #")[0].strip()
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+]
 COMMANDS = [line for line in LINES if line and not line.startswith("#")]
 DOWNLOAD = "python cnn_vis.py --download_model bvlc_googlenet"
 GO_ON = "python cnn_vis.py --resume out.png.checkpoint"
 REPRODUCE = "python cnn_vis.py --reproduce out.png"
-PROGRAM = [line for line in COMMANDS if line.startswith("python cnn_vis.py") and line not in (DOWNLOAD, GO_ON, REPRODUCE)]
+PROGRAM = [
+    line
+    for line in COMMANDS
+    if line.startswith("python cnn_vis.py") and line not in (DOWNLOAD, GO_ON, REPRODUCE)
+]
 SCRIPTS = [line for line in COMMANDS if line.startswith("examples/")]
-SMALL = ["--model=googlenet_mini", "--gpu=-1", "--initial_size=224x224", "--initialization_scale=20"]
+SMALL = [
+    "--model=googlenet_mini",
+    "--gpu=-1",
+    "--initial_size=224x224",
+    "--initialization_scale=20",
+]
 
 
 def test_the_set_up_commands_are_two():
-    """What is not a run of the program is set-up: the two commands, one of which runs these very tests, the environment, and
-    the download, which test_models.py runs against a server of its own."""
+    """What is not a run of the program is set-up: the two commands, one of which runs these very
+    tests, the environment, and the download, which test_models.py runs against a server of its
+    own."""
     others = [line for line in COMMANDS if line not in PROGRAM + SCRIPTS + [GO_ON, REPRODUCE]]
     assert others == ["make example", "make test", ". .venv/bin/activate", DOWNLOAD]
 
@@ -34,27 +49,38 @@ def test_the_set_up_commands_are_two():
 def test_program_commands(command, photographs, tmp_path):
     arguments = shlex.split(command)[2:]
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
-    done = cnn_vis(*arguments, "--num_steps=1", "--model=googlenet_mini", "--gpu=-1", cwd=tmp_path)
+    done = run_cli(*arguments, "--num_steps=1", "--model=googlenet_mini", "--gpu=-1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if not {"--help", "--list_models", "--list_layers"} & set(arguments):
-        output = arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
+        output = (
+            arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
+        )
         Image.open(tmp_path / output).verify()
 
 
 def test_go_on_and_reproduce(tmp_path):
-    """A run that is killed goes on by the one command, and the other prints what made its picture."""
-    command = [sys.executable, str(ROOT / "cnn_vis.py"), *SMALL, "--num_steps=60", "--checkpoint_iter=1"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """A run that is killed goes on by the one command, and the other prints what made its
+    picture."""
+    command = [
+        sys.executable,
+        str(ROOT / "cnn_vis.py"),
+        *SMALL,
+        "--num_steps=60",
+        "--checkpoint_iter=1",
+    ]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "out.png.checkpoint").exists():
         time.sleep(0.01)
         assert running.poll() is None
     running.kill()
     running.wait()
     assert GO_ON in COMMANDS
-    done = cnn_vis(*shlex.split(GO_ON)[2:], cwd=tmp_path)
+    done = run_cli(*shlex.split(GO_ON)[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert REPRODUCE in COMMANDS
-    done = cnn_vis(*shlex.split(REPRODUCE)[2:], cwd=tmp_path)
+    done = run_cli(*shlex.split(REPRODUCE)[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--num_steps=60" in done.stdout
 
@@ -62,8 +88,18 @@ def test_go_on_and_reproduce(tmp_path):
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_scripts(command, photographs, tmp_path):
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
-    words = [str(ROOT / command.split()[0]), *shlex.split(command)[1:], *SMALL[:3], "--num_sizes=1", "--num_steps=1"]
-    environment = os.environ | {"LAYERS": "inception_4c/output", "SIDE": "224", "CNN_VIS_PYTHON": sys.executable}
+    words = [
+        str(ROOT / command.split()[0]),
+        *shlex.split(command)[1:],
+        *SMALL[:3],
+        "--num_sizes=1",
+        "--num_steps=1",
+    ]
+    environment = os.environ | {
+        "LAYERS": "inception_4c/output",
+        "SIDE": "224",
+        "CNN_VIS_PYTHON": sys.executable,
+    }
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*.png"))
@@ -74,7 +110,14 @@ def test_python_code(photographs, tmp_path):
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
     (tmp_path / "code.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "code.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "code.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 20
     assert Image.open(tmp_path / "dream.png").size == (640, 427)
@@ -84,25 +127,35 @@ def test_make_example(tmp_path):
     """What `make example` runs, in an environment that is already installed."""
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     script = ROOT / "examples" / "example.sh"
-    done = subprocess.run([script, "out.png", "--num_steps=1", "--gpu=-1"], cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(
+        [script, "out.png", "--num_steps=1", "--gpu=-1"], cwd=tmp_path, env=environment, check=False
+    )
     assert done.returncode == 0
     assert Image.open(tmp_path / "out.png").size == (631, 420)
 
 
 def test_make_example_runs_that_script():
-    done = subprocess.run(["make", "-n", "example"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "example"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "examples/example.sh example.png" in done.stdout
 
 
 def test_options_in_the_readme_exist():
-    import cnn_vis as program
+    import cnn_vis
 
-    known = {name for action in program.build_parser()._actions for name in action.option_strings}
-    mentioned = set(re.findall(r"`(--\w+)", README)) | {word for line in PROGRAM for word in line.split() if word[:2] == "--"}
+    known = {name for action in cnn_vis.PARSER.options for name in action.option_strings}
+    known |= {"--help", "--version"}
+    mentioned = set(re.findall(r"`(--\w+)", README)) | {
+        word for line in PROGRAM for word in line.split() if word[:2] == "--"
+    }
     assert mentioned <= known
 
 
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "tests/README.md", "models/googlenet_mini/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "examples/README.md", "tests/README.md", "models/googlenet_mini/README.md"],
+)
 def test_links_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
@@ -110,15 +163,16 @@ def test_links_exist(page):
 
 
 def test_gallery():
-    """Every picture has its command, of a script that is there (test_examples.py runs them all) and options that it takes."""
-    import cnn_vis as program
+    """Every picture has its command, of a script that is there (test_examples.py runs them all) and
+    options that it takes."""
+    import cnn_vis
 
     text = (ROOT / "examples" / "README.md").read_text()
     pictures = re.findall(r"!\[[^\]]+\]\((pictures/[^)]+)\)\n\n```sh\nexamples/", text)
     assert len(pictures) == text.count("![") >= 10
     for path in (ROOT / "examples" / "pictures").iterdir():
         assert path.stat().st_size < 200_000, path
-    known = {name for action in program.build_parser()._actions for name in action.option_strings}
+    known = {name for action in cnn_vis.PARSER.options for name in action.option_strings}
     for line in re.findall(r"^examples/.*", text, re.MULTILINE):
         script, *words = shlex.split(line, comments=True)
         assert os.access(ROOT / script, os.X_OK), script

@@ -3,14 +3,17 @@
 
     pip install -r requirements.txt          # PyTorch
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --minutes 90
-    python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --start earlier.caffemodel --lr 5e-4
+    python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel \\
+        --start earlier.caffemodel --lr 5e-4
 
-Writes student.caffemodel, its deploy prototxt student.prototxt, and student.state.pt, from which the same command goes on
-after a stop. One step of training: random crops of the pictures, some of them dreamed upon by the student, go through
-both networks; at conv1, conv2 and every inception output each of the student's channels is to equal one channel of the
-teacher's, in units of that channel's variance. In each branch the teacher's most varying channels are the ones imitated.
+Writes student.caffemodel, its deploy prototxt student.prototxt, and student.state.pt, from which
+the same command goes on after a stop. One step of training: random crops of the pictures, some of
+them dreamed upon by the student, go through both networks; at conv1, conv2 and every inception
+output each of the student's channels is to equal one channel of the teacher's, in units of that
+channel's variance. In each branch the teacher's most varying channels are the ones imitated.
 
-Pictures are float32 (N, 3, S, S), channels B, G, R, 0 to 255 with MEAN taken off, as Caffe's GoogLeNet takes them.
+Pictures are float32 (N, 3, S, S), channels B, G, R, 0 to 255 with MEAN taken off, as Caffe's
+GoogLeNet takes them.
 """
 
 import argparse
@@ -30,15 +33,22 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import cnn_vis
 
 MEAN = np.array([104.0, 117.0, 123.0], np.float32)
-# Channels of the branches 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj: Szegedy et al. 2015, table 1.
+# Channels of the branches 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj: Szegedy et al. 2015,
+# table 1.
 INCEPTIONS = {
-    "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64), "4a": (192, 96, 208, 16, 48, 64),
-    "4b": (160, 112, 224, 24, 64, 64), "4c": (128, 128, 256, 24, 64, 64), "4d": (112, 144, 288, 32, 64, 64),
-    "4e": (256, 160, 320, 32, 128, 128), "5a": (256, 160, 320, 32, 128, 128), "5b": (384, 192, 384, 48, 128, 128),
-}  # fmt: skip
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
 CONVOLUTIONS = {"conv1": 64, "conv2": 192}
 
-# ---- Networks ------------------------------------------------------------------------------------------------------------
+# ---- Networks ---------------------------------------------------------------------------------
 
 
 def lrn(x):
@@ -50,7 +60,8 @@ def lrn(x):
 
 
 class GoogLeNet(nn.Module):
-    """GoogLeNet up to inception_5b/output with `width` times the channels. forward gives {"conv1": ..., "5b": ...}."""
+    """GoogLeNet up to inception_5b/output with `width` times the channels. forward gives {"conv1":
+    ..., "5b": ...}."""
 
     def __init__(self, width=1.0):
         super().__init__()
@@ -62,9 +73,13 @@ class GoogLeNet(nn.Module):
         for key, channels in INCEPTIONS.items():
             one, reduce3, three, reduce5, five, pool = (int(c * width) for c in channels)
             for name, inputs, outputs, kernel in (
-                ("1x1", wide, one, 1), ("3x3_reduce", wide, reduce3, 1), ("3x3", reduce3, three, 3),
-                ("5x5_reduce", wide, reduce5, 1), ("5x5", reduce5, five, 5), ("pool_proj", wide, pool, 1),
-            ):  # fmt: skip
+                ("1x1", wide, one, 1),
+                ("3x3_reduce", wide, reduce3, 1),
+                ("3x3", reduce3, three, 3),
+                ("5x5_reduce", wide, reduce5, 1),
+                ("5x5", reduce5, five, 5),
+                ("pool_proj", wide, pool, 1),
+            ):
                 self._add(f"inception_{key}/{name}", inputs, outputs, kernel)
             wide = one + three + five + pool
 
@@ -82,7 +97,9 @@ class GoogLeNet(nn.Module):
             return self._conv(f"inception_{key}/{name}", x)
 
         three, five = conv("3x3", conv("3x3_reduce", x)), conv("5x5", conv("5x5_reduce", x))
-        return torch.cat([conv("1x1", x), three, five, conv("pool_proj", F.max_pool2d(x, 3, 1, 1))], 1)
+        return torch.cat(
+            [conv("1x1", x), three, five, conv("pool_proj", F.max_pool2d(x, 3, 1, 1))], 1
+        )
 
     def forward(self, x):
         seen = {"conv1": self._conv("conv1/7x7_s2", x)}
@@ -112,7 +129,8 @@ def load_caffemodel(path, width=1.0):
 
 
 def narrow_prototxt(width):
-    """Caffe's GoogLeNet prototxt up to inception_5b/output with `width` times the channels, as a NetParameter."""
+    """Caffe's GoogLeNet prototxt up to inception_5b/output with `width` times the channels, as a
+    NetParameter."""
     net = cnn_vis.read_prototxt(cnn_vis.MODELS["bvlc_googlenet"].find_deploy())
     net.name = f"GoogLeNet, width {width:g}"
     last = next(i for i, layer in enumerate(net.layer) if layer.name == "inception_5b/output")
@@ -128,25 +146,31 @@ def narrow_prototxt(width):
 def save_caffemodel(net, width, path):
     """Writes `path` (.caffemodel) and its prototxt beside it, each whole or not at all."""
     prototxt = narrow_prototxt(width)
-    with cnn_vis.caffe_net(prototxt) as loaded:
-        for name, layer in net.layers.items():
-            for blob, parameter in zip(loaded.params[name], (layer.weight, layer.bias)):
-                blob.data[...] = parameter.detach().numpy()
-        loaded.save(f"{path}.part")
+    loaded = cnn_vis.caffe_net(prototxt)
+    for name, layer in net.layers.items():
+        for blob, parameter in zip(loaded.params[name], (layer.weight, layer.bias)):
+            blob.data[...] = parameter.detach().numpy()
+    loaded.save(f"{path}.part")
     os.replace(f"{path}.part", path)
     pathlib.Path(path).with_suffix(".prototxt").write_text(str(prototxt))
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------------------
+# ---- Pictures ---------------------------------------------------------------------------------
 
 
 def random_crop(picture, size, random):
-    """A square of a uint8 (H, W, 3) picture at a random scale, float32 (3, size, size). Contrast and colour vary too: a
-    dreamed picture leaves the natural range."""
+    """A square of a uint8 (H, W, 3) picture at a random scale, float32 (3, size, size). Contrast
+    and colour vary too: a dreamed picture leaves the natural range."""
     height, width = picture.shape[:2]
-    side = min(max(int(min(height, width) * math.exp(random.uniform(math.log(0.35), 0))), 64), height, width)
+    side = min(
+        max(int(min(height, width) * math.exp(random.uniform(math.log(0.35), 0))), 64),
+        height,
+        width,
+    )
     y, x = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
-    square = Image.fromarray(picture[y : y + side, x : x + side]).resize((size, size), Image.Resampling.BICUBIC)
+    square = Image.fromarray(picture[y : y + side, x : x + side]).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     crop = np.asarray(square, np.float32)[:, :: random.choice((-1, 1)), ::-1] - MEAN
     crop = crop * random.uniform(0.6, 1.4) + random.uniform(-25, 25, 3)
     return crop.transpose(2, 0, 1).astype(np.float32)
@@ -160,8 +184,8 @@ def crops(pictures, count, size, random):
 
 
 def dreamed(net, batch, random):
-    """The batch after one to four steps uphill on what `net` sees at a random layer: what a student that is right on
-    photographs only would be wrong about, and what it will be used for."""
+    """The batch after one to four steps uphill on what `net` sees at a random layer: what a student
+    that is right on photographs only would be wrong about, and what it will be used for."""
     key = random.choice(list(INCEPTIONS))
     for _ in range(random.integers(1, 5)):
         batch = batch.detach().requires_grad_()
@@ -171,12 +195,14 @@ def dreamed(net, batch, random):
     return batch.detach().clamp(-160, 190)
 
 
-# ---- Imitation -----------------------------------------------------------------------------------------------------------
+# ---- Imitation --------------------------------------------------------------------------------
 
 
 def branch_sizes(key):
     """Channels of each branch of an output, at full width."""
-    return [CONVOLUTIONS[key]] if key in CONVOLUTIONS else [INCEPTIONS[key][i] for i in (0, 2, 4, 5)]
+    return (
+        [CONVOLUTIONS[key]] if key in CONVOLUTIONS else [INCEPTIONS[key][i] for i in (0, 2, 4, 5)]
+    )
 
 
 def teacher_spread(teacher, batches):
@@ -184,9 +210,13 @@ def teacher_spread(teacher, batches):
     sums = {}
     for batch in batches:
         for key, a in teacher(batch).items():
-            sums.setdefault(key, []).append(torch.stack([a.mean((0, 2, 3)), a.square().mean((0, 2, 3))]))
+            sums.setdefault(key, []).append(
+                torch.stack([a.mean((0, 2, 3)), a.square().mean((0, 2, 3))])
+            )
     moments = {key: torch.stack(list(values)).mean(0) for key, values in sums.items()}
-    return {key: (square - mean**2).clamp_min(1e-6).sqrt() for key, (mean, square) in moments.items()}
+    return {
+        key: (square - mean**2).clamp_min(1e-6).sqrt() for key, (mean, square) in moments.items()
+    }
 
 
 def most_varying(spread, width):
@@ -203,13 +233,17 @@ def most_varying(spread, width):
 
 
 def most_alike(student, teacher, batches, spread, width):
-    """{output: the teacher channel that each channel of a trained student imitates}, by their correlation. Channels that
-    never fire get the most varying of those left over."""
+    """{output: the teacher channel that each channel of a trained student imitates}, by their
+    correlation. Channels that never fire get the most varying of those left over."""
     seen = [(student(batch), teacher(batch)) for batch in batches]
     chosen = {}
     for key in spread:
-        theirs = [torch.cat([pair[i][key].transpose(0, 1).flatten(1) for pair in seen], 1) for i in (0, 1)]
-        ours, full = ((a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + 1e-9) for a in theirs)
+        theirs = [
+            torch.cat([pair[i][key].transpose(0, 1).flatten(1) for pair in seen], 1) for i in (0, 1)
+        ]
+        ours, full = (
+            (a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + 1e-9) for a in theirs
+        )
         alike, row, column, indices = ours @ full.T / ours.shape[1], 0, 0, []
         for size in branch_sizes(key):
             rows = int(size * width)
@@ -225,9 +259,12 @@ def most_alike(student, teacher, batches, spread, width):
 
 
 def errors(student_sees, teacher_sees, chosen, spread):
-    """{output: mean squared error in units of the channels' variance}: about one minus the explained variance."""
+    """{output: mean squared error in units of the channels' variance}: about one minus the
+    explained variance."""
     return {
-        key: ((a - teacher_sees[key][:, chosen[key]]) / spread[key][chosen[key]].view(1, -1, 1, 1)).square().mean()
+        key: ((a - teacher_sees[key][:, chosen[key]]) / spread[key][chosen[key]].view(1, -1, 1, 1))
+        .square()
+        .mean()
         for key, a in student_sees.items()
     }
 
@@ -236,28 +273,50 @@ def errors(student_sees, teacher_sees, chosen, spread):
 def report(student, teacher, batches, chosen, spread):
     """The errors over `batches` as a line of text."""
     totals = [errors(student(batch), teacher(batch), chosen, spread) for batch in batches]
-    return " ".join(f"{key}:{sum(float(t[key]) for t in totals) / len(totals):.3f}" for key in totals[0])
+    return " ".join(
+        f"{key}:{sum(float(t[key]) for t in totals) / len(totals):.3f}" for key in totals[0]
+    )
 
 
-# ---- Command line --------------------------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("teacher", help="caffemodel of a GoogLeNet")
     parser.add_argument("pictures", help="folder of photographs; every 25th is held out")
     parser.add_argument("out", help="caffemodel to write")
-    parser.add_argument("--width", type=float, default=0.5, help="channels, as a fraction of the teacher's")
-    parser.add_argument("--minutes", type=float, default=90, help="length of the training; the learning rate ends at 0 with it")
-    parser.add_argument("--iterations", type=int, help="stop after as many steps instead (default: by the clock)")
+    parser.add_argument(
+        "--width", type=float, default=0.5, help="channels, as a fraction of the teacher's"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=90,
+        help="length of the training; the learning rate ends at 0 with it",
+    )
+    parser.add_argument(
+        "--iterations", type=int, help="stop after as many steps instead (default: by the clock)"
+    )
     parser.add_argument("--crop", type=int, default=128, help="side of the crops, in pixels")
     parser.add_argument("--batch", type=int, default=32, help="crops in a step")
     parser.add_argument(
-        "--lr", type=float, default=2.5e-3, help="highest learning rate; with --start 5e-4 is enough, and more diverges"
+        "--lr",
+        type=float,
+        default=2.5e-3,
+        help="highest learning rate; with --start 5e-4 is enough, and more diverges",
     )
-    parser.add_argument("--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops")
-    parser.add_argument("--start", help="a caffemodel of the same width to go on from (default: random weights)")
-    parser.add_argument("--every", type=int, default=200, help="steps between reports and saved states")
+    parser.add_argument(
+        "--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops"
+    )
+    parser.add_argument(
+        "--start", help="a caffemodel of the same width to go on from (default: random weights)"
+    )
+    parser.add_argument(
+        "--every", type=int, default=200, help="steps between reports and saved states"
+    )
     return parser.parse_args(argv)
 
 
@@ -271,7 +330,12 @@ def main(argv=None):
     test_random = np.random.default_rng(9)
     test = [crops(held_out, 16, args.crop, test_random) for _ in range(4)]
 
-    teacher = load_caffemodel(args.teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    teacher = (
+        load_caffemodel(args.teacher)
+        .eval()
+        .requires_grad_(False)
+        .to(memory_format=torch.channels_last)
+    )
     student = load_caffemodel(args.start, args.width) if args.start else GoogLeNet(args.width)
     student = student.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=1e-4)
@@ -280,19 +344,31 @@ def main(argv=None):
         state = torch.load(state_path, weights_only=True)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        chosen, spread, step, elapsed = (state[name] for name in ("chosen", "spread", "step", "elapsed"))
+        chosen, spread, step, elapsed = (
+            state[name] for name in ("chosen", "spread", "step", "elapsed")
+        )
         random = np.random.default_rng(step)
     else:
         with torch.no_grad():
             batches = [crops(train, 32, args.crop, random) for _ in range(6)]
             spread = teacher_spread(teacher, batches)
-            chosen = most_alike(student, teacher, batches, spread, args.width) if args.start else most_varying(spread, args.width)
+            chosen = (
+                most_alike(student, teacher, batches, spread, args.width)
+                if args.start
+                else most_varying(spread, args.width)
+            )
     print(f"step {step}, held out {report(student, teacher, test, chosen, spread)}", flush=True)
 
     begun = time.monotonic() - elapsed
-    while (done := step / args.iterations if args.iterations else (time.monotonic() - begun) / (60 * args.minutes)) < 1:
+    while (
+        done := step / args.iterations
+        if args.iterations
+        else (time.monotonic() - begun) / (60 * args.minutes)
+    ) < 1:
         for group in optimizer.param_groups:  # a short rise, then half a cosine
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
+            group["lr"] = (
+                args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
+            )
         batch = crops(train, args.batch, args.crop, random)
         if random.random() < args.dreamed:
             batch = dreamed(student, batch, random)
@@ -307,8 +383,16 @@ def main(argv=None):
         if step % args.every == 0:
             seconds = time.monotonic() - begun
             held = report(student, teacher, test, chosen, spread)
-            print(f"step {step}, {seconds:.0f} s, loss {float(loss.detach()):.3f}, held out {held}", flush=True)
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "chosen": chosen, "spread": spread}
+            print(
+                f"step {step}, {seconds:.0f} s, loss {float(loss.detach()):.3f}, held out {held}",
+                flush=True,
+            )
+            state = {
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "chosen": chosen,
+                "spread": spread,
+            }
             torch.save(state | {"step": step, "elapsed": seconds}, f"{state_path}.part")
             os.replace(f"{state_path}.part", state_path)
     save_caffemodel(student, args.width, args.out)

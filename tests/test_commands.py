@@ -1,0 +1,56 @@
+"""The program from outside: what is done instead of a run, streams, surroundings."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ONE, ROOT, TINY, assert_one_line, run_cli
+from PIL import Image
+
+import cnn_vis
+
+
+def test_the_version_is_printed(tmp_path):
+    done = run_cli("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"cnn_vis.py {cnn_vis.__version__}\n")
+
+
+def test_import_needs_no_caffe(tmp_path):
+    """`import cnn_vis` loads neither Caffe nor anything slow."""
+    heavy = ("caffe", "scipy", "skimage", "matplotlib", "PIL")
+    code = f"import sys, cnn_vis; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "redirection", [">&-", ">/dev/full", "2>&-", "2>/dev/full", ">&- 2>&- <&-"]
+)
+def test_closed_and_full_streams_stop_nothing(redirection, tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE[:-2], "--output_iter=1"])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {redirection}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    Image.open(tmp_path / "out.png").verify()
+
+
+def test_an_error_on_a_full_stderr_keeps_its_status(tmp_path):
+    """Nobody reads the line; the exit status says it."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *TINY, "--image=nope.jpg"])
+    assert subprocess.run(["sh", "-c", f"{command} 2>/dev/full"], cwd=tmp_path).returncode == 2
+
+
+def test_a_current_folder_that_is_no_more(tmp_path):
+    command = shlex.join(
+        [sys.executable, str(ROOT / "cnn_vis.py"), *ONE, f"--output={tmp_path}/o.png"]
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"mkdir gone; cd gone; rmdir ../gone; {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert_one_line(done, 2, "current directory")

@@ -1,0 +1,133 @@
+"""The loop. Tiles are computed ahead of their turn, and the picture must not know: the scheduler
+with an engine that only pretends, against a plain loop."""
+
+import numpy as np
+from conftest import GOLDEN, ONE, TINY, assert_one_line, run_cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cnn_vis
+
+
+def gradient(tile):
+    """Stands for the network: depends on every pixel of the tile, and is float32 in and out."""
+    tile = np.asarray(tile, np.float32)
+    return tile * np.float32(0.25) + tile.mean(dtype=np.float32)
+
+
+def step(image, region, gradient):
+    y0, y1, x0, x1 = region
+    image[0, :, y0:y1, x0:x1] -= gradient + 0.01 * y0 + 0.003 * x0
+
+
+class PretendedEngine:
+    """As cnn_vis.Engine, with `slots` places; tells when it is given more than it can hold, or
+    asked for too much."""
+
+    def __init__(self, slots, batch_size):
+        self.slots, self.batch_size = slots, batch_size
+        self.held, self.batches = {}, []
+
+    def has_room(self):
+        return len(self.held) < self.slots
+
+    def send(self, tiles_in, measure):
+        assert self.has_room()
+        assert 1 <= len(tiles_in) <= self.batch_size
+        ticket = len(self.batches)
+        self.held[ticket] = [
+            (gradient(tile), float(np.sum(tile)) if measure else None) for tile in tiles_in
+        ]
+        self.batches.append(len(tiles_in))
+        return ticket
+
+    def receive(self, ticket):
+        return self.held.pop(ticket)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    size=st.tuples(st.integers(4, 30), st.integers(4, 30)),
+    tile=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    steps=st.integers(1, 3),
+    slots=st.integers(1, 9),
+    batch_size=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed):
+    image = np.random.default_rng(seed).normal(size=(1, 3, *size))
+    expected, order = image.copy(), []
+    colours = [colour for colour in cnn_vis.tiles(size, tile) if colour] * steps
+    for colour in colours:
+        before = expected.copy()
+        for region in colour:
+            step(expected, region, gradient(cnn_vis.cut_tile(before, region)))
+            order.append(region)
+
+    engine = PretendedEngine(slots, batch_size)
+    measured = [seed % (number + 2) == 0 for number in range(len(colours))]
+    regions, losses = [], []
+    for region, downhill, loss in cnn_vis.tile_gradients(engine, image, zip(colours, measured)):
+        regions.append(region)
+        losses.append(loss)
+        step(image, region, downhill)
+    assert regions == order
+    asked = [measure for colour, measure in zip(colours, measured) for _ in colour]
+    assert all(loss is not None for loss, measure in zip(losses, asked) if measure)
+    assert image.tobytes() == expected.tobytes()
+    assert not engine.held
+
+
+def test_the_engine_is_kept_busy():
+    """In a picture of many tiles an engine of few slots always has the next tile before it is done
+    with the one in hand, and full batches are made where there are tiles for them."""
+    size, tile = (1080, 1920), (224, 224)
+    colours = [colour for colour in cnn_vis.tiles(size, tile) if colour] * 4
+    image = np.zeros((1, 3, *size))
+    turns = [(colour, False) for colour in colours]
+    engine, idle = PretendedEngine(slots=3, batch_size=1), 0
+    for _ in cnn_vis.tile_gradients(engine, image, turns):
+        idle += not engine.held
+    assert idle == 1  # at the end
+    engine = PretendedEngine(slots=3, batch_size=5)
+    for _ in cnn_vis.tile_gradients(engine, image, turns):
+        pass
+    assert np.mean(engine.batches) > 4
+
+
+def test_overflow_of_the_running_square_is_reported(tmp_path):
+    """In the running square first, where it would stop the picture's pixels and say nothing."""
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        "--initialization_scale=30",
+        "--seed=1",
+        "--alpha=140",
+        "--p_reg=1",
+        "--num_steps=9",
+        "--quiet",
+        cwd=tmp_path,
+    )
+    assert_one_line(done, 1, "overflowed", "--alpha", "out.png")
+
+
+def test_overflow_ends_the_run_and_keeps_the_last_good_picture(tmp_path):
+    """The run stops, names the options, and keeps the last good picture."""
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        "--p_reg=1e308",
+        "--alpha=12",
+        "--num_steps=9",
+        "--learning_rate=1e30",
+        "--quiet",
+        cwd=tmp_path,
+    )
+    assert_one_line(done, 1, "overflowed", "--learning_rate", "--p_reg", "out.png")
+    Image.open(tmp_path / "out.png").verify()
+
+
+def test_final_size_is_not_looked_at_with_one_size(tmp_path):
+    assert run_cli(*ONE, "--final_size=0x0", cwd=tmp_path).returncode == 0

@@ -1,0 +1,493 @@
+"""Files of a run: written whole or not at all, never over another, and what they say of how they
+were made."""
+
+import io
+import json
+import os
+import pathlib
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import (
+    CARD,
+    CHECKPOINT,
+    GOLDEN,
+    ONE,
+    ROOT,
+    RUN,
+    TINY,
+    assert_one_line,
+    mutated,
+    pixels,
+    run_cli,
+    start,
+    under_way,
+    wait_for,
+)
+from PIL import Image, ImageCms, PngImagePlugin
+
+import cnn_vis
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("a small file system cannot be mounted here (that takes root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_at_the_end(small_disk, tmp_path):
+    """One clear line, and the good file that was there stays."""
+    shutil.copy(GOLDEN / "input.png", small_disk / "out.png")
+    good = (small_disk / "out.png").read_bytes()
+    (small_disk / "filler").write_bytes(bytes(64 * 1024 - len(good) - 8192))
+    done = run_cli(
+        *RUN,
+        "--num_steps=3",
+        "--stats=/dev/full/no",
+        f"--output={small_disk}/out.png",
+        cwd=tmp_path,
+    )
+    assert_one_line(done, 2, "--stats")
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        "--initial_size=300x300",
+        "--initialization_scale=60",
+        "--num_steps=2",
+        "--tv_reg=0",
+        "--quiet",
+        f"--output={small_disk}/out.png",
+        cwd=tmp_path,
+        TMPDIR=str(tmp_path),
+    )
+    assert_one_line(done, 1, "--output", "No space left", "unchanged")
+    assert (small_disk / "out.png").read_bytes() == good
+    assert sorted(os.listdir(small_disk)) == ["filler", "out.png"]
+    command = shlex.split(
+        done.stderr.partition("to continue: ")[2]
+    )  # the checkpoint is among the temporary files
+    assert run_cli(*command[2:], cwd=tmp_path).returncode == 0
+    assert Image.open(tmp_path / "ANOTHER.png").size == (300, 300)
+
+
+def test_a_full_disk_on_the_way(small_disk, tmp_path):
+    """What is saved on the way and cannot be is told; the run goes on, and ends well where there is
+    room again."""
+    (small_disk / "filler").write_bytes(bytes(50 * 1024))
+    running = start(
+        *TINY,
+        "--layer=inception_a/output",
+        "--initial_size=90x90",
+        "--initialization_scale=60",
+        "--num_steps=400",
+        "--tv_reg=0",
+        "--quiet",
+        "--output_iter=1",
+        "--iter_behavior=save",
+        "--checkpoint_iter=0",
+        f"--output={small_disk}/out.png",
+        cwd=tmp_path,
+    )
+    assert "No space left" in running.stderr.readline()
+    os.remove(small_disk / "filler")
+    for path in small_disk.glob("out_*"):
+        path.unlink()
+    while running.poll() is None:
+        for path in small_disk.glob("out_*.png"):
+            path.unlink(missing_ok=True)
+        time.sleep(0.01)
+    running.communicate()
+    assert running.returncode == 0
+    Image.open(small_disk / "out.png").verify()
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "jpeg", "webp", "tif", "tiff"])
+def test_the_extension_decides_the_format(extension, tmp_path):
+    """The format is the extension's, tagged as sRGB."""
+    name = f"out.{extension}"
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        "--num_steps=1",
+        f"--output={name}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / name) as picture:
+        assert cnn_vis.FORMATS[f".{extension}"][0] == picture.format
+        assert "sRGB" in ImageCms.getProfileDescription(
+            ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+        )
+        picture.load()
+
+
+@pytest.mark.parametrize(("extension", "side"), [("jpg", 65501), ("webp", 16384)])
+def test_sides_that_a_format_does_not_hold(extension, side, tmp_path):
+    """Told before work begins; one pixel less is written."""
+    options = [*TINY, "--layer=inception_a/output", f"--output=out.{extension}"]
+    done = run_cli(*options, f"--initial_size=32x{side}", cwd=tmp_path)
+    assert_one_line(done, 2, "--output", str(side - 1), ".png")
+    path = tmp_path / f"long.{extension}"
+    cnn_vis.write_picture(np.zeros((2, side - 1, 3), np.uint8), str(path))
+    assert Image.open(path).width == side - 1
+
+
+def test_one_run_at_a_time_writes_an_output(tmp_path):
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    assert_one_line(run_cli(*RUN, "--quiet", cwd=tmp_path), 2, "--output", "out.png", "another run")
+    others = (
+        ["--output=out.jpg"],
+        ["--output=x.png"],
+        ["--output=y.png", "--stats=stats.csv", "--iter_behavior=none"],
+    )
+    for (other, *more), taken in zip(others, ("out_run.gif", "stats.csv", "stats.csv")):
+        assert_one_line(run_cli(*RUN, other, *more, cwd=tmp_path), 2, "another run", taken)
+    assert_one_line(
+        run_cli(f"--resume={CHECKPOINT}", "--output=z.png", "--stats=z.csv", cwd=tmp_path),
+        2,
+        "another run",
+        "out.png",
+    )
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=20)
+    assert "--resume" in said
+    assert sorted(os.listdir(tmp_path)) == ["out.png", CHECKPOINT, "out_run.gif", "stats.csv"]
+
+
+@pytest.mark.parametrize("option", ["caffe_model", "deploy_txt", "mean_image", "image"])
+def test_inputs_are_not_overwritten(option, tmp_path):
+    files = {
+        "caffe_model": "tiny_inception.caffemodel",
+        "deploy_txt": "deploy.prototxt",
+        "mean_image": "mean.npy",
+        "image": "input.png",
+    }
+    file = shutil.copy(GOLDEN / files[option], tmp_path)
+    before = pathlib.Path(file).read_bytes()
+    done = run_cli(*ONE, f"--{option}={file}", f"--stats={file}", cwd=tmp_path)
+    assert_one_line(done, 2, "--stats", file)
+    linked = tmp_path / "linked.png"
+    linked.symlink_to(file)
+    assert_one_line(
+        run_cli(*ONE, f"--{option}={file}", "--output=linked.png", cwd=tmp_path),
+        2,
+        "--output",
+        f"--{option}",
+    )
+    assert pathlib.Path(file).read_bytes() == before
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path):
+    """By the picture of the run that goes on from it."""
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    running.kill()
+    running.communicate()
+    (tmp_path / CHECKPOINT).rename(tmp_path / "c.png")
+    before = (tmp_path / "c.png").read_bytes()
+    assert_one_line(
+        run_cli("--resume=c.png", "--output=c.png", cwd=tmp_path), 2, "--output", "--resume"
+    )
+    assert (tmp_path / "c.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "stats",
+    ["in.png", "o.png", "o.png.checkpoint", "o_plot.png", "o_1_1.png", "o.png.json", "./o.png"],
+)
+def test_stats_overwrite_nothing(stats, tmp_path):
+    shutil.copy(GOLDEN / "input.png", tmp_path / "in.png")
+    done = run_cli(*ONE, "--image=in.png", "--output=o.png", f"--stats={stats}", cwd=tmp_path)
+    assert_one_line(done, 2, "--stats", stats)
+    assert (tmp_path / "in.png").read_bytes() == (GOLDEN / "input.png").read_bytes()
+
+
+def test_the_image_is_not_overwritten(tmp_path):
+    shutil.copy(GOLDEN / "input.png", tmp_path / "in_1_1.png")
+    assert_one_line(
+        run_cli(*ONE, "--image=in_1_1.png", "--output=in.png", cwd=tmp_path),
+        2,
+        "--output",
+        "in.png",
+    )
+
+
+def test_file_names_may_be_of_any_bytes(tmp_path):
+    """Of any bytes; the ones that are too long are refused before work begins."""
+    for name in (b"caf\xe9.png", "é ü 😀.png".encode(), b"new\nline.png"):
+        done = run_cli(*ONE, os.fsdecode(b"--output=" + name), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert name in os.listdir(os.fsencode(tmp_path))
+        assert run_cli(b"--reproduce=".decode() + os.fsdecode(name), cwd=tmp_path).returncode == 0
+    for name in ("x" * 300 + ".png", "x" * 248 + ".png"):
+        assert_one_line(run_cli(*ONE, f"--output={name}", cwd=tmp_path), 2, "--output", "too long")
+    assert run_cli(*ONE, f"--output={'😀' * 55}.png", cwd=tmp_path).returncode == 0
+
+
+def test_links_and_devices_as_output(tmp_path):
+    (tmp_path / "link.png").symlink_to("real.png")
+    assert run_cli(*ONE, "--output=link.png", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link.png").is_symlink()
+    Image.open(tmp_path / "real.png").verify()
+    os.mkfifo(tmp_path / "fifo.png")
+    assert_one_line(run_cli(*ONE, "--output=fifo.png", cwd=tmp_path), 2, "--output", "fifo.png")
+
+
+def test_parts_of_killed_runs_are_removed(tmp_path):
+    """Those of this output and of processes of this machine that are no more."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = [
+        cnn_vis.part_name(str(tmp_path / name), dead.pid)
+        for name in ("out.png", "out.png.checkpoint", "out_1_50.png")
+    ]
+    kept = [
+        cnn_vis.part_name(str(tmp_path / "out.png"), os.getpid()),
+        cnn_vis.part_name(str(tmp_path / "other.png"), dead.pid),
+        cnn_vis.part_name(str(tmp_path / "out.png"), dead.pid).replace(
+            os.uname().nodename, "elsewhere"
+        ),
+    ]
+    for path in stale + kept:
+        open(path, "w").close()
+    assert run_cli(*ONE, cwd=tmp_path).returncode == 0
+    assert {path for path in stale + kept if os.path.exists(path)} == set(kept)
+
+
+def test_folders_where_files_are_to_come(tmp_path):
+    for name, option in (
+        ("o.png.json", "--sidecar"),
+        ("o_run.gif", "--iter_behavior=gif"),
+        ("o_plot.png", "--iter_behavior=plot"),
+    ):
+        (tmp_path / name).mkdir()
+        assert_one_line(
+            run_cli(*ONE[:-1], option, "--output=o.png", cwd=tmp_path), 2, "--output", name
+        )
+
+
+def test_a_folder_that_goes_away(tmp_path):
+    """The picture cannot be written where it was to be; the work is kept, and can be gone on
+    with."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [
+        sys.executable,
+        str(ROOT / "cnn_vis.py"),
+        *RUN,
+        "--stats=s.csv",
+        "--quiet",
+        "--checkpoint_iter=1",
+    ]
+    running = subprocess.Popen(
+        [*command, f"--output={folder}/out.png"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    wait_for((folder / CHECKPOINT).exists)
+    shutil.rmtree(folder)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    line = said.splitlines()[-1]
+    assert "Traceback" not in said
+    command = shlex.split(line.partition("to continue: ")[2])
+    assert run_cli(*command[2:], cwd=tmp_path).returncode == 0
+    Image.open(tmp_path / "ANOTHER.png").verify()
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_the_printed_command_makes_the_same_picture(extension, tmp_path):
+    """The command that --reproduce prints makes the same picture again; noise without --seed is no
+    exception."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        "--initialization_scale=30",
+        "--num_steps=3",
+        "--batch_size=2",
+        "--sidecar",
+        f"--output=an out.{extension}",
+        "--iter_behavior=none",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    origin = json.loads((folder / f"an out.{extension}.json").read_text())
+    assert origin["seed"] is not None
+    assert len(origin["weights_sha256"]) == 64
+    assert origin["sizes"] == [[32, 32]]
+    assert origin["versions"]["numpy"] == np.__version__
+    if extension == "png":
+        os.remove(folder / "an out.png.json")
+        assert json.loads(Image.open(folder / "an out.png").info["cnn-vis"]) == origin
+    done = run_cli(f"--reproduce=an out.{extension}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    first = pixels(folder / f"an out.{extension}")
+    os.remove(folder / f"an out.{extension}")
+    assert run_cli(*command[2:], cwd=folder).returncode == 0
+    assert np.array_equal(pixels(folder / f"an out.{extension}"), first)
+
+
+def test_reproduce_of_a_stranger_s_picture(tmp_path):
+    """What a terminal would obey comes out as escapes, which a shell reads as what they were."""
+    name = "a \x1b]0;title\x07 'quoted' \\ name.png"
+    record = {
+        "program": "\x1b[2J",
+        "network": "n",
+        "weights_sha256": "0",
+        "deploy_sha256": "0",
+        "mean": 1.0,
+        "seconds": 1.0,
+    }
+    command = shlex.join(["python", "cnn_vis.py", f"--output_file={name}"])
+    for words, expected in ((command, 0), ("python 'unfinished", 2), (7, 2)):
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("cnn-vis", json.dumps(record | {"command": words}))
+        CARD.save(tmp_path / "stranger.png", pnginfo=text)
+        done = run_cli("--reproduce=stranger.png", cwd=tmp_path)
+        assert done.returncode == expected
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+        if expected:
+            assert_one_line(done, 2, "--reproduce", "stranger.png")
+        else:
+            shell = ["bash", "-c", f"printf '%s\\0' {done.stdout}"]
+            words = subprocess.check_output(shell, text=True)
+            assert words.split("\0")[:-1] == ["python", "cnn_vis.py", f"--output_file={name}"]
+
+
+def test_reproduce_of_other_files(tmp_path):
+    CARD.save(tmp_path / "photo.jpg")
+    for name in ("none.png", GOLDEN / "input.png", GOLDEN / "cases.json", ".", "photo.jpg"):
+        done = run_cli(f"--reproduce={name}", cwd=tmp_path)
+        words = {"none.png": "no such file;", ".": "is a folder"}.get(name, "has no record")
+        assert_one_line(done, 2, f"--reproduce {name}:", words)
+    os.mkfifo(tmp_path / "fifo.png")
+    assert_one_line(
+        run_cli("--reproduce=fifo.png", cwd=tmp_path), 2, "--reproduce", "not a regular file"
+    )
+
+
+def test_reproduce_prefers_what_the_picture_says(tmp_path):
+    assert run_cli(*ONE, "--sidecar", cwd=tmp_path).returncode == 0
+    assert run_cli(*ONE, "--seed=7", cwd=tmp_path).returncode == 0
+    assert "--seed=7" in run_cli("--reproduce=out.png", cwd=tmp_path).stdout
+
+
+def test_reproduce_tells_pictures_on_the_way(tmp_path):
+    assert (
+        run_cli(
+            *ONE, "--iter_behavior=save", "--output_iter=1", "--num_steps=2", cwd=tmp_path
+        ).returncode
+        == 0
+    )
+    assert "after step 1 of size 1" in run_cli("--reproduce=out_1_1.png", cwd=tmp_path).stderr
+    assert "on the way" not in run_cli("--reproduce=out.png", cwd=tmp_path).stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The bytes of a checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=folder)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    return (folder / CHECKPOINT).read_bytes()
+
+
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
+    """Changed anywhere, a checkpoint is refused; where the change does not matter to anyone, it is
+    read as it was."""
+    path, randomly = tmp_path / CHECKPOINT, random.Random(8)
+    path.write_bytes(checkpoint)
+    sound = cnn_vis.Checkpoint.read(str(path))
+    refused = 0
+    for _ in range(500):
+        path.write_bytes(mutated(checkpoint, randomly))
+        try:
+            same = cnn_vis.Checkpoint.read(str(path))
+        except cnn_vis.BadRequest as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+            continue
+        for name in ("record", "folder", "numbers"):
+            assert getattr(same, name) == getattr(sound, name)
+        for name, array in same.arrays.items():
+            np.testing.assert_array_equal(array, sound.arrays[name])
+    assert refused > 400
+
+
+def forged(checkpoint, change):
+    """A sound archive with something else in it: change(header, arrays) edits them."""
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as file:
+        arrays = {name[:-4]: np.load(io.BytesIO(file.read(name))) for name in file.namelist()}
+    header = json.loads(arrays.pop("header").tobytes())
+    change(header, arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+COMMAND = "python cnn_vis.py"
+FORGERIES = {
+    "no header fields": lambda header, arrays: header.clear(),
+    "no record": lambda header, arrays: header.update(record=None),
+    "a field too many": lambda header, arrays: header.update(more=1),
+    "folder is a number": lambda header, arrays: header.update(folder=3),
+    "command is a number": lambda header, arrays: header["record"].update(command=3),
+    "command is a list": lambda header, arrays: header["record"].update(command=[COMMAND]),
+    "no hash": lambda header, arrays: header["record"].pop("weights_sha256"),
+    "bad option": lambda header, arrays: header["record"].update(command=f"{COMMAND} --nonsense"),
+    "bad value": lambda header, arrays: header["record"].update(command=f"{COMMAND} --seed=x"),
+    "help": lambda header, arrays: header["record"].update(command=f"{COMMAND} --help"),
+    "open quotation": lambda header, arrays: header["record"].update(command=f"{COMMAND} '"),
+    "step too large": lambda header, arrays: header["numbers"].update(step=10**9),
+    "step is text": lambda header, arrays: header["numbers"].update(step="3"),
+    "step is a fraction": lambda header, arrays: header["numbers"].update(step=1.5),
+    "size": lambda header, arrays: header["numbers"].update(size=0),
+    "seconds is text": lambda header, arrays: header["record"].update(seconds="long"),
+    "learning rate": lambda header, arrays: header["numbers"].update(learning_rate="fast"),
+    "image too small": lambda header, arrays: arrays.update(image=arrays["image"][:, :, 1:]),
+    "image of whole numbers": lambda header, arrays: arrays.update(
+        image=arrays["image"].astype(int)
+    ),
+    "image not finite": lambda header, arrays: arrays.update(image=arrays["image"] * np.nan),
+    "no caches": lambda header, arrays: arrays.pop("caches"),
+    "rows": lambda header, arrays: arrays.update(rows=np.zeros(3)),
+    "picture": lambda header, arrays: arrays.update(picture=np.zeros(3)),
+    "frames": lambda header, arrays: arrays.update(frames=np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("change", FORGERIES)
+def test_forged_checkpoints_are_one_line(change, checkpoint, tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(forged(checkpoint, FORGERIES[change]))
+    done = run_cli(f"--resume={CHECKPOINT}", "--quiet", cwd=tmp_path)
+    assert_one_line(done, 2, "--resume", CHECKPOINT)
+
+
+def test_checkpoints_hold_no_pickles(checkpoint, tmp_path):
+    def change(header, arrays):
+        arrays["image"] = np.array([print], dtype=object)
+
+    (tmp_path / CHECKPOINT).write_bytes(forged(checkpoint, change))
+    assert_one_line(run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path), 2, "--resume", "pickle")

@@ -1,0 +1,247 @@
+"""Reading, judging, cutting and running a network."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, assert_one_line, mutated, psnr, run_cli
+
+import cnn_vis
+
+MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
+
+
+@pytest.mark.parametrize(
+    ("target", "objective"),
+    [
+        ("inception_a/output", cnn_vis.AmplifyLayer(clip=1e9)),
+        ("inception_a/output", cnn_vis.AmplifyNeuron(9)),
+        ("classifier", cnn_vis.AmplifyLayer(clip=1e9)),
+        ("pool1/norm1", cnn_vis.AmplifyLayer(clip=1e9)),
+    ],
+)
+def test_the_gradient_through_caffe_is_the_slope(target, objective):
+    """From the picture through a real net: slopes of the objective, in single precision."""
+    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    network = cnn_vis.Network(cnn_vis.NetworkSpec(files, target, objective))
+    random = np.random.default_rng(5)
+    batch = random.normal(0, 60, (2, 3, 32, 32)).astype(np.float32)
+    gradient = network.gradients(batch)[0].copy()
+    for _ in range(4):
+        direction = random.normal(size=batch.shape).astype(np.float32)
+        h = 0.02
+        up, down = (sum(network.gradients(batch + sign * h * direction)[1]) for sign in (1, -1))
+        expected = float((gradient.astype(float) * direction).sum())
+        assert (up - down) / (2 * h) == pytest.approx(
+            expected, rel=0.02, abs=2e-3 * float(np.abs(gradient * direction).sum())
+        )
+
+
+def test_a_prototxt_with_an_input_layer_gives_the_same(picture, tmp_path):
+    """The same network with an Input layer gives the same picture."""
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    head, layers = text[: text.index("layer {")], text[text.index("layer {") :]
+    assert "input_dim" in head
+    new = (
+        'layer { name: "data" type: "Input" top: "data" '
+        "input_param { shape { dim: 10 dim: 3 dim: 32 dim: 32 } } }\n" + layers
+    )
+    (tmp_path / "new.prototxt").write_text(new)
+    common = [*QUICK, f"--image={picture}", "--iter_behavior=none"]
+    assert run_cli(*common, "--output=a.png", cwd=tmp_path).returncode == 0
+    assert (
+        run_cli(*common, "--deploy_txt=new.prototxt", "--output=b.png", cwd=tmp_path).returncode
+        == 0
+    )
+    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == np.inf
+
+
+def v1(text):
+    """A prototxt in the older format, `layers` with enumerated types."""
+    text = re.sub(r"param \{ lr_mult: \d \} ?", "", text).replace("layer {", "layers {")
+    names = {
+        "Convolution": "CONVOLUTION",
+        "ReLU": "RELU",
+        "Pooling": "POOLING",
+        "Concat": "CONCAT",
+        "InnerProduct": "INNER_PRODUCT",
+        "Softmax": "SOFTMAX",
+        "LRN": "LRN",
+    }
+    return re.sub(r'type: "(\w+)"', lambda match: f"type: {names[match[1]]}", text)
+
+
+def two_readers(text):
+    """A prototxt that computes the same of two layers that read the data."""
+    extra = """layer { name: "zero" type: "Power" bottom: "data" top: "zero"
+                       power_param { scale: 0 } }
+               layer { name: "sum" type: "Eltwise" bottom: "data" bottom: "zero" top: "sum" }"""
+    head, layers = text.split("layer {", 1)
+    return head + extra + "layer {" + layers.replace('bottom: "data"', 'bottom: "sum"', 1)
+
+
+@pytest.mark.parametrize("change", [v1, two_readers])
+def test_force_backward_gives_the_same(change, picture, tmp_path):
+    """Where the net cannot be cut for speed, the slow way gives the same picture."""
+    (tmp_path / "slow.prototxt").write_text(change((GOLDEN / "deploy.prototxt").read_text()))
+    common = [*QUICK, f"--image={picture}", "--iter_behavior=none"]
+    assert run_cli(*common, "--output=a.png", cwd=tmp_path).returncode == 0
+    done = run_cli(*common, "--deploy_txt=slow.prototxt", "--output=b.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == np.inf
+
+
+def test_a_caffe_abort_is_one_line(picture, tmp_path):
+    """Caffe ends its process where weights do not fit; the program says why in one line."""
+    text = (GOLDEN / "deploy.prototxt").read_text().replace("num_output: 12", "num_output: 10")
+    (tmp_path / "other.prototxt").write_text(text)
+    done = run_cli(*QUICK, f"--image={picture}", "--deploy_txt=other.prototxt", cwd=tmp_path)
+    assert_one_line(done, 1, "shape mismatch")
+
+
+def test_listed_layers_are_those_that_can_be_targeted(tmp_path):
+    """Every GoogLeNet layer that can be targeted, in order, with its shape; and of any prototxt."""
+    listed = run_cli("--list_layers", "--model=googlenet_mini", cwd=tmp_path).stdout.splitlines()
+    assert listed[0].split() == ["conv1/7x7_s2", "32x112x112"]
+    assert "inception_4c/output 256x14x14" in {" ".join(line.split()) for line in listed}
+    tiny = run_cli(
+        "--list_layers", f"--deploy_txt={GOLDEN}/deploy.prototxt", cwd=tmp_path
+    ).stdout.splitlines()
+    assert [line.split()[0] for line in tiny][-3:] == ["pool2/2x2_s2", "classifier", "prob"]
+    assert not any("relu" in line for line in tiny)
+
+
+def test_every_listed_layer_can_be_amplified():
+    """Backward from each layer of the small network reaches the picture."""
+    deploy = cnn_vis.MODELS["googlenet_mini"].find_deploy()
+    batch = np.random.default_rng(0).normal(0, 50, (1, 3, 224, 224)).astype(np.float32)
+    names = [name for name, _ in cnn_vis.layer_shapes(deploy, None)]
+    files = cnn_vis.NetworkFiles(deploy, str(MINI))
+    for name in names[::7] + names[-1:]:
+        spec = cnn_vis.NetworkSpec(files, name, cnn_vis.AmplifyLayer())
+        gradient, (loss,) = cnn_vis.Network(spec).gradients(batch)
+        assert np.isfinite(gradient).all()
+        assert np.abs(gradient).max() > 0, name
+        assert loss < 0
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_path):
+    """The width is that of the weights: in the older format of shapes too, where there is no bias,
+    and for one class."""
+    cnn_vis.import_caffe()
+    from caffe.proto import caffe_pb2
+
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    if not bias:
+        text = re.sub(r"param { lr_mult: 2 } (inner_product_param {)", r"\1 bias_term: false", text)
+    (tmp_path / "deploy.prototxt").write_text(text)
+    net = cnn_vis.read_prototxt(str(tmp_path / "deploy.prototxt"))
+    (layer,) = (layer for layer in net.layer if layer.type == "InnerProduct")
+    layer.inner_product_param.num_output = classes
+    cnn_vis.caffe_net(net).save(str(tmp_path / "new.caffemodel"))
+    weights = caffe_pb2.NetParameter.FromString((tmp_path / "new.caffemodel").read_bytes())
+    for blob in (blob for layer in weights.layer for blob in layer.blobs if legacy):
+        blob.num, blob.channels, blob.height, blob.width = [1] * (4 - len(blob.shape.dim)) + list(
+            blob.shape.dim
+        )
+        blob.ClearField("shape")
+    (tmp_path / "new.caffemodel").write_bytes(weights.SerializeToString())
+    files = (str(tmp_path / "deploy.prototxt"), str(tmp_path / "new.caffemodel"))
+    assert cnn_vis.structure_error(*files) is None
+    assert dict(cnn_vis.layer_shapes(*files))[layer.name] == (classes,)
+
+
+def test_layers_of_training_and_numbers_without_channels(tmp_path):
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    for name, kind, more in (
+        ("drop", "Dropout", "include { phase: TRAIN }"),
+        ("stage", "Power", 'include { stage: "deploy" }'),
+        ("sums", "Reduction", "reduction_param { axis: 1 }"),
+        ("sum", "Reduction", ""),
+    ):
+        text += (
+            f'layer {{ name: "{name}" type: "{kind}" bottom: "classifier" top: "{name}" {more} }}\n'
+        )
+    (tmp_path / "more.prototxt").write_text(text)
+    done = run_cli("--deploy_txt=more.prototxt", "--list_layers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not {"drop", "stage", "sums", "sum"} & {
+        line.split()[0] for line in done.stdout.splitlines()
+    }
+    for layer, words in (
+        ("drop", "no such layer"),
+        ("stage", "no such layer"),
+        ("sums", "channels"),
+        ("sum", "channels"),
+    ):
+        for neuron in ([], ["--image_type=amplify_neuron"]):
+            done = run_cli(
+                *ONE, "--deploy_txt=more.prototxt", f"--layer={layer}", *neuron, cwd=tmp_path
+            )
+            assert_one_line(done, 2, f"--layer {layer}", words)
+
+
+def test_a_layer_without_gradient(tmp_path):
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    text += 'layer { name: "best" type: "ArgMax" bottom: "classifier" top: "best" }\n'
+    text += 'layer { name: "apart" type: "DummyData" top: "dummy" '
+    text += "dummy_data_param { shape { dim: 1 dim: 3 } } }\n"
+    text += 'layer { name: "lonely" type: "Power" bottom: "dummy" top: "lonely" }\n'
+    (tmp_path / "more.prototxt").write_text(text)
+    for layer, words in (("best", "cannot compute a gradient"), ("lonely", "does not depend")):
+        done = run_cli(
+            *TINY,
+            "--deploy_txt=more.prototxt",
+            f"--layer={layer}",
+            f"--image={GOLDEN}/input.png",
+            cwd=tmp_path,
+        )
+        assert_one_line(done, 2, "--layer", layer, words)
+
+
+@pytest.mark.parametrize("kind", ["deploy", "weights"])
+def test_damaged_networks_are_loaded_or_refused_in_one_line(kind, tmp_path):
+    """Two hundred broken prototxts and caffemodels each: loaded and tried, or refused in one
+    line."""
+    files = {"deploy": GOLDEN / "deploy.prototxt", "weights": GOLDEN / "tiny_inception.caffemodel"}
+    data, randomly, outcomes = files[kind].read_bytes(), random.Random(kind), []
+    with cnn_vis.CaffeProcesses() as processes:
+        for number in range(200):
+            path = tmp_path / str(number)
+            path.write_bytes(mutated(data, randomly))
+            given = {name: str(path if name == kind else file) for name, file in files.items()}
+            network = cnn_vis.NetworkFiles(**given, fit_classifier=bool(number % 2))
+            spec = cnn_vis.NetworkSpec(network, "inception_a/output", cnn_vis.AmplifyLayer())
+            try:
+                processes.call(cnn_vis.describe, spec)
+                outcomes.append("loaded")
+            except cnn_vis.BadRequest as error:
+                assert len(str(error).splitlines()) == 1, error
+                outcomes.append("refused")
+            except (cnn_vis.CaffeStopped, cnn_vis.OutOfMemory) as error:
+                assert len(str(error).splitlines()) == 1, error
+                outcomes.append("stopped")
+                processes.end()
+                processes.start()
+    assert len(set(outcomes)) >= 2, outcomes
+
+
+def test_a_network_that_asks_for_all_memory(tmp_path):
+    text = (
+        (GOLDEN / "deploy.prototxt")
+        .read_text()
+        .replace("num_output: 12", "num_output: 2000000000", 1)
+    )
+    (tmp_path / "huge.prototxt").write_text(text)
+    done = run_cli(
+        *TINY,
+        "--deploy_txt=huge.prototxt",
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        cwd=tmp_path,
+    )
+    assert_one_line(done, 1, "Caffe stopped")

@@ -1,0 +1,325 @@
+"""Whatever one types: names, values, defaults, help."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, assert_one_line, psnr, run_cli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cnn_vis
+
+
+def test_help_is_instant():
+    """It takes little longer than importing NumPy, whatever the machine."""
+    commands = {"help": [ROOT / "cnn_vis.py", "--help"], "numpy": ["-c", "import numpy"]}
+    seconds = dict.fromkeys(commands, np.inf)
+    for name, words in 10 * list(commands.items()):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    assert seconds["help"] < 2.5 * seconds["numpy"]
+
+
+def test_help_names_every_option_of_the_original(tmp_path):
+    text = run_cli("--help", cwd=tmp_path).stdout
+    names = """
+        deploy_txt caffe_model batch_size mean_image gpu image_type target_layer layer
+        target_neuron initial_image image initialization_scale initialization_blur
+        initial_size final_size num_sizes resize_type learning_rate decay_rate
+        learning_rate_decay_iter learning_rate_decay_fraction learning_rate_decay_factor
+        num_steps use_pixel_learning_rates amplify_l1_weight l1_weight amplify_l2_weight
+        l2_weight amplify_grad_clip grad_clip alpha p_scale p_reg alpha_aux p_scale_aux
+        p_reg_aux beta tv_reg tv_reg_scale tv_reg_step tv_reg_step_iter tv_grad_operator
+        output_file output output_iter iter_behavior show_width show_height rescale_image
+    """
+    assert [name for name in names.split() if not re.search(rf"--{name}\s", text)] == []
+
+
+def test_defaults_are_the_originals():
+    o = cnn_vis.PARSER.parse_args([])
+    assert (o.batch_size, o.image_type, o.target_layer, o.target_neuron) == (
+        None,
+        "amplify_layer",
+        "inception_4d/3x3_reduce",
+        0,
+    )
+    assert (o.initialization_scale, o.initialization_blur, o.num_sizes, o.resize_type) == (
+        1.0,
+        0.0,
+        1,
+        "geometric",
+    )
+    assert (
+        o.learning_rate,
+        o.decay_rate,
+        o.learning_rate_decay_iter,
+        o.learning_rate_decay_fraction,
+    ) == (1.0, 0.95, 100, 1.0)
+    assert (o.num_steps, o.use_pixel_learning_rates, o.rescale_image) == (1000, False, False)
+    assert (o.amplify_l1_weight, o.amplify_l2_weight, o.amplify_grad_clip) == (1.0, 1.0, 5.0)
+    assert (o.alpha, o.p_scale, o.p_reg, o.alpha_aux, o.p_scale_aux, o.p_reg_aux) == (
+        6.0,
+        1.0,
+        1e-4,
+        6.0,
+        1.0,
+        0.0,
+    )
+    assert (o.beta, o.tv_reg, o.tv_reg_scale, o.tv_reg_step, o.tv_reg_step_iter) == (
+        2.0,
+        0.5,
+        1.0,
+        0.0,
+        50,
+    )
+    assert (o.tv_grad_operator, o.output_file, o.output_iter, o.iter_behavior) == (
+        "naive",
+        "out.png",
+        50,
+        {"save", "print"},
+    )
+    assert (o.show_width, o.show_height, o.initial_image, o.initial_size, o.final_size) == (
+        5,
+        5,
+        None,
+        None,
+        None,
+    )
+
+
+def test_other_names_and_dashes_mean_the_same(picture, tmp_path):
+    """The names of the original's README, and dashes, mean the same."""
+    first = run_cli(
+        *TINY,
+        "--target_layer=inception_a/output",
+        f"--initial_image={picture}",
+        "--amplify_l1_weight=0.5",
+        "--learning_rate_decay_fraction=0.5",
+        "--learning_rate_decay_iter=1",
+        "--num_steps=3",
+        "--output_file=a.png",
+        "--iter_behavior=none",
+        cwd=tmp_path,
+    )
+    second = run_cli(
+        *TINY,
+        "--layer",
+        "inception_a/output",
+        "--image",
+        picture,
+        "--l1-weight",
+        "0.5",
+        "--learning-rate-decay-factor=0.5",
+        "--learning-rate-decay-iter",
+        "1",
+        "--num-steps",
+        "3",
+        "--output",
+        "b.png",
+        "--iter-behavior",
+        "none",
+        cwd=tmp_path,
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == np.inf
+
+
+BAD = {
+    "unknown option": (["--nonsense=1"], ["--nonsense"]),
+    "not a number": (["--num_steps=many"], ["--num_steps", "many"]),
+    "no steps": (["--num_steps=0"], ["--num_steps", "0", "at least 1"]),
+    "nan": (["--tv_reg=nan"], ["--tv_reg", "nan", "finite"]),
+    "infinity": (["--learning_rate=inf"], ["--learning_rate", "inf", "finite"]),
+    "decay": (["--decay_rate=2"], ["--decay_rate", "2", "at most 1"]),
+    "choice": (["--resize_type=cubic"], ["--resize_type", "cubic", "geometric"]),
+    "behavior": (["--iter_behavior=save+dance"], ["--iter_behavior", "dance", "plot_pix"]),
+    "layer": (
+        ["--layer=inception_a/outputs"],
+        ["--layer", "inception_a/outputs", "inception_a/output"],
+    ),
+    "in-place layer": (
+        ["--layer=inception_a/relu_1x1"],
+        ["--layer", "inception_a/relu_1x1", "inception_a/1x1"],
+    ),
+    "data": (["--layer=data"], ["--layer", "data"]),
+    "neuron": (
+        ["--image_type=amplify_neuron", "--target_neuron=18"],
+        ["--target_neuron", "18", "18 channels"],
+    ),
+    "no picture": (["--image=none.png"], ["--image", "none.png"]),
+    "picture is a folder": (["--image=."], ["--image"]),
+    "not a picture": ([f"--image={GOLDEN}/cases.json"], ["--image", "cases.json"]),
+    "no weights": (
+        ["--caffe_model=none.caffemodel"],
+        ["--caffe_model", "none.caffemodel", "no such file"],
+    ),
+    "not weights": ([f"--caffe_model={GOLDEN}/input.png"], ["--caffe_model", "input.png"]),
+    "not a prototxt": ([f"--deploy_txt={GOLDEN}/cases.json"], ["--deploy_txt", "cases.json"]),
+    "binary prototxt": ([f"--deploy_txt={GOLDEN}/input.png"], ["--deploy_txt", "input.png"]),
+    "not a mean": ([f"--mean_image={GOLDEN}/cases.json"], ["--mean_image", "cases.json"]),
+    "size": (["--initial_size=big"], ["--initial_size", "big", "HEIGHTxWIDTH"]),
+    "size without height": (["--initial_size=x"], ["--initial_size", "x"]),
+    "negative size": (["--initial_size=x-1"], ["--initial_size", "x-1"]),
+    "too low": (["--initial_size=31x90"], ["--initial_size", "31x90", "32x32"]),
+    "too narrow": (["--initial_size=90x31"], ["--initial_size", "90x31", "32x32"]),
+    "final too small": (["--num_sizes=2", "--final_size=8x8"], ["--final_size", "8x8"]),
+    "output folder": (["--output=none/out.png"], ["--output", "none/out.png", "folder"]),
+    "output format": (["--output=out.xyz"], ["--output", "out.xyz", ".png"]),
+    "no such gpu": (["--gpu=99"], ["--gpu", "99"]),
+    "gpus": (["--gpu=0,0"], ["--gpu", "0,0"]),
+    "not a gpu": (["--gpu=fast"], ["--gpu", "fast"]),
+    "model": (["--model=alexnet"], ["--model", "alexnet", "bvlc_googlenet"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_one_line_and_write_nothing(case, picture, tmp_path):
+    """Exit status 2 and one line with the option, the value and a remedy; nothing written."""
+    arguments, words = BAD[case]
+    done = run_cli(*QUICK, f"--image={picture}", *arguments, cwd=tmp_path)
+    assert_one_line(done, 2, *words)
+    assert os.listdir(tmp_path) == ["in.png"]
+
+
+VALUE_OPTIONS = [
+    action.option_strings[0]
+    for action in cnn_vis.PARSER.options
+    if action.nargs is None
+    and action.dest
+    not in ("download_model", "model_url", "resume", "reproduce", "output_file", "stats")
+]
+
+
+VALUES = st.one_of(
+    st.text(max_size=12),
+    st.integers(-(10**20), 10**20).map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        [
+            "0",
+            "-1",
+            "1e999",
+            "0x0",
+            "x0",
+            "x-1",
+            "axb",
+            "1x",
+            "x",
+            "nan",
+            "5x5x5",
+            "",
+            " ",
+            "--",
+            "é",
+            "1_0",
+            "x1e300",
+            "99999999999x1",
+            "0,1",
+            "save+none",
+            "x\x00y",
+            "amplify_neuron",
+            "inception_a/output",
+        ]
+    ),
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(values=st.lists(st.tuples(st.sampled_from(VALUE_OPTIONS), VALUES), min_size=1, max_size=4))
+def test_any_values_are_accepted_or_one_line(values, capsys, monkeypatch, tmp_path_factory):
+    """Whatever the values, a request that cannot be met is one line and exit status 2, without a
+    traceback. Workers are left out here: what one reaches them with counts as good."""
+
+    def refuse(*_, **__):
+        raise cnn_vis.RunFailed("as far as this test goes")
+
+    monkeypatch.setattr(cnn_vis, "Workers", refuse)
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())
+    status = cnn_vis.main(
+        [
+            *TINY,
+            f"--image={GOLDEN}/input.png",
+            "--quiet",
+            *(f"{name}={value}" for name, value in values),
+        ]
+    )
+    said = capsys.readouterr().err
+    assert status in (1, 2), said
+    assert len(said.splitlines()) == 1, said
+    assert "Traceback" not in said
+
+
+def test_options_without_effect_are_told(tmp_path):
+    """Told, and the picture is made."""
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        "--final_size=x2",
+        "--target_neuron=3",
+        "--seed=4",
+        "--p_reg=0",
+        "--alpha=3",
+        "--num_steps=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0
+    for name in ("final_size", "target_neuron", "seed", "alpha"):
+        assert f"--{name} has no effect with" in done.stderr
+    words = [
+        "--num_steps=40",
+        "--tv_reg_step=1",
+        "--learning_rate_decay_fraction=.5",
+        "--iter_behavior=save",
+    ]
+    told = list(cnn_vis.without_effect(cnn_vis.PARSER.parse_args(words)))
+    assert [line.split()[0] for line in told] == [
+        "--learning_rate_decay_fraction",
+        "--tv_reg_step",
+        "--iter_behavior",
+    ]
+    words[0] = "--num_steps=101"
+    assert not list(cnn_vis.without_effect(cnn_vis.PARSER.parse_args(words)))
+
+
+def test_paths_are_expanded(tmp_path):
+    """All of them alike, also where the shell did not do it, as in --output=~/o.png."""
+    done = run_cli(
+        *ONE,
+        "--output=~/o.png",
+        "--stats=$PLACE/s.csv",
+        cwd="/",
+        HOME=str(tmp_path),
+        PLACE=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["o.png", "s.csv"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resume", "reproduce", "stats", "caffe_model", "deploy_txt", "mean_image", "image", "output"],
+)
+def test_empty_values_are_refused(name, tmp_path):
+    assert_one_line(run_cli(*ONE, f"--{name}=", cwd=tmp_path), 2, name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "option", ["num_steps", "num_sizes", "output_iter", "checkpoint_iter", "seed", "workers", "gpu"]
+)
+def test_numbers_of_400_digits_are_refused(option, tmp_path):
+    assert_one_line(run_cli(*ONE, f"--{option}={'9' * 400}", cwd=tmp_path), 2, f"--{option}")
+
+
+@pytest.mark.parametrize("value", ["-1e-4", "-.5", "-2", "-1.5e3"])
+def test_negative_numbers_are_values(value, tmp_path):
+    assert run_cli(*ONE, "--amplify_l1_weight", value, cwd=tmp_path).returncode == 0

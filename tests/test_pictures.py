@@ -1,0 +1,162 @@
+"""Pictures as people have them, read as people see them; and broken ones."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+from conftest import CARD, GOLDEN, QUICK, TINY, assert_one_line, encoded, mutated, run_cli
+from PIL import Image, ImageCms
+
+import cnn_vis
+
+
+def read(data, tmp_path, name="in.png", background="white"):
+    (tmp_path / name).write_bytes(data)
+    return cnn_vis.read_picture(str(tmp_path / name), background)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])
+def test_pictures_of_any_mode_are_read(mode, tmp_path):
+    name = "in.tif" if mode == "CMYK" else "in.png"
+    Image.open(GOLDEN / "input.png").convert("RGB").convert(mode).save(tmp_path / name)
+    done = run_cli(*QUICK, f"--image={name}", "--iter_behavior=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == Image.open(GOLDEN / "input.png").size
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    image = Image.open(GOLDEN / "input.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "in.jpg", exif=exif)
+    assert run_cli(*QUICK, "--image=in.jpg", "--iter_behavior=none", cwd=tmp_path).returncode == 0
+    assert Image.open(tmp_path / "out.png").size == image.size[::-1]
+
+
+def test_damaged_exif_is_no_hindrance(tmp_path):
+    CARD.save(tmp_path / "in.png", exif=b"garbage")
+    assert np.array_equal(cnn_vis.read_picture(str(tmp_path / "in.png"))[0], np.asarray(CARD))
+
+
+def test_the_background_shows_where_a_picture_is_transparent(tmp_path):
+    picture = CARD.convert("RGBA")
+    picture.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 100)[None].repeat(160, 0)))
+    for mode in ("RGBA", "PA"):
+        data = encoded(picture if mode == "RGBA" else picture.quantize(256), "PNG")
+        seen, _ = read(data, tmp_path, background="#ff8000")
+        assert (seen[:, :100] == (255, 128, 0)).all()
+        assert np.abs(seen[:, 100:].astype(int) - np.asarray(CARD)[:, 100:]).mean() < (
+            1 if mode == "RGBA" else 20
+        )
+    grey = CARD.convert("L").convert("LA")
+    grey.putalpha(0)
+    assert (read(encoded(grey, "PNG"), tmp_path, background="black")[0] == 0).all()
+
+
+def test_deeper_pictures_keep_their_range(tmp_path):
+    ramp = np.arange(160 * 200, dtype=np.uint16).reshape(160, 200) * 2
+    for form, name in (("PNG", "in.png"), ("TIFF", "in.tif")):
+        seen, _ = read(encoded(Image.fromarray(ramp), form), tmp_path, name)
+        assert np.abs(seen[:, :, 1] - ramp / 257).max() <= 0.5
+    dark = np.full((40, 40), 200, np.uint16)  # nearly black, and not to be stretched
+    assert (read(encoded(Image.fromarray(dark), "PNG"), tmp_path)[0] == 1).all()
+    for scale in (1.0, 255.0, 3000.0):
+        fractions = np.linspace(0, scale, 160 * 200, dtype=np.float32).reshape(160, 200)
+        seen, _ = read(encoded(Image.fromarray(fractions), "TIFF"), tmp_path, "in.tif")
+        assert seen.min() == 0
+        assert seen.max() == (255 if scale != 3000 else 12)
+    assert (
+        read(
+            encoded(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"),
+            tmp_path,
+            "in.tif",
+        )[0].max()
+        == 0
+    )
+
+
+def test_colour_profiles_are_applied_and_broken_ones_are_reported(tmp_path):
+    """A profile is heeded: the values of a profile other than sRGB change, those of sRGB don't. A
+    broken one is told."""
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(
+        read(encoded(CARD, "PNG", icc_profile=srgb), tmp_path)[0], np.asarray(CARD)
+    )
+    for profile in (b"nonsense" * 40, lab):
+        seen, remarks = read(encoded(CARD, "PNG", icc_profile=profile), tmp_path)
+        assert np.array_equal(seen, np.asarray(CARD))
+        assert "profile" in remarks[0]
+
+
+def test_the_first_frame_is_used_and_said_so(tmp_path):
+    """Of animations the first frame, and said so."""
+    others = [CARD.rotate(90), CARD.rotate(180)]
+    for form in ("GIF", "WEBP", "PNG"):
+        data = encoded(CARD, form, save_all=True, append_images=others)
+        seen, remarks = read(data, tmp_path, f"in.{form.lower()}")
+        assert "first of 3 frames" in remarks[0]
+        assert np.abs(seen.astype(int) - np.asarray(CARD)).mean() < 20
+
+
+def test_very_wide_pictures_are_read(tmp_path):
+    """30,000 pixels wide and read; the size that can be worked on is another question, answered
+    before memory is asked for."""
+    seen, _ = read(encoded(Image.new("RGB", (30000, 40)), "PNG"), tmp_path)
+    assert seen.shape == (40, 30000, 3)
+    done = run_cli(
+        *TINY,
+        "--image=in.png",
+        "--layer=inception_a/output",
+        "--initial_size=30000x300000",
+        cwd=tmp_path,
+    )
+    assert_one_line(done, 2, "--initial_size", "30000x300000", "GB")
+
+
+def bomb(width, height):
+    """A PNG of few bytes that claims to be of many pixels."""
+    data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+BROKEN = {
+    "empty.png": b"",
+    "text.jpg": b"not a picture at all",
+    "truncated.png": encoded(CARD, "PNG")[:2000],
+    "truncated.jpg": encoded(CARD, "JPEG")[:2000],
+    "truncated.webp": encoded(CARD, "WEBP")[:500],
+    "header.png": encoded(CARD, "PNG")[:8],
+    "bomb.png": bomb(60000, 60000),
+    "bomb2.png": bomb(2**31 - 1, 2**31 - 1),
+    "large.png": bomb(14000, 14000),
+    "photo.heic": b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100),
+    "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "archive.gif": b"GIF89a" + bytes(20),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pictures_are_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    done = run_cli(*TINY, f"--image={name}", cwd=tmp_path)
+    assert_one_line(done, 2, "--image", name, "JPEG" if name.endswith("heic") else "; ")
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_pictures_are_read_or_refused_in_one_line(form, tmp_path):
+    """Random bytes changed: read, or refused in one line."""
+    data, randomly = encoded(CARD, form), random.Random(form)
+    for _ in range(150):
+        try:
+            seen, _ = read(mutated(data, randomly), tmp_path)
+            assert seen.dtype == np.uint8
+            assert seen.shape[2] == 3
+        except cnn_vis.BadRequest as error:
+            assert len(str(error).splitlines()) == 1

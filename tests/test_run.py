@@ -1,0 +1,336 @@
+"""A run as a whole: what is said, killed and continued, from the command line and from Python."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import (
+    CHECKPOINT,
+    GOLDEN,
+    QUICK,
+    ROOT,
+    RUN,
+    TINY,
+    assert_one_line,
+    assert_same_run,
+    psnr,
+    run_cli,
+    session,
+    shared_memory,
+    start,
+    under_way,
+    wait_for,
+    workers,
+)
+from nbclient import NotebookClient
+from PIL import Image
+
+import cnn_vis
+
+
+def test_a_line_tells_the_run_and_one_its_end(picture, tmp_path):
+    done = run_cli(*QUICK, f"--image={picture}", "--iter_behavior=none", cwd=tmp_path)
+    line, end = done.stderr.splitlines()
+    for word in ("tiny_inception.caffemodel", "inception_a/output 18x16x16", "CPU", "60x90"):
+        assert word in line
+    assert re.fullmatch(r"out\.png: done in 00:0\d", end)
+
+
+def test_seed_makes_noise_repeatable(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = [
+            *QUICK,
+            f"--seed={seed}",
+            "--initialization_scale=20",
+            "--iter_behavior=none",
+            f"--output={name}.png",
+        ]
+        assert run_cli(*arguments, cwd=tmp_path).returncode == 0
+    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == np.inf
+    assert psnr(tmp_path / "a.png", tmp_path / "c.png") < 30
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kill_and_resume_at_random_moments(seed, whole, tmp_path):
+    """kill -9 eight times, anywhere from the start of Python to the last step, then left to end:
+    bitwise the same picture."""
+    folder, seconds = whole
+    moments = random.Random(seed)
+    memory = set()
+    for _ in range(8):
+        resume = [f"--resume={CHECKPOINT}"] if (tmp_path / CHECKPOINT).exists() else RUN
+        running = start(*resume, "--checkpoint_iter=3", cwd=tmp_path)
+        time.sleep(moments.uniform(0.3, 1) * seconds)
+        memory |= shared_memory(running.pid)
+        running.kill()
+        running.communicate()
+        wait_for(lambda running=running: not session(running.pid))
+    resume = [f"--resume={CHECKPOINT}"] if (tmp_path / CHECKPOINT).exists() else RUN
+    done = run_cli(*resume, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path, folder)
+    assert memory
+    wait_for(lambda: not any(map(os.path.exists, memory)))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_and_say_how_to_go_on(signum, whole, tmp_path):
+    running = under_way(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
+    memory = shared_memory(running.pid)
+    running.send_signal(signum)
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 128 + signum
+    (line,) = said.splitlines()
+    assert "out.png" in line
+    Image.open(tmp_path / "out.png").verify()
+    wait_for(lambda: not session(running.pid))
+    wait_for(lambda: not any(map(os.path.exists, memory)))
+    command = shlex.split(line.partition("to continue: ")[2])
+    assert command[:2] == ["python", "cnn_vis.py"]
+    assert run_cli(*command[2:], cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_ctrl_c_from_a_terminal_shows_no_traceback(tmp_path):
+    """A terminal sends Ctrl-C to workers too, at any moment: no traceback from any process."""
+    for moment in (0.05, 0.2, 0.4, 0.6, 0.8, 1.2):
+        running = start(*RUN, "--num_steps=100000", cwd=tmp_path)
+        time.sleep(moment)
+        os.killpg(running.pid, signal.SIGINT)
+        out, said = running.communicate(timeout=20)
+        if running.returncode == 130:
+            assert "Traceback" not in said, said
+            assert "stopped" in said
+        else:  # Python itself was still starting
+            assert ", in main\n" not in said, said
+        wait_for(lambda running=running: not session(running.pid))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_signals_to_all_processes_save_the_run(signum, whole, tmp_path):
+    """As the loss of a terminal sends them, and a cluster's scheduler: one line, and the run can go
+    on."""
+    running = under_way(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
+    os.killpg(running.pid, signum)
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 128 + signum, said
+    (line,) = said.splitlines()
+    assert "out.png" in line
+    wait_for(lambda: not session(running.pid))
+    assert run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """While a step goes on that takes long, here because the workers are held up."""
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    held = workers(running.pid)
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=5)
+    assert running.returncode == 130
+    assert f"--resume {CHECKPOINT}" in said.splitlines()[-1]
+    wait_for(lambda: not session(running.pid))
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_kill_of_the_whole_group_leaves_nothing(tmp_path):
+    """As a cluster ends a job: nobody is left to tidy up, and there is nothing large to tidy."""
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    memory = shared_memory(running.pid)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    wait_for(lambda: not session(running.pid))
+    assert all(path.startswith("/dev/shm/sem.") for path in filter(os.path.exists, memory))
+
+
+def test_resume_refuses_what_changes_the_picture(tmp_path):
+    running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    for option in (
+        "--tv_reg=3",
+        "--num_steps=7",
+        "--seed=6",
+        "--layer=pool1",
+        "--image=in.png",
+        "--use_pixel_learning_rates",
+    ):
+        name = option.partition("=")[0]
+        done = run_cli(f"--resume={CHECKPOINT}", option, cwd=tmp_path)
+        assert_one_line(
+            done,
+            2,
+            "target_layer" if name == "--layer" else name.replace("--image", "--initial_image"),
+            CHECKPOINT,
+        )
+    other = tmp_path / "other.caffemodel"
+    other.write_bytes((GOLDEN / "tiny_inception.caffemodel").read_bytes() + b"\x0a\x01x")
+    assert_one_line(
+        run_cli(f"--resume={CHECKPOINT}", "--caffe_model=other.caffemodel", cwd=tmp_path),
+        2,
+        "--caffe_model",
+        "sha256",
+    )
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_new_run_keeps_the_checkpoint_of_an_unfinished_one(tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"hours of work")
+    done = run_cli(*RUN, "--num_steps=1", "--num_sizes=1", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"{CHECKPOINT}.old1" in done.stderr
+    (tmp_path / CHECKPOINT).write_bytes(b"more work")
+    assert run_cli(*RUN, "--num_steps=1", "--num_sizes=1", cwd=tmp_path).returncode == 0
+    assert (tmp_path / f"{CHECKPOINT}.old1").read_bytes() == b"hours of work"
+    assert (tmp_path / f"{CHECKPOINT}.old2").read_bytes() == b"more work"
+
+
+def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
+    running = start(
+        *TINY,
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        "--num_sizes=500",
+        "--num_steps=2",
+        "--final_size=x2",
+        "--checkpoint_iter=5",
+        cwd=tmp_path,
+    )
+    wait_for((tmp_path / CHECKPOINT).exists)
+    running.kill()
+    running.communicate()
+    numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
+    assert ((numbers["size"] - 1) * 2 + numbers["step"]) % 5 == 0
+
+
+def test_resume_of_one_set_aside(tmp_path):
+    """It goes on by the line that was printed, and leaves a newer unfinished run's checkpoint
+    alone."""
+    for seed in (1, 2):
+        running = start(
+            *RUN, f"--seed={seed}", "--num_steps=4000", "--checkpoint_iter=1", cwd=tmp_path
+        )
+        wait_for(
+            (tmp_path / f"{CHECKPOINT}.old1").exists
+            if seed == 2
+            else (tmp_path / CHECKPOINT).exists
+        )
+        wait_for((tmp_path / CHECKPOINT).exists)
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=20)
+    second = (tmp_path / CHECKPOINT).read_bytes()
+    running = start(f"--resume={CHECKPOINT}.old1", cwd=tmp_path)
+    wait_for((tmp_path / f"{CHECKPOINT}.old2").exists)
+    running.kill()
+    running.communicate()
+    assert (tmp_path / f"{CHECKPOINT}.old2").read_bytes() == second
+    first = cnn_vis.Checkpoint.read(str(tmp_path / f"{CHECKPOINT}.old1"))
+    assert "--seed=1" in first.record["command"]
+
+
+OPTIONS = {
+    "deploy_txt": f"{GOLDEN}/deploy.prototxt",
+    "caffe_model": f"{GOLDEN}/tiny_inception.caffemodel",
+    "mean_image": f"{GOLDEN}/mean.npy",
+    "gpu": -1,
+    "layer": "inception_a/output",
+}
+
+
+def test_dream_is_the_command_line(tmp_path):
+    """The same pictures, step by step, from a file as from an array."""
+    options = {
+        "num_steps": 2,
+        "num_sizes": 2,
+        "final_size": "x1.3",
+        "use_pixel_learning_rates": True,
+    }
+    words = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()
+    ]
+    done = run_cli(
+        *TINY,
+        "--layer=inception_a/output",
+        f"--image={GOLDEN}/input.png",
+        *words,
+        "--output_iter=1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(GOLDEN / "input.png").convert("RGB")
+    for image in (f"{GOLDEN}/input.png", np.asarray(picture), picture):
+        seen = 0
+        for progress in cnn_vis.dream(image, **OPTIONS, **options):
+            expected = Image.open(tmp_path / f"out_{progress.size}_{progress.step}.png")
+            assert np.array_equal(progress.picture(), np.asarray(expected))
+            seen += 1
+        assert seen == 4
+
+
+def test_dream_can_be_left(tmp_path):
+    """A loop that is broken off ends the workers."""
+    options = {name: value for name, value in OPTIONS.items() if name != "layer"}
+    code = f"""
+import cnn_vis, multiprocessing
+if __name__ == "__main__":
+    for progress in cnn_vis.dream(layer="inception_a/output", **{options}):
+        break
+    del progress
+    import gc; gc.collect()
+    print(len(multiprocessing.active_children()))
+"""
+    (tmp_path / "script.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_dream_refuses_what_it_cannot_do():
+    with pytest.raises(cnn_vis.BadRequest, match="--num_steps"):
+        next(cnn_vis.dream(None, **OPTIONS, num_steps=0))
+    with pytest.raises(cnn_vis.BadRequest, match="uint8"):
+        next(cnn_vis.dream(np.zeros((40, 40, 3)), **OPTIONS))
+    with pytest.raises(cnn_vis.BadRequest, match="uint8"):
+        next(cnn_vis.dream(Image.open(GOLDEN / "input.png").convert("L"), **OPTIONS))
+    with pytest.raises(cnn_vis.BadRequest, match="uint8"):
+        next(cnn_vis.dream(np.zeros((0, 0, 3), np.uint8), **OPTIONS))
+    with pytest.raises(cnn_vis.BadRequest, match="no such file"):
+        next(cnn_vis.dream("", **OPTIONS))
+    with pytest.raises(cnn_vis.BadRequest, match="--nonsense"):
+        next(cnn_vis.dream(None, **OPTIONS, nonsense=1))
+
+
+def test_the_notebook_runs(monkeypatch):
+    """From top to bottom, without a screen."""
+    monkeypatch.chdir(ROOT / "examples")
+    notebook = nbformat.read("library.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 3
