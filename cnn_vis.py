@@ -1793,8 +1793,9 @@ class Network:
 class Engine:
     """Whatever computes the gradients of tiles; a context manager. The loop knows no more of it.
 
-    After `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of a tile's
-    activations; batch_size, how many tiles `send` takes at most; device, where it runs, in words.
+    `device` tells where it runs, in words; `notices` is a list of lines for the user. After
+    `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of a tile's
+    activations; batch_size, how many tiles `send` takes at most.
 
     Which tile is computed where and with which others must not change its gradient. A failure that
     the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
@@ -2084,6 +2085,7 @@ class Workers(Engine):
         self.processes = CaffeProcesses(number, gpus)
         many = "s" * (self.processes.number > 1)
         self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
+        self.notices = []
         self._memory_file = os.memfd_create("cnn_vis")
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
@@ -2180,7 +2182,11 @@ def open_engine(options, settings, files):
     gpus, device = choose_gpus(options.gpu)
     objective = IMAGE_TYPES[settings.image_type](settings)
     spec = NetworkSpec(files, settings.target_layer, objective, bool(gpus))
-    return Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
+    engine = Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
+    idle = "--workers" if gpus else "--batch_size"
+    if options.batch_size and not gpus or options.workers and gpus and not options.gpu:
+        engine.notices.append(f"{idle} has no effect on {'a GPU' if gpus else 'the CPU'}")
+    return engine
 
 
 # ---- Files of a run ---------------------------------------------------------------------------
@@ -3142,13 +3148,8 @@ def announce(options, network, dream, remarks):
     """Says what is about to be done. Not before all is known to be right: an error is to be the
     only line."""
     engine = dream.engine
-    asked = options.model or options.deploy_txt or options.caffe_model
-    notices = [*stand_in_notices(asked, network.name), *without_effect(options), *remarks]
-    if options.batch_size and engine.device.startswith("CPU"):
-        notices.append("--batch_size has no effect on the CPU")
-    if options.workers and not engine.device.startswith("CPU") and not options.gpu:
-        notices.append("--workers has no effect on a GPU")
-    for line in notices:
+    notices = [*stand_in_notices(options.model, network.name), *without_effect(options)]
+    for line in [*notices, *remarks, *engine.notices]:
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
     log.info(

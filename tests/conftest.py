@@ -250,7 +250,7 @@ def assert_same_run(folder, whole):
     assert sorted(os.listdir(folder)) == ["out.png", "out_run.gif", "stats.csv"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The folder of RUN left alone, and how long it took."""
     folder = tmp_path_factory.mktemp("whole")

@@ -43,7 +43,7 @@ def test_an_error_on_a_full_stderr_keeps_its_status(tmp_path):
     assert subprocess.run(["sh", "-c", f"{command} 2>/dev/full"], cwd=tmp_path).returncode == 2
 
 
-def test_a_current_folder_that_is_no_more(tmp_path):
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
     command = shlex.join(
         [sys.executable, str(ROOT / "cnn_vis.py"), *ONE, f"--output={tmp_path}/o.png"]
     )

@@ -81,7 +81,7 @@ def test_a_caffe_that_does_not_work_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["-d 160000", "-v 450000"])
-def test_little_memory_to_start_in(limit, tmp_path):
+def test_too_little_memory_to_start_in_is_one_line(limit, tmp_path):
     command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
     done = subprocess.run(
         ["bash", "-c", f"ulimit {limit}; {command}"],
@@ -93,7 +93,7 @@ def test_little_memory_to_start_in(limit, tmp_path):
     assert_one_line(done, 2, f"ulimit {limit}")
 
 
-def test_few_descriptors(tmp_path):
+def test_too_few_descriptors_are_one_line(tmp_path):
     command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--workers=40"])
     done = subprocess.run(
         ["sh", "-c", f"ulimit -n 30; {command}"],

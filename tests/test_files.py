@@ -50,7 +50,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_at_the_end(small_disk, tmp_path):
+def test_a_full_disk_at_the_end_loses_nothing(small_disk, tmp_path):
     """One clear line, and the good file that was there stays."""
     shutil.copy(GOLDEN / "input.png", small_disk / "out.png")
     good = (small_disk / "out.png").read_bytes()
@@ -85,7 +85,7 @@ def test_a_full_disk_at_the_end(small_disk, tmp_path):
     assert Image.open(tmp_path / "ANOTHER.png").size == (300, 300)
 
 
-def test_a_full_disk_on_the_way(small_disk, tmp_path):
+def test_a_full_disk_on_the_way_is_reported(small_disk, tmp_path):
     """What is saved on the way and cannot be is told; the run goes on, and ends well where there is
     room again."""
     (small_disk / "filler").write_bytes(bytes(50 * 1024))
@@ -239,7 +239,7 @@ def test_file_names_may_be_of_any_bytes(tmp_path):
     assert run_cli(*ONE, f"--output={'😀' * 55}.png", cwd=tmp_path).returncode == 0
 
 
-def test_links_and_devices_as_output(tmp_path):
+def test_links_are_followed_and_devices_refused(tmp_path):
     (tmp_path / "link.png").symlink_to("real.png")
     assert run_cli(*ONE, "--output=link.png", cwd=tmp_path).returncode == 0
     assert (tmp_path / "link.png").is_symlink()
@@ -269,7 +269,7 @@ def test_parts_of_killed_runs_are_removed(tmp_path):
     assert {path for path in stale + kept if os.path.exists(path)} == set(kept)
 
 
-def test_folders_where_files_are_to_come(tmp_path):
+def test_folders_in_the_way_are_refused(tmp_path):
     for name, option in (
         ("o.png.json", "--sidecar"),
         ("o_run.gif", "--iter_behavior=gif"),
@@ -281,7 +281,7 @@ def test_folders_where_files_are_to_come(tmp_path):
         )
 
 
-def test_a_folder_that_goes_away(tmp_path):
+def test_the_work_is_kept_when_the_folder_goes_away(tmp_path):
     """The picture cannot be written where it was to be; the work is kept, and can be gone on
     with."""
     folder = tmp_path / "folder"
@@ -348,7 +348,7 @@ def test_the_printed_command_makes_the_same_picture(extension, tmp_path):
     assert np.array_equal(pixels(folder / f"an out.{extension}"), first)
 
 
-def test_reproduce_of_a_stranger_s_picture(tmp_path):
+def test_a_strangers_record_is_printed_as_escapes(tmp_path):
     """What a terminal would obey comes out as escapes, which a shell reads as what they were."""
     name = "a \x1b]0;title\x07 'quoted' \\ name.png"
     record = {
@@ -375,7 +375,7 @@ def test_reproduce_of_a_stranger_s_picture(tmp_path):
             assert words.split("\0")[:-1] == ["python", "cnn_vis.py", f"--output_file={name}"]
 
 
-def test_reproduce_of_other_files(tmp_path):
+def test_other_files_have_no_record(tmp_path):
     CARD.save(tmp_path / "photo.jpg")
     for name in ("none.png", GOLDEN / "input.png", GOLDEN / "cases.json", ".", "photo.jpg"):
         done = run_cli(f"--reproduce={name}", cwd=tmp_path)
@@ -404,7 +404,7 @@ def test_reproduce_tells_pictures_on_the_way(tmp_path):
     assert "on the way" not in run_cli("--reproduce=out.png", cwd=tmp_path).stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The bytes of a checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")

@@ -413,7 +413,7 @@ def test_mini_can_be_copied_elsewhere(tmp_path, photographs):
     assert done.returncode == 0, done.stderr
 
 
-def test_means_that_are_none(tmp_path):
+def test_what_is_not_a_mean_is_refused(tmp_path):
     np.savez(tmp_path / "several.npz", a=np.zeros(3))
     for name, array in (
         ("empty", np.zeros(0)),

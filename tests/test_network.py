@@ -155,7 +155,7 @@ def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_
     assert dict(cnn_vis.layer_shapes(*files))[layer.name] == (classes,)
 
 
-def test_layers_of_training_and_numbers_without_channels(tmp_path):
+def test_layers_of_training_and_single_numbers_are_refused(tmp_path):
     text = (GOLDEN / "deploy.prototxt").read_text()
     for name, kind, more in (
         ("drop", "Dropout", "include { phase: TRAIN }"),
@@ -185,7 +185,7 @@ def test_layers_of_training_and_numbers_without_channels(tmp_path):
             assert_one_line(done, 2, f"--layer {layer}", words)
 
 
-def test_a_layer_without_gradient(tmp_path):
+def test_a_layer_without_gradient_is_refused(tmp_path):
     text = (GOLDEN / "deploy.prototxt").read_text()
     text += 'layer { name: "best" type: "ArgMax" bottom: "classifier" top: "best" }\n'
     text += 'layer { name: "apart" type: "DummyData" top: "dummy" '
@@ -230,7 +230,7 @@ def test_damaged_networks_are_loaded_or_refused_in_one_line(kind, tmp_path):
     assert len(set(outcomes)) >= 2, outcomes
 
 
-def test_a_network_that_asks_for_all_memory(tmp_path):
+def test_a_network_that_asks_for_all_memory_is_one_line(tmp_path):
     text = (
         (GOLDEN / "deploy.prototxt")
         .read_text()

@@ -88,6 +88,7 @@ def test_signals_save_and_say_how_to_go_on(signum, whole, tmp_path):
     running.send_signal(signum)
     _, said = running.communicate(timeout=20)
     assert running.returncode == 128 + signum
+    assert memory
     (line,) = said.splitlines()
     assert "out.png" in line
     Image.open(tmp_path / "out.png").verify()

@@ -97,7 +97,7 @@ def on_terminal(columns, *arguments, cwd):
     return said.decode()
 
 
-def test_the_bar_and_what_passes_by_it(tmp_path):
+def test_statistics_pass_by_the_bar(tmp_path):
     """On a terminal a bar, which statistics pass by and which goes when the run is done; without
     columns to draw it in, lines."""
     options = [*RUN, "--iter_behavior=print", "--output_iter=20"]
@@ -123,7 +123,7 @@ def test_the_bar_and_what_passes_by_it(tmp_path):
     assert on_terminal(120, *options[:-2], "--iter_behavior=none", "--quiet", cwd=tmp_path) == ""
 
 
-def test_all_behaviors_together(tmp_path):
+def test_all_behaviors_work_together(tmp_path):
     everything = "+".join(word for word in cnn_vis.BEHAVIORS if word != "none")
     done = run_cli(
         *TINY,
@@ -168,7 +168,7 @@ def test_stats_have_a_row_for_every_step(tmp_path):
     assert [float(row["objective"]) for row in rows] == pytest.approx(printed, rel=1e-3)
 
 
-def test_a_matplotlib_that_does_not_work(tmp_path):
+def test_a_matplotlib_that_does_not_work_is_one_line(tmp_path):
     for word in ("plot", "show", "plot_pix"):
         done = run_cli(*ONE[:-1], f"--iter_behavior={word}", cwd=tmp_path, MPLBACKEND="nonsense")
         assert_one_line(done, 2, "--iter_behavior", "nonsense")
@@ -184,8 +184,10 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
         time.sleep(1.5)
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=20)
-        kept = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).arrays["pixels"]
+        arrays = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).arrays
+        kept = arrays["pixels"]
         assert kept[:, 0].tolist() == list(range(1, len(kept) + 1))
         assert (kept[:, 1:3] == 100).all()
+        assert (kept[-1, 3:] == arrays["image"][0, :, 100, 100]).all()
         assert len(kept) > seen
         seen = len(kept)
