@@ -3090,6 +3090,7 @@ class Run:
 
     def __post_init__(self):
         self.begun = time.monotonic() - self.record["seconds"]
+        self.folder = os.getcwd()  # it may be gone when it is asked for
 
     def made(self, **more):
         """The record of how the picture as it stands was made."""
@@ -3101,7 +3102,7 @@ class Run:
         if self.dream.picture is not None:
             arrays["picture"] = self.dream.picture
         arrays |= self.kept | self.watchers.keep()
-        return Checkpoint(self.made(), os.getcwd(), numbers, arrays)
+        return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
 def run(options, signals, checkpoint=None):
@@ -3285,7 +3286,7 @@ def dream(image=None, **options):
             kind = f"an array {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
     network = find_network(parsed)
-    for line in stand_in_notices(parsed.model, network.name):
+    for line in [] if parsed.quiet else stand_in_notices(parsed.model, network.name):
         log.warning(line)
     with open_engine(parsed, settings, network) as engine:
         engine.describe()
