@@ -3040,7 +3040,8 @@ def resume(path, argv):
     for action in PARSER.options:
         name = getattr(saved, action.dest)
         if action.file and name is not None:
-            setattr(saved, action.dest, os.path.join(checkpoint.folder, name))
+            path_then = os.path.abspath(os.path.join(checkpoint.folder, name))
+            setattr(saved, action.dest, path_then)
     saved.output_file = Files.of_checkpoint(path)
     options = PARSER.parse_args(argv, copy.copy(saved))
     for action in PARSER.options:

@@ -21,6 +21,7 @@ from conftest import (
     TINY,
     assert_one_line,
     assert_same_run,
+    pixels,
     psnr,
     run_cli,
     session,
@@ -216,6 +217,21 @@ def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
     running.communicate()
     numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
     assert ((numbers["size"] - 1) * 2 + numbers["step"]) % 5 == 0
+
+
+def test_a_run_goes_on_from_another_folder(picture, tmp_path):
+    """Its files were named from the folder that it was started in."""
+    options = ["--layer=inception_a/output", "--image=./in.png", "--stats=s.csv", "--num_steps=300"]
+    assert run_cli(*TINY, *options, "--output=whole.png", cwd=tmp_path).returncode == 0
+    running = under_way(*TINY, *options, "--checkpoint_iter=1", cwd=tmp_path)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    (tmp_path / "elsewhere").mkdir()
+    done = run_cli(f"--resume=../{CHECKPOINT}", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "whole.png"))
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 301
 
 
 def test_resume_of_one_set_aside(tmp_path):
