@@ -709,17 +709,19 @@ class Dream:
         One channel at a time: channels do not meet here, and the arrays of one fit the cache.
         """
         y0, y1, x0, x1 = region
+        terms = self._regularizers()
         gauge.add_tile(loss)
         for channel in range(3):
             place = np.s_[:, channel : channel + 1, y0:y1, x0:x1]
             x = self.image[place]
             gradient = cnn_gradient[np.newaxis, channel : channel + 1].astype(np.float64)
             gauge.add_means(cnn_gradient=gradient)
-            for name, term, argument in self._regularizers(x, place):
-                if term.weight:
-                    part = term.gradient(argument)
-                    gauge.add_term(name, term, argument, part)
-                    gradient += part
+            for name, term in terms.items():
+                is_change = name == "p" and self.start is not None
+                argument = x - self.start[place] if is_change else x
+                part = term.gradient(argument)
+                gauge.add_term(name, term, argument, part)
+                gradient += part
             cache = self.caches[self.cache_index[region]][np.newaxis, channel : channel + 1]
             step = rmsprop(gradient, cache, self.settings.decay_rate, self.learning_rate)
             is_finite = math.isfinite(step.sum() + cache.sum())
@@ -734,14 +736,16 @@ class Dream:
                 )
             x += step
 
-    def _regularizers(self, x, place):
-        """The regularizers in the original's order, as (name, term, what it is a term of); `x` is
-        one channel of a tile, at `place` in the image."""
+    def _regularizers(self):
+        """{name: term} of those that have a weight, in the original's order. "p" is a term of the
+        change from the start image, if there is one; the others are terms of the image."""
         s = self.settings
-        change = x if self.start is None or not s.p_reg else x - self.start[place]
-        yield "p", PNorm(s.p_reg, s.alpha, s.p_scale), change
-        yield "aux", PNorm(s.p_reg_aux, s.alpha_aux, s.p_scale_aux), x
-        yield "tv", TotalVariation(self.tv_reg, s.beta, s.tv_grad_operator, s.tv_reg_scale), x
+        terms = {
+            "p": PNorm(s.p_reg, s.alpha, s.p_scale),
+            "aux": PNorm(s.p_reg_aux, s.alpha_aux, s.p_scale_aux),
+            "tv": TotalVariation(self.tv_reg, s.beta, s.tv_grad_operator, s.tv_reg_scale),
+        }
+        return {name: term for name, term in terms.items() if term.weight}
 
     def _advance_schedules(self):
         """Counts a step; both schedules count the steps at this size."""
@@ -3343,14 +3347,6 @@ def reproduce(options):
     say(" ".join(map(shell_word, words)))
 
 
-COMMANDS = {  # options that are done instead of a run
-    "list_models": list_models,
-    "list_layers": list_layers,
-    "download_model": download_model,
-    "reproduce": reproduce,
-}
-
-
 def printable(text):
     """The text with what a terminal might obey, or not show, as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -3391,6 +3387,14 @@ class LineHandler(logging.Handler):
     def emit(self, record):
         prefix = "cnn_vis.py: " if record.levelno >= logging.ERROR else ""
         say(printable(prefix + record.getMessage()), "stderr")
+
+
+COMMANDS = {  # options that are done instead of a run
+    "list_models": list_models,
+    "list_layers": list_layers,
+    "download_model": download_model,
+    "reproduce": reproduce,
+}
 
 
 def command_line(argv, signals):
