@@ -121,32 +121,106 @@ def read_picture(path, background="white"):
     `background` shows where it is transparent. Of several frames the first is used. Raises
     BadRequest.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # Pillow's: 1 MB
     remarks = []
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with warnings.catch_warnings(), open_picture(path, remarks) as file:
             warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             is_preview = file.format == "MPO"  # a camera's JPEG: its other frames are previews
             if getattr(file, "is_animated", False) and not is_preview:
                 remarks.append(f"{path}: the first of {file.n_frames} frames is used")
+            file.info["white_is_zero"] = getattr(file, "tag_v2", {}).get(262) == 0
             picture = file
             with contextlib.suppress(Exception):  # damaged EXIF data does not tell the orientation
                 picture = ImageOps.exif_transpose(file)
             picture = to_srgb(picture, path, remarks)
             if picture.mode != "RGB":
                 behind = Image.new("RGBA", picture.size, background)
-                picture = Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
+                picture = Image.alpha_composite(behind, picture).convert("RGB")
             return np.asarray(picture), remarks
     except Image.DecompressionBombError:
         raise refusal("image", path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
         heic = path.lower().endswith((".heic", ".heif"))
-        remedy = "save HEIC pictures as JPEG first" if heic else "give a PNG or JPEG file"
-        problem = f"cannot be read as a picture ({one_line(error)})"
-        raise refusal("image", path, f"{problem}; {remedy}") from None
+        remedy = "give a PNG or JPEG file"
+        remedy = f"pip install pillow-heif, or {remedy}" if heic else remedy
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if is_unknown else one_line(error)
+        raise refusal("image", path, f"cannot be read as a picture ({reason}); {remedy}") from None
+
+
+def open_picture(path, remarks):
+    """The file `path` as a PIL picture. Unlike with Pillow alone, chunks of a PNG that are damaged
+    and not needed are skipped, as viewers do, and deep TIFFs of several channels are read."""
+    from PIL import Image
+
+    with open(path, "rb") as file:
+        data = file.read()
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        data = without_damaged_chunks(data)
+    if path.lower().endswith((".heic", ".heif", ".avif")):
+        with contextlib.suppress(ImportError):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+    picture = None
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        picture = read_deep_tiff(data, path, remarks)
+    return picture or Image.open(io.BytesIO(data))
+
+
+def without_damaged_chunks(data):
+    """The bytes of a PNG without the chunks that have a wrong checksum and are not needed."""
+    sound, place = [data[:8]], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        chunk, checksum = data[place + 4 : end - 4], int.from_bytes(data[end - 4 : end], "big")
+        is_needed = not chunk or chunk[0] < ord("a")  # its name begins with a capital letter
+        if is_needed or zlib.crc32(chunk) == checksum:
+            sound.append(data[place:end])
+        place = end
+    return b"".join(sound)
+
+
+def read_deep_tiff(data, path, remarks):
+    """A TIFF of several channels deeper than 8 bits, as bytes, as a PIL picture of 8 bits; None for
+    any other TIFF, which Pillow reads. Raises ValueError for what cannot be shown rightly."""
+    import tifffile
+    from PIL import Image
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    try:
+        page = tifffile.TiffFile(io.BytesIO(data)).pages.first
+        if page.samplesperpixel == 1 or page.bitspersample == 8:
+            return None
+        pixels = page.imagewidth * page.imagelength
+    except Exception:  # a damaged one: Pillow may still make something of it
+        return None
+    if pixels > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    values = page.asarray()
+    values = np.moveaxis(values, 0, -1) if page.planarconfig == 2 else values
+    colours = values.shape[-1] - len(page.extrasamples)
+    modes = {(0, 1): "L", (1, 1): "L", (2, 3): "RGB", (5, 4): "CMYK"}  # by photometric, channels
+    mode = modes.get((int(page.photometric), colours))
+    if mode is None or values.ndim != 3:
+        raise ValueError(f"a deep TIFF of the kind {page.photometric.name}")
+    seen = to_8_bits(values[..., :colours], path, remarks)
+    seen = 255 - seen if page.photometric == 0 else seen
+    picture = Image.frombytes(mode, values.shape[1::-1], seen.tobytes())
+    if page.extrasamples and page.extrasamples[0] in (1, 2):  # alpha: premultiplied, or not
+        alpha = Image.fromarray(to_8_bits(values[..., colours], path, []))
+        picture = picture if mode == "L" else picture.convert("RGB")
+        with_alpha = picture.mode + ("a" if page.extrasamples[0] == 1 else "A")
+        picture = Image.merge(with_alpha, [*picture.split(), alpha])
+    if profile := page.tags.valueof(34675):
+        picture.info["icc_profile"] = profile
+    picture.getexif()[0x0112] = page.tags.valueof(0x0112, default=1)  # orientation
+    return picture
 
 
 def to_srgb(picture, path, remarks):
@@ -154,33 +228,102 @@ def to_srgb(picture, path, remarks):
     are transparent."""
     from PIL import Image, ImageCms
 
-    profile = picture.info.get("icc_profile")
+    info, alpha = picture.info, None
     if picture.mode.startswith(("I", "F")):
-        picture, profile = Image.fromarray(to_8_bits(np.asarray(picture))), None
-    has_alpha = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    mode = "RGBA" if has_alpha or "transparency" in picture.info else "RGB"
-    if picture.mode not in ("L", "CMYK") or mode == "RGBA":
-        picture = picture.convert(mode)
-    if profile:
+        values = np.asarray(picture)
+        grey = to_8_bits(values, path, remarks)
+        picture = Image.fromarray(255 - grey if info.get("white_is_zero") else grey)
+        if "transparency" in info:
+            alpha = Image.fromarray(np.uint8(255) * (values != info["transparency"]))
+    elif "transparency" in info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        alpha = picture.convert("RGBA").getchannel("A")
+    picture = picture.convert({"RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode))
+    picture = picture.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB"))
+    try:
+        if "icc_profile" in info:
+            picture = from_profile(picture, info["icc_profile"])
+        elif "gamma" in info and "srgb" not in info:
+            picture = from_gamma(picture, info["gamma"], info.get("chromaticity"))
+    except (OSError, ImageCms.PyCMSError, ArithmeticError) as error:
+        remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
+    picture = picture.convert("RGB")
+    if alpha is not None:
+        picture.putalpha(alpha)
+    return picture
+
+
+def from_profile(picture, profile):
+    """A PIL picture with an ICC profile, as bytes, in sRGB. It is left as it is if the profile says
+    the same as sRGB to two levels, whatever its name."""
+    from PIL import Image, ImageCms
+
+    profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(profile, srgb, picture.mode, "RGB")
+    if picture.mode == "RGB":
+        levels = np.linspace(0, 255, 18).astype(np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(18, -1, 3)
+        shown = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+        if np.abs(shown.astype(int) - colours).max() <= 2:
+            return picture
+    return ImageCms.applyTransform(picture, transform)
+
+
+def from_gamma(picture, gamma, chromaticity):
+    """A PIL picture whose PNG states a gamma and the chromaticities of white, red, green and blue
+    (or None: sRGB's), in sRGB. Raises ArithmeticError if they are impossible."""
+    from PIL import Image
+
+    srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+    chromaticity = srgb if chromaticity is None else chromaticity
+    if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(chromaticity, srgb, atol=0.005):
+        return picture  # how programs say "sRGB"
+
+    def to_xyz(chromaticity):
+        x, y = np.reshape(chromaticity, (4, 2)).T
+        white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y]).T
+        primaries = np.stack(primaries, axis=1)
+        return primaries * np.linalg.solve(primaries, white) / white[:, np.newaxis]
+
+    with np.errstate(all="ignore"):
         try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
-                srgb = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(picture, profile, srgb, outputMode=mode)
-        except (OSError, ImageCms.PyCMSError) as error:
-            remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
-    return picture.convert(mode)
+            matrix = np.linalg.solve(to_xyz(srgb), to_xyz(chromaticity))
+        except np.linalg.LinAlgError:
+            matrix = np.full((3, 3), np.nan)
+        curve = (np.arange(256) / 255) ** (1 / gamma) if gamma > 0 else np.full(256, np.nan)
+    if not (np.isfinite(matrix).all() and np.isfinite(curve).all()):
+        raise ArithmeticError("its gAMA and cHRM chunks make no sense")
+    pixels = np.array(picture.convert("RGB"))
+    for rows in np.array_split(pixels, -(-len(pixels) // 256)):  # to save memory
+        linear = np.clip(curve[rows] @ matrix.T, 0, 1)
+        power_law = 1.055 * linear ** (1 / 2.4) - 0.055
+        rows[...] = 255 * np.where(linear <= 0.0031308, 12.92 * linear, power_law) + 0.5
+    return Image.fromarray(pixels)
 
 
-def to_8_bits(values):
-    """A deeper greyscale picture, an array (H, W), as uint8. Two bytes a pixel are 0..65535; else
-    it is the first of 0..1 (fractions only), 0..255, 0..65535 and 0..maximum that holds the
-    values."""
+def to_8_bits(values, path, remarks):
+    """A deeper greyscale picture, an array (H, W), as uint8.
+
+    Two bytes a pixel are 0..65535, or 12 bits if they end there. Otherwise the range is the first
+    of 0..1 (fractions only, and a few may overshoot it), 0..255, 0..65535 and 0..maximum that holds
+    the values; or minimum..maximum if some are negative. What is a guess is told in a remark.
+    """
     sixteen_bits = values.dtype.itemsize == 2
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    tops = [65535] if sixteen_bits else ([1] if (values % 1).any() else []) + [255, 65535]
-    top = next((top for top in tops if values.max() <= top), values.max())
-    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
+    low, high = values.min(), values.max()
+    is_fraction = bool((values % 1).any())
+    tops = [65535] if sixteen_bits else [255, 65535, high]
+    top = next((top for top in tops if high <= top), high)
+    bottom = 0
+    if is_fraction and (high <= 1 or np.percentile(values, 99) <= 1 and low > -1):
+        top = 1
+    elif low < 0:
+        bottom, top = low, high
+    elif sixteen_bits and 1023 < high <= 4095:
+        top = 4095
+    if bottom < 0 or top not in (1, 255, 65535):
+        remarks.append(f"{path}: its values are taken as {bottom:g} (black) to {top:g} (white)")
+    scaled = (values - bottom) * (255 / ((top - bottom) or 1))
+    return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
 
 
 def to_uint8(image, mean, rescale=False):

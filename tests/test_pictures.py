@@ -1,12 +1,15 @@
 """Pictures as people have them, read as people see them; and broken ones."""
 
+import io
 import os
 import random
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import CARD, GOLDEN, QUICK, TINY, assert_one_line, encoded, mutated, run_cli
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFilter
 
 import cnn_vis
 
@@ -74,6 +77,141 @@ def test_deeper_pictures_keep_their_range(tmp_path):
         )[0].max()
         == 0
     )
+
+
+# Linear light with the primaries of sRGB, from GIMP; "sRGB" is in its name.
+LINEAR = (GOLDEN.parent / "linear_srgb.icc").read_bytes()
+SMOOTH = CARD.filter(ImageFilter.GaussianBlur(4))
+
+
+def srgb_to_linear(values):
+    values = np.asarray(values) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def assert_looks_like(seen, expected, tolerance=2.5):
+    expected = np.asarray(expected.convert("RGB")).astype(int)
+    assert np.abs(seen.astype(int) - expected).mean() <= tolerance
+
+
+def test_a_profiles_name_says_nothing(tmp_path):
+    """Of a profile its curves and primaries count, for grey pictures and transparent ones too."""
+    linear = Image.fromarray((255 * srgb_to_linear(SMOOTH) + 0.5).astype(np.uint8))
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(LINEAR)))
+    assert_looks_like(read(encoded(linear, "PNG", icc_profile=LINEAR), tmp_path)[0], SMOOTH)
+    clear = linear.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 100)[None].repeat(160, 0)))
+    seen, remarks = read(encoded(clear, "PNG", icc_profile=LINEAR), tmp_path, background="red")
+    assert remarks == []
+    assert (seen[:, :100] == (255, 0, 0)).all()
+    assert_looks_like(seen[:, 100:], SMOOTH.crop((100, 0, 200, 160)))
+
+
+def chunk(name, data, checksum=None):
+    """A chunk of a PNG."""
+    checksum = zlib.crc32(name + data) if checksum is None else checksum
+    return len(data).to_bytes(4, "big") + name + data + checksum.to_bytes(4, "big")
+
+
+def with_chunks(picture, *chunks):
+    """The bytes of a PNG with more chunks after its header."""
+    data = encoded(picture, "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def test_gamma_and_chromaticities_of_a_png_count(tmp_path):
+    """Without a profile or sRGB chunk."""
+    linear = Image.fromarray((255 * srgb_to_linear(SMOOTH) + 0.5).astype(np.uint8))
+    gamma = chunk(b"gAMA", (100000).to_bytes(4, "big"))
+    assert_looks_like(read(with_chunks(linear, gamma), tmp_path)[0], SMOOTH)
+    assert np.array_equal(read(with_chunks(CARD, gamma, chunk(b"sRGB", b"\0")), tmp_path)[0], CARD)
+    usual = chunk(b"gAMA", (45455).to_bytes(4, "big"))
+    assert np.array_equal(read(with_chunks(CARD, usual), tmp_path)[0], CARD)
+    white_first = (31270, 32900, 60000, 30000, 30000, 60000, 15000, 6000)  # red and green swapped
+    swapped = (*white_first[:2], 30000, 60000, 64000, 33000, *white_first[6:])
+    primaries = chunk(b"cHRM", b"".join(value.to_bytes(4, "big") for value in swapped))
+    seen, remarks = read(with_chunks(SMOOTH, usual, primaries), tmp_path)
+    assert remarks == []
+    red, green, blue = SMOOTH.split()
+    assert_looks_like(seen, Image.merge("RGB", (green, red, blue)), 4)
+    nonsense = chunk(b"cHRM", bytes(32))
+    seen, remarks = read(with_chunks(CARD, usual, nonsense), tmp_path)
+    assert np.array_equal(seen, CARD)
+    assert "ignored" in remarks[0]
+
+
+def test_damaged_chunks_that_are_not_needed_are_skipped(tmp_path):
+    profile = b"a profile\0\0" + zlib.compress(LINEAR)
+    seen, _ = read(with_chunks(CARD, chunk(b"iCCP", profile, checksum=1)), tmp_path)
+    assert np.array_equal(seen, CARD)
+    long = zlib.compress(bytes(3 << 20))
+    seen, _ = read(with_chunks(CARD, chunk(b"zTXt", b"a text\0\0" + long)), tmp_path)
+    assert np.array_equal(seen, CARD)
+
+
+RAMP = np.tile(np.arange(256), (32, 1))
+DEEP = {
+    "fractions that overshoot": (RAMP / 255 * 1.0000002, {}, RAMP),
+    "12 bits in 16": ((RAMP * 4095 / 255).astype(np.uint16), {}, RAMP),
+    "white is zero": ((RAMP * 257).astype(np.uint16), {"photometric": "miniswhite"}, 255 - RAMP),
+    "heights below zero": ((RAMP * 20 - 400).astype(np.int16), {}, RAMP),
+    "integers of 32 bits": ((RAMP * 100000).astype(np.int32), {}, RAMP),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_grey_tiffs_have_the_range_that_is_told(kind, tmp_path):
+    values, options, expected = DEEP[kind]
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    tifffile.imwrite(tmp_path / "in.tif", values, **{"photometric": "minisblack"} | options)
+    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    assert np.abs(seen[:, :, 0].astype(int) - expected).max() <= 1
+    is_guess = kind in ("12 bits in 16", "heights below zero", "integers of 32 bits")
+    assert [("taken as" in remark) for remark in remarks] == [True] * is_guess
+
+
+COLOURS = np.asarray(CARD).astype(np.uint16) * 257
+ALPHA = np.tile(np.linspace(0, 65535, 200).astype(np.uint16), (160, 1))
+CMYK = np.asarray(CARD.convert("CMYK")).astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "float RGB", "LA", "CMYK", "CMYK and alpha"])
+def test_deep_tiffs_of_several_channels_are_read(kind, planar, tmp_path):
+    """Which Pillow reads wrongly, or not at all."""
+    values, expected, options = COLOURS, np.asarray(CARD), {"photometric": "rgb"}
+    if kind == "float RGB":
+        values = (COLOURS / 65535).astype(np.float32)
+    if kind == "LA":
+        values, options = COLOURS[..., :1], {"photometric": "minisblack"}
+        expected = expected[..., :1].repeat(3, axis=-1)
+    if kind.startswith("CMYK"):
+        values, options = CMYK, {"photometric": "separated"}
+        expected = np.asarray(CARD.convert("CMYK").convert("RGB"))
+    if kind in ("RGBA", "LA", "CMYK and alpha"):
+        values, options["extrasamples"] = np.dstack([values, ALPHA]), ["unassalpha"]
+        share = ALPHA[..., None] / 65535
+        expected = expected * share + 255 * (1 - share)
+    values = np.moveaxis(values, -1, 0) if planar == "separate" else values
+    tifffile.imwrite(tmp_path / "in.tif", values, planarconfig=planar, **options)
+    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    assert remarks == []
+    assert np.abs(seen - expected).max() <= 2
+
+
+def test_grey_levels_that_are_transparent_count_at_16_bits(tmp_path):
+    values = np.full((40, 40), 30000, np.uint16)
+    values[:, :20] = 1000
+    data = with_chunks(Image.fromarray(values), chunk(b"tRNS", (1000).to_bytes(2, "big")))
+    seen, _ = read(data, tmp_path, background="lime")
+    assert (seen[:, :20] == (0, 255, 0)).all()
+    assert (seen[:, 20:] == 117).all()
+
+
+def test_heic_pictures_are_read_if_pillow_heif_is_there(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    pillow_heif.register_heif_opener()
+    assert_looks_like(read(encoded(SMOOTH, "HEIF", quality=95), tmp_path, "in.heic")[0], SMOOTH, 4)
 
 
 def test_colour_profiles_are_applied_and_broken_ones_are_reported(tmp_path):
