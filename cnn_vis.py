@@ -1513,15 +1513,22 @@ def find_file(option, path):
 
 
 def read_mean(path):
-    """The mean of the mean image (.npy), in the file's own dtype. Raises BadRequest."""
+    """The mean of the mean image (.npy or .binaryproto), in the file's own dtype. Raises
+    BadRequest."""
     try:
-        array = np.load(path, allow_pickle=False)
+        if path.lower().endswith(".binaryproto"):
+            array = in_a_worker(read_binaryproto, path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python 2's headers
+                array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.size:
             raise ValueError("it holds no numbers")
         mean = float(array.mean())
     except Exception as error:  # anything can call itself .npy
-        problem = f"cannot be read as an array ({one_line(error)}); give a .npy file"
-        raise refusal("mean_image", path, problem) from None
+        problem = f"cannot be read as an array ({one_line(error)})"
+        remedy = "give a .npy or .binaryproto file"
+        raise refusal("mean_image", path, f"{problem}; {remedy}") from None
     if not 0 <= mean <= 255:
         problem = f"its mean is {mean:g}, but pixels go from 0 to 255; give another file"
         raise refusal("mean_image", path, problem)
@@ -1678,9 +1685,14 @@ def read_prototxt(path):
     from google.protobuf import text_format
 
     try:
-        with open(path, encoding="utf-8") as file:
-            net = text_format.Parse(file.read(), caffe_pb2.NetParameter())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        with open(path, "rb") as file:
+            data = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")  # for comments in whatever encoding
+        net = text_format.Parse(text, caffe_pb2.NetParameter())
+    except (OSError, text_format.ParseError) as error:
         problem = f"not a network description ({one_line(error)}); give a deploy.prototxt"
         raise refusal("deploy_txt", path, problem) from None
     return upgraded(net) if net.layers else net
@@ -1707,11 +1719,33 @@ def read_weights(path):
 
     try:
         with open(path, "rb") as file:
-            net = caffe_pb2.NetParameter.FromString(file.read())
+            data = file.read()
+        for start, problem in NOT_WEIGHTS.items():
+            if data[:100].lstrip().lower().startswith(start):
+                raise refusal("caffe_model", path, problem)
+        net = caffe_pb2.NetParameter.FromString(data)
     except (OSError, DecodeError) as error:
-        problem = f"cannot be read as Caffe weights ({one_line(error)}); give a .caffemodel"
-        raise refusal("caffe_model", path, problem) from None
+        problem = f"cannot be read as Caffe weights ({one_line(error)})"
+        remedy = "give a whole .caffemodel; was the download cut short?"
+        raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
     return {layer.name: list(map(blob_shape, layer.blobs)) for layer in net.layer or net.layers}
+
+
+NOT_WEIGHTS = {  # what a file begins with, in lower case: what it is, and the remedy
+    b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
+    b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
+    b"<": "this is a web page, not weights; download the file itself",
+}
+
+
+def read_binaryproto(path):
+    """Task: the array in the BlobProto `path`."""
+    import_caffe()
+    from caffe.proto import caffe_pb2
+
+    with open(path, "rb") as file:
+        blob = caffe_pb2.BlobProto.FromString(file.read())
+    return np.array(blob.data or blob.double_data, np.float32)
 
 
 def blob_shape(blob):
@@ -1782,9 +1816,8 @@ def layer_shapes(deploy, weights):
     return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
 
 
-def check_target(spec, net, weights):
-    """Raises BadRequest if the target is not a layer of `net` that can be amplified, or if the
-    weights are those of another network."""
+def check_target(spec, net):
+    """Raises BadRequest if the target is not a layer of `net` that can be amplified."""
     names = targets(net)
     if not names:
         problem = "has no layer that can be amplified; give a deploy.prototxt"
@@ -1793,9 +1826,32 @@ def check_target(spec, net, weights):
         close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}"
         raise refusal("layer", spec.target, f"{spec.files.deploy} has no such layer; {hint}")
-    if net.layer and not any(weights.get(layer.name) for layer in net.layer):
-        problem = f"has no weights for any layer of {spec.files.deploy}; give its own"
+
+
+def check_all_there(spec, net, weights):
+    """Raises BadRequest if a layer of the caffe.Net has parameters and none of its own in
+    `weights` (of read_weights): it would work with random or empty ones."""
+    missing = [name for name in net.params if not weights.get(name)]
+    if missing:
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        problem = (
+            f"has no weights for {names} of {spec.files.deploy}; give the file with all of them"
+        )
         raise refusal("caffe_model", spec.files.weights, problem)
+
+
+def check_values(spec, net):
+    """Raises BadRequest if the caffe.Net has weights that are not numbers; returns notices of
+    weights that look wrong."""
+    notices = []
+    types = {name: layer.type for name, layer in zip(net._layer_names, net.layers)}
+    for name, blobs in net.params.items():
+        if not all(np.isfinite(blob.data).all() for blob in blobs):
+            problem = f"the weights of {name} are not all finite numbers; get a sound file"
+            raise refusal("caffe_model", spec.files.weights, problem)
+        if types[name] == "BatchNorm" and not blobs[2].data.any():
+            notices.append(f"{name}: its statistics are empty, so that it only magnifies")
+    return notices
 
 
 def cut(net, target, blob_counts):
@@ -1864,7 +1920,7 @@ class Network:
     """A Caffe net from its input to the target layer. Raises BadRequest if `spec` cannot be loaded.
 
     Attributes: tile_size, (height, width) of the input; target_shape, (C, ...) of one tile's
-    activations.
+    activations; notices, a list of lines for the user.
     """
 
     def __init__(self, spec):
@@ -1882,11 +1938,13 @@ class Network:
         net = read_prototxt(spec.files.deploy)
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
-        check_target(spec, net, weights)
+        check_target(spec, net)
         cut(net, spec.target, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net)
         self._spec, self._net = spec, caffe_net(net)
+        check_all_there(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
+        self.notices = check_values(spec, self._net)
         inputs = list(self._net.inputs)
         self._input = self._net.blobs["data" if "data" in inputs else inputs[0]]
         self._target = self._net.blobs[spec.target]
@@ -1996,12 +2054,12 @@ attach = functools.cache(map_memory)  # in a worker, which has one memory for li
 
 
 def describe(spec):
-    """Task: (tile_size, target_shape, batch size that suits the device) of the network, after a
-    first trial of it."""
+    """Task: (tile_size, target_shape, batch size that suits the device, notices) of the network,
+    after a first trial of it."""
     network = load_network(spec)
     # Takes the memory it needs, and fails now if it ever does.
     network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
-    return network.tile_size, network.target_shape, network.batch_for_memory()
+    return network.tile_size, network.target_shape, network.batch_for_memory(), network.notices
 
 
 def compute_slot(spec, memory, slot, count, measure):
@@ -2245,7 +2303,7 @@ class Workers(Engine):
             self.processes.submit(describe, self.spec) for _ in range(self.processes.number - 1)
         ]
         try:
-            self.tile_size, self.target_shape, suits = self.processes.call(describe, self.spec)
+            found = self.processes.call(describe, self.spec)
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
                 problem = "Caffe cannot compute a gradient for this layer"
@@ -2254,6 +2312,8 @@ class Workers(Engine):
                 ) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
+        self.tile_size, self.target_shape, suits, notices = found
+        self.notices += notices
         if self.gpus and not self.batch_size:
             for future in others:
                 with contextlib.suppress(concurrent.futures.BrokenExecutor):  # found again below

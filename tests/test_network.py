@@ -1,5 +1,6 @@
 """Reading, judging, cutting and running a network."""
 
+import os
 import random
 import re
 
@@ -245,3 +246,112 @@ def test_a_network_that_asks_for_all_memory_is_one_line(tmp_path):
         cwd=tmp_path,
     )
     assert_one_line(done, 1, "Caffe stopped")
+
+
+def test_a_network_of_more_than_512_mb_is_read(tmp_path):
+    """As VGG's 553 MB are; Caffe's master would refuse it."""
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    text += 'layer { name: "large" type: "InnerProduct" bottom: "data" top: "large" '
+    text += "inner_product_param { num_output: 44000 } }\n"
+    (tmp_path / "large.prototxt").write_text(text)
+    net = cnn_vis.caffe_net(cnn_vis.read_prototxt(str(tmp_path / "large.prototxt")))
+    net.copy_from(f"{GOLDEN}/tiny_inception.caffemodel")
+    net.save(str(tmp_path / "large.caffemodel"))
+    del net
+    assert os.path.getsize(tmp_path / "large.caffemodel") > 1 << 29
+    files = ["--deploy_txt=large.prototxt", "--caffe_model=large.caffemodel"]
+    done = run_cli(*ONE, *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    os.remove(tmp_path / "large.caffemodel")
+
+
+def changed_weights(change, tmp_path):
+    """The weights of the tiny network with change(its NetParameter) done, as a file."""
+    cnn_vis.import_caffe()
+    from caffe.proto import caffe_pb2
+
+    net = caffe_pb2.NetParameter.FromString((GOLDEN / "tiny_inception.caffemodel").read_bytes())
+    change({layer.name: layer for layer in net.layer})
+    (tmp_path / "changed.caffemodel").write_bytes(net.SerializeToString())
+    return "--caffe_model=changed.caffemodel"
+
+
+def test_missing_weights_are_named(tmp_path):
+    """Those of layers that are needed; a layer behind the target may lack its own."""
+    option = changed_weights(lambda layers: setattr(layers["conv1/5x5_s2"], "name", "x"), tmp_path)
+    done = run_cli(*ONE, option, cwd=tmp_path)
+    assert_one_line(
+        done, 2, "--caffe_model", "changed.caffemodel", "conv1/5x5_s2", "deploy.prototxt"
+    )
+    option = changed_weights(lambda layers: layers["classifier"].ClearField("blobs"), tmp_path)
+    assert run_cli(*ONE, option, cwd=tmp_path).returncode == 0
+    done = run_cli(*ONE, option, "--layer=classifier", cwd=tmp_path)
+    assert_one_line(done, 2, "--caffe_model", "classifier")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_numbers_are_named(value, tmp_path):
+    def change(layers):
+        layers["conv1/5x5_s2"].blobs[0].data[3] = value
+
+    done = run_cli(*ONE, changed_weights(change, tmp_path), cwd=tmp_path)
+    assert_one_line(done, 2, "--caffe_model", "conv1/5x5_s2", "finite")
+
+
+def test_empty_statistics_of_batch_normalization_are_told(tmp_path):
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    text += 'layer { name: "bn" type: "BatchNorm" bottom: "classifier" top: "bn" }\n'
+    (tmp_path / "bn.prototxt").write_text(text)
+    net = cnn_vis.caffe_net(cnn_vis.read_prototxt(str(tmp_path / "bn.prototxt")))
+    net.copy_from(f"{GOLDEN}/tiny_inception.caffemodel")
+    for factor in (0, 1):
+        net.params["bn"][2].data[...] = factor
+        net.save(str(tmp_path / "bn.caffemodel"))
+        words = ["--deploy_txt=bn.prototxt", "--caffe_model=bn.caffemodel", "--layer=bn"]
+        done = run_cli(*TINY, *words, "--num_steps=1", "--iter_behavior=none", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("bn: its statistics are empty" in done.stderr) == (factor == 0)
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ["注释".encode("gbk"), "é".encode("latin-1"), "é".encode()],
+    ids=["gbk", "latin1", "utf8"],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte-order mark"])
+def test_prototxts_may_have_comments_in_any_encoding(comment, mark, tmp_path):
+    text = (GOLDEN / "deploy.prototxt").read_bytes()
+    (tmp_path / "odd.prototxt").write_bytes(mark + b"# " + comment + b"\n" + text)
+    net = cnn_vis.read_prototxt(str(tmp_path / "odd.prototxt"))
+    assert net == cnn_vis.read_prototxt(f"{GOLDEN}/deploy.prototxt")
+
+
+FOREIGN = {
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "web page": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "half a download": ((GOLDEN / "tiny_inception.caffemodel").read_bytes()[:9000], "cut short"),
+    "empty file": (b"", "no weights"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_weights_is_named(kind, tmp_path):
+    data, words = FOREIGN[kind]
+    (tmp_path / "no.caffemodel").write_bytes(data)
+    done = run_cli(*ONE, "--caffe_model=no.caffemodel", cwd=tmp_path)
+    assert_one_line(done, 2, "--caffe_model", "no.caffemodel", words)
+
+
+def test_a_mean_image_may_be_a_binaryproto(tmp_path):
+    cnn_vis.import_caffe()
+    from caffe.proto import caffe_pb2
+
+    mean = np.load(GOLDEN / "mean.npy")
+    blob = caffe_pb2.BlobProto(data=mean.ravel().tolist())
+    (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
+    found = cnn_vis.read_mean(str(tmp_path / "mean.binaryproto"))
+    assert found == pytest.approx(cnn_vis.read_mean(f"{GOLDEN}/mean.npy"), rel=1e-6)
+    (tmp_path / "bad.binaryproto").write_bytes(b"nonsense")
+    done = run_cli(*ONE, "--mean_image=bad.binaryproto", cwd=tmp_path)
+    assert_one_line(done, 2, "--mean_image", "bad.binaryproto")
