@@ -1695,6 +1695,10 @@ def read_prototxt(path):
     except (OSError, text_format.ParseError) as error:
         problem = f"not a network description ({one_line(error)}); give a deploy.prototxt"
         raise refusal("deploy_txt", path, problem) from None
+    for layer in net.layer or net.layers:
+        for field, value in layer.ListFields():
+            if field.message_type and "engine" in field.message_type.fields_by_name:
+                value.ClearField("engine")  # it names cuDNN, perhaps; Caffe chooses what it has
     return upgraded(net) if net.layers else net
 
 
@@ -1728,7 +1732,8 @@ def read_weights(path):
         problem = f"cannot be read as Caffe weights ({one_line(error)})"
         remedy = "give a whole .caffemodel; was the download cut short?"
         raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
-    return {layer.name: list(map(blob_shape, layer.blobs)) for layer in net.layer or net.layers}
+    older = (layer.layer if layer.HasField("layer") else layer for layer in net.layers)  # V0, V1
+    return {layer.name: list(map(blob_shape, layer.blobs)) for layer in net.layer or older}
 
 
 NOT_WEIGHTS = {  # what a file begins with, in lower case: what it is, and the remedy
@@ -1806,14 +1811,31 @@ def targets(net):
 
 
 def layer_shapes(deploy, weights):
-    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets.
-    With `weights` (a path or None) the classifier has their width."""
+    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets,
+    and [(name, type), ...] of those that this Caffe lacks; what depends on these is left out. With
+    `weights` (a path or None) the classifier has their width."""
     net = read_prototxt(deploy)
     if weights is not None:
         fit_classifier(net, read_weights(weights))
+    lacking = leave_out_unknown(net)
     loaded = caffe_net(net)
     shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
-    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1]
+    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1], lacking
+
+
+def leave_out_unknown(net):
+    """Removes the layers that this Caffe lacks, and those that depend on them, from the
+    NetParameter `net`; returns [(name, type), ...] of the former."""
+    known, lost, lacking = set(import_caffe().layer_type_list()), set(), []
+    for layer in list(net.layer):
+        is_known = layer.type in known
+        if is_known and lost.isdisjoint(layer.bottom):
+            continue
+        if not is_known and runs_in_test(layer):
+            lacking.append((layer.name, layer.type))
+        lost.update(layer.top)
+        net.layer.remove(layer)
+    return lacking
 
 
 def check_target(spec, net):
@@ -3522,7 +3544,10 @@ def list_layers(options):
     for line in stand_in_notices(options.model, files.name):
         log.info(line)
     weights = files.weights if files.fit_classifier else None
-    for name, shape in in_a_worker(layer_shapes, files.deploy, weights):
+    shapes, lacking = in_a_worker(layer_shapes, files.deploy, weights)
+    for name, kind in lacking:
+        log.info(f"note: {name} and what follows it are left out: this Caffe has no layer {kind}")
+    for name, shape in shapes:
         say(f"{name:32} {'x'.join(map(str, shape))}")
 
 

@@ -117,7 +117,7 @@ def test_every_listed_layer_can_be_amplified():
     """Backward from each layer of the small network reaches the picture."""
     deploy = cnn_vis.MODELS["googlenet_mini"].find_deploy()
     batch = np.random.default_rng(0).normal(0, 50, (1, 3, 224, 224)).astype(np.float32)
-    names = [name for name, _ in cnn_vis.layer_shapes(deploy, None)]
+    names = [name for name, _ in cnn_vis.layer_shapes(deploy, None)[0]]
     files = cnn_vis.NetworkFiles(deploy, str(MINI))
     for name in names[::7] + names[-1:]:
         spec = cnn_vis.NetworkSpec(files, name, cnn_vis.AmplifyLayer())
@@ -153,7 +153,7 @@ def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_
     (tmp_path / "new.caffemodel").write_bytes(weights.SerializeToString())
     files = (str(tmp_path / "deploy.prototxt"), str(tmp_path / "new.caffemodel"))
     assert cnn_vis.structure_error(*files) is None
-    assert dict(cnn_vis.layer_shapes(*files))[layer.name] == (classes,)
+    assert dict(cnn_vis.layer_shapes(*files)[0])[layer.name] == (classes,)
 
 
 def test_layers_of_training_and_single_numbers_are_refused(tmp_path):
@@ -355,3 +355,23 @@ def test_a_mean_image_may_be_a_binaryproto(tmp_path):
     (tmp_path / "bad.binaryproto").write_bytes(b"nonsense")
     done = run_cli(*ONE, "--mean_image=bad.binaryproto", cwd=tmp_path)
     assert_one_line(done, 2, "--mean_image", "bad.binaryproto")
+
+
+def test_layers_that_this_caffe_lacks_are_told(tmp_path):
+    """Before the target they matter, behind it they don't; both are listed."""
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    text += 'layer { name: "norm" type: "Normalize" bottom: "classifier" top: "norm" }\n'
+    text += 'layer { name: "after" type: "ReLU" bottom: "norm" top: "after" }\n'
+    text += 'layer { name: "python" type: "Python" bottom: "classifier" top: "python" }\n'
+    text = text.replace("convolution_param {", "convolution_param { engine: CUDNN", 1)
+    (tmp_path / "more.prototxt").write_text(text)
+    option = "--deploy_txt=more.prototxt"
+    done = run_cli("--list_layers", option, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines()]
+    plain = run_cli("--list_layers", TINY[0], cwd=tmp_path)
+    assert listed == [line.split()[0] for line in plain.stdout.splitlines()]
+    for words in ("norm and what follows", "no layer Normalize", "no layer Python"):
+        assert words in done.stderr
+    done = run_cli(*ONE, option, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
