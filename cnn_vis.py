@@ -15,7 +15,7 @@ network's input size. Each step runs every tile forward and backward through Caf
 gradients of two p-norms and of total variation, and takes an RMSProp step. After num_steps steps
 the picture is enlarged, and so on from initial_size to final_size.
 
-The rooms of this file, in the order data flows:
+The rooms of this file:
 
     The program       Pictures; Sizes and tiles; Objective, regularizers, step; The dream
     What carries it   Options; Networks by name; The network; Engines; Files of a run;
@@ -446,8 +446,8 @@ def overlap(a, b):
 
 
 def plan_sizes(settings, base, tile_size):
-    """The sizes of a run, a list; `base` is the size that factors refer to. None is below the
-    network's input or too large for the memory. Raises BadRequest."""
+    """The sizes of a run, a list; `base` is the size that factors refer to. Raises BadRequest if
+    one is below the network's input or too large for the memory."""
 
     def refuse(name, problem):
         return refusal(name, getattr(settings, name) or "unset", problem)
@@ -539,14 +539,15 @@ IMAGE_TYPES = {  # --image_type: the objective that the settings ask for
 
 
 def power(x, exponent):
-    """x ** exponent for an array x >= 0 (it may be x itself). The exponents in use are halves and
-    quarters, which square roots and products give several times faster than a general power."""
+    """x ** exponent for an array x >= 0; for exponent 1 that is x itself, not a copy. The exponents
+    in use are halves and quarters, which square roots and products give several times faster than a
+    general power."""
     quarters = exponent * 4
     if not (quarters == int(quarters) and 0 <= quarters <= 48):
         return x**exponent
     whole, rest = divmod(int(quarters), 4)
     root = np.sqrt(x) if rest else None
-    factors = [[], [np.sqrt(root)], [root], [root, np.sqrt(root)]][rest] if rest else []
+    factors = [root] * (rest >= 2) + ([np.sqrt(root)] if rest % 2 else [])
     while whole:
         if whole % 2:
             factors.append(x)
@@ -608,10 +609,7 @@ class TotalVariation:
         """Its gradient. As in the original the floor is not masked out: a flat place has a
         gradient, of nearly 0."""
         dx, dy, factor = self._slopes(x)
-        if self.beta >= 2:
-            factor = power(factor, self.beta / 2 - 1)
-        else:
-            factor **= self.beta / 2 - 1
+        factor = power(factor, self.beta / 2 - 1)
         factor *= self.weight * self.beta / self.scale
         dx *= factor
         dy *= factor
@@ -846,6 +844,7 @@ class Dream:
             self._advance_schedules()
             yield self.progress(gauge.summary(self.image))
 
+    @np.errstate(all="ignore")  # overflow is reported in our own words
     def step_tile(self, region, cnn_gradient, loss, gauge):
         """Adds the regularizers' gradients to that of a tile and takes its RMSProp step.
 
@@ -967,9 +966,11 @@ class Gauge:
 
     def summary(self, image):
         """The statistics, {name of STATS: number}: means over the tiles, and the image's own."""
-        stats = {name: self._sums[name] / self._tiles for name in STATS[:-3]}
-        stats["step_to_value"] = self._sums["step_size"] / (self._sums["value"] or 1)
-        return stats | {"image_mean": float(image.mean()), "image_std": float(image.std())}
+        return {name: self._sums[name] / self._tiles for name in STATS} | {
+            "step_to_value": self._sums["step_size"] / (self._sums["value"] or 1),
+            "image_mean": float(image.mean()),
+            "image_std": float(image.std()),
+        }
 
 
 class NoGauge(Gauge):
@@ -993,8 +994,9 @@ def keep_freed_memory():
 ###################################################################################################
 
 # ---- Options ----------------------------------------------------------------------------------
-# An option's entry is all that the program knows of it. Beside argparse's own arguments it tells:
-#   free   a resumed run may change it: the picture does not depend on it. All others are Settings.
+# An option is told in one entry. Besides argparse's own arguments it says:
+#   free   a resumed run may change it. (The network's files may move; their content is compared.)
+#          All others are the fields of Settings, which is made of this table where runs begin.
 #   idle   a function of the options that returns why this one has no effect, or something false
 #   file   "read" or "write" if it names a file of a run
 #   text   the value as text for a command line; None: the option is never part of a kept command
@@ -1149,7 +1151,8 @@ def network_options(add):
     add("--caffe_model", metavar="FILE", type=file_name, free=True, file="read",
         help="the network's weights (default: the model's)")
     add("--mean_image", metavar="FILE", type=file_name, free=True, file="read",
-        help="mean image (.npy); its mean is subtracted from every pixel (default: the model's)")
+        help="mean image (.npy, .binaryproto); its mean is subtracted from every pixel "
+        "(default: the model's)")
     add("--gpu", metavar="N", type=gpu_numbers, free=True,
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
         help="GPU to run on, numbered from 0, or several: 0,1,2; negative: CPU "
@@ -1259,13 +1262,11 @@ def regularizer_options(add):
 
 
 def output_options(add):
-    def is_never_due(options):
-        return options.output_iter > options.num_steps and f"--num_steps {options.num_steps}"
-
     def has_no_turn(options):
         words = options.iter_behavior
         has_turn = not words or any(BEHAVIORS[word].at_end for word in words)
-        return not has_turn and is_never_due(options)
+        is_late = options.output_iter > options.num_steps
+        return is_late and not has_turn and f"--num_steps {options.num_steps}"
 
     def is_not_shown(options):
         return "show" not in options.iter_behavior and "no show in --iter_behavior"
@@ -1273,7 +1274,7 @@ def output_options(add):
     add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", free=True,
         file="write", help="the finished picture")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
-        idle=is_never_due, help="do --iter_behavior every N steps")
+        help="do --iter_behavior every N steps")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
         idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
         help=f"what to do along the way: {', '.join(BEHAVIORS)}, joined by +, or none; save writes "
@@ -1447,14 +1448,14 @@ def choose_model(name, given_files):
     return small if is_missing and small.find_weights() else model
 
 
-def stand_in_notices(asked, name):
-    """What to tell, as a list, if the network `name` runs and `asked` (or None) was the option."""
-    if asked is not None or name != "googlenet_mini":
-        return []
-    return [
-        "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
-        "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
-    ]
+def stand_in_notice(asked, name):
+    """What to tell if the network `name` runs and `asked` (or None) was the option, or None."""
+    if asked is None and name == "googlenet_mini":
+        return (
+            "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
+            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
+        )
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1475,8 +1476,8 @@ def find_files(options):
     own = options.deploy_txt or options.caffe_model
     model = choose_model(options.model, own)
     weights, deploy = options.caffe_model, options.deploy_txt
-    weights = find_file("caffe_model", weights) if weights else model.find_weights()
-    deploy = find_file("deploy_txt", deploy) if deploy else model.find_deploy()
+    weights = existing_file("caffe_model", weights) if weights else model.find_weights()
+    deploy = existing_file("deploy_txt", deploy) if deploy else model.find_deploy()
     if deploy is None:
         remedy = "pip install ./pycaffe, or name one with --deploy_txt"
         raise refusal("model", model.name, f"no deploy.prototxt found; {remedy}")
@@ -1489,21 +1490,20 @@ def find_network(options):
     """The NetworkFiles for a run with the options, all there. Raises BadRequest."""
     files = find_files(options)
     if files.weights is None:
-        places = " or ".join(MODELS[files.name].weights_places()[:-1])
-        remedy = (
-            f"get it with --download_model {files.name}, or name its weights with --caffe_model"
-        )
-        raise refusal("model", files.name, f"not installed at {places}; {remedy}")
+        model = choose_model(options.model, options.deploy_txt)
+        places = " or ".join(model.weights_places()[:-1])
+        remedy = f"use --download_model {model.name}, or name its weights with --caffe_model"
+        raise refusal("model", model.name, f"not installed at {places}; {remedy}")
     if files.mean is not None:
         return files
     path = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
     if path is None:
         remedy = "pip install ./pycaffe, or name the file"
         raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
-    return dataclasses.replace(files, mean=read_mean(find_file("mean_image", path)))
+    return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
 
 
-def find_file(option, path):
+def existing_file(option, path):
     """`path`, the file that an option names. Raises BadRequest."""
     if not os.path.isfile(path):
         there = "is a folder, not a file" if os.path.isdir(path) else "is not a regular file"
@@ -2018,7 +2018,7 @@ class Network:
 
 
 class Engine:
-    """Whatever computes the gradients of tiles; a context manager. The loop knows no more of it.
+    """What computes the gradients of tiles, as the loop sees it; a context manager.
 
     `device` tells where it runs, in words; `notices` is a list of lines for the user. After
     `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of a tile's
@@ -2093,8 +2093,8 @@ def compute_slot(spec, memory, slot, count, measure):
 
 
 def can_use_gpu():
-    """Task: whether this Caffe was built with CUDA. Its library tells; asked in vain for a GPU,
-    Caffe itself would end the process."""
+    """Task: whether this Caffe was built with CUDA, by what its library contains. (Asking Caffe for
+    a GPU would end the process if there is none.)"""
     import_caffe()
     import caffe._caffe
 
@@ -2170,11 +2170,11 @@ def signals_held_back():
         numbers = ()
     came = []
     before = {n: signal.signal(n, lambda signum, _: came.append(signum)) for n in numbers}
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in came:
@@ -2187,13 +2187,13 @@ def end_with_parent():
     os._exit(1)
 
 
-def start_worker(log, gpus, memory):
-    """Makes a fresh process a worker: its output goes to the pipe `log`, Ctrl-C is the parent's, it
-    sees one GPU, and on the CPU a stranger's file cannot make it take more than `memory` bytes."""
+def start_worker(output, gpus, memory):
+    """Makes a fresh process a worker: its messages go to the pipe `output`, Ctrl-C is the parent's,
+    it sees one GPU, and on the CPU a bad file cannot make it take more than `memory` bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     elif math.isfinite(memory):
@@ -2424,8 +2424,8 @@ def open_engine(options, settings, files):
 @contextlib.contextmanager
 def whole_file(path, name=None):
     """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is
-    written and on the disk, and leaves no trace if that fails. Raises RunFailed, which calls it
-    `name`."""
+    written and on the disk, and leaves no trace if that fails. Raises RunFailed, whose message
+    calls the file `name`."""
     try:
         place = os.path.realpath(path)
         part = part_name(place, os.getpid())
@@ -2558,20 +2558,17 @@ def extension_of(path):
 
 def check_output(option, path, formats=FORMATS):
     """Raises BadRequest if `path` cannot be written: tries it, without touching what is there."""
-
-    def refusal(problem):
-        return BadRequest(f"--{option} {path}: {problem}")
-
+    refuse = functools.partial(refusal, option, path)
     extension, folder = extension_of(path), os.path.dirname(os.path.realpath(path))
     if formats and extension not in formats:
         known = f"unknown file extension{extension and f' {extension}'}; use one of"
-        raise refusal(f"{known} {', '.join(formats)}")
+        raise refuse(f"{known} {', '.join(formats)}")
     if not os.path.isdir(folder):
-        raise refusal(f"the folder {folder} does not exist; create it first")
+        raise refuse(f"the folder {folder} does not exist; create it first")
     if os.path.isdir(path):
-        raise refusal("this is a folder; give a file name")
+        raise refuse("this is a folder; give a file name")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise refusal("this is not a regular file; give another name")
+        raise refuse("this is not a regular file; give another name")
     try:
         files = Files(path)
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
@@ -2580,7 +2577,7 @@ def check_output(option, path, formats=FORMATS):
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except OSError as error:
-        raise refusal(f"cannot be written there ({error.strerror}); choose another place") from None
+        raise refuse(f"cannot be written there ({error.strerror}); choose another place") from None
 
 
 def check_sides(path, sizes):
@@ -2591,22 +2588,23 @@ def check_sides(path, sizes):
         raise BadRequest(f"--output {path}: {problem}; use .png")
 
 
-def write_picture(picture, path, record=None):
+def write_picture(picture, path, record=None, name=None):
     """Writes a picture to `path`, tagged as sRGB, whole or not at all; the extension decides the
-    format. A PNG carries the dict `record`, which tells how it was made. Raises RunFailed."""
+    format. A PNG carries the dict `record`, which tells how it was made. Raises RunFailed, whose
+    message calls the file `name`."""
     from PIL import Image, ImageCms, PngImagePlugin
 
-    name, _, extra = FORMATS[extension_of(path)]
+    form, _, extra = FORMATS[extension_of(path)]
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     extra = extra | {"icc_profile": profile}
-    if name == "PNG" and record:
+    if form == "PNG" and record:
         command = os.fsencode(record["command"]).decode(errors="backslashreplace")
         extra["pnginfo"] = PngImagePlugin.PngInfo()
         extra["pnginfo"].add_text("Software", record["program"])
         extra["pnginfo"].add_itxt("Comment", command)
         extra["pnginfo"].add_itxt(RECORD_KEY, json.dumps(record))
-    with whole_file(path, f"--output {path}") as file:
-        Image.fromarray(picture).save(file, name, **extra)
+    with whole_file(path, name) as file:
+        Image.fromarray(picture).save(file, form, **extra)
 
 
 # How a picture was made is one record, a dict, in PNGs, sidecars and checkpoints alike.
@@ -2787,8 +2785,9 @@ class Watcher:
     """Something that a run does along the way. To add one, write a class and put it into BEHAVIORS
     under its word of --iter_behavior.
 
-    A RunFailed that a hook raises is reported, and the run goes on. `self.run` is the Run, once it
-    has begun: its options, files, record and so on.
+    A RunFailed from after_step or when_due is reported, and the run goes on; any other failure ends
+    it. `self.run` is the Run, once it has begun: its options, files, record and so on. `say` prints
+    a line past the progress bar.
     """
 
     ending = None  # of a file NAME + ending that it writes beside the picture
@@ -3029,7 +3028,7 @@ class Gif(Watcher):
 
     ending, at_end = "_run.gif", True
     arrays = {"frames": (np.uint8, None, None, None, 3)}
-    MAX_SIDE = 480
+    SIDE = 480  # at most
 
     def begin(self, run):
         super().begin(run)
@@ -3037,7 +3036,7 @@ class Gif(Watcher):
 
     def _frame(self, picture, last_size):
         """The picture, whatever its size, in the shape of the last size: uint8 (h, w, 3)."""
-        scale = min(1, self.MAX_SIDE / max(last_size))
+        scale = min(1, self.SIDE / max(last_size))
         return resize(picture, tuple(max(1, round(scale * side)) for side in last_size))
 
     def when_due(self, progress):
@@ -3081,8 +3080,7 @@ class Bar(Watcher):
         done = (
             steps * sum(self._counts[: dream.size - 1]) + dream.step * self._counts[dream.size - 1]
         )
-        stderr = sys.stderr.fileno()
-        has_columns = sys.stderr.isatty() and os.get_terminal_size(stderr).columns > 0
+        has_columns = sys.stderr.isatty() and os.get_terminal_size(2).columns > 0
         self._bar = tqdm(
             desc="starting", total=steps * sum(self._counts), initial=done, unit=" tiles",
             bar_format="{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left",
@@ -3161,7 +3159,7 @@ Settings = dataclasses.make_dataclass(
     [(a.dest, object, getattr(DEFAULTS, a.dest)) for a in PARSER.options if not a.free],
     frozen=True,
 )
-Settings.__doc__ = """The options that the picture depends on, by name, with their defaults."""
+Settings.__doc__ = """What the picture depends on besides the network: options, by name."""
 
 
 def choose_settings(options):
@@ -3174,8 +3172,10 @@ def choose_settings(options):
 
 class Signals:
     """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the
-    first is only remembered, as `signum`, so that the run ends where it can be continued, and only
-    another Ctrl-C hurries it. The third ends the process."""
+    first is only remembered, as `signum`, so that the run ends where it can be continued; another
+    Ctrl-C then raises Stopped. The third ends the process.
+
+    See also signals_held_back, for the moments when processes start."""
 
     def __init__(self):
         self.held, self.signum, self._count = False, None, 0
@@ -3258,10 +3258,9 @@ def check_apart(options, files, network):
             raise refusal("stats", options.stats, problem)
 
 
-def resume(path, argv):
-    """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with what `argv`
-    changes. Raises BadRequest."""
-    checkpoint = Checkpoint.read(find_file("resume", path))
+def saved_options(path, checkpoint):
+    """The options with which the run in the Checkpoint `path` was started; its files as absolute
+    paths. Raises BadRequest."""
     try:
         saved = PARSER.parse_args(check_record(checkpoint.record)[2:])
     except (BadRequest, SystemExit) as error:
@@ -3269,9 +3268,16 @@ def resume(path, argv):
     for action in PARSER.options:
         name = getattr(saved, action.dest)
         if action.file and name is not None:
-            path_then = os.path.abspath(os.path.join(checkpoint.folder, name))
-            setattr(saved, action.dest, path_then)
+            setattr(saved, action.dest, os.path.abspath(os.path.join(checkpoint.folder, name)))
     saved.output_file = Files.of_checkpoint(path)
+    return saved
+
+
+def resume(path, argv):
+    """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with what `argv`
+    changes. Raises BadRequest."""
+    checkpoint = Checkpoint.read(existing_file("resume", path))
+    saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
@@ -3279,9 +3285,9 @@ def resume(path, argv):
             new = os.path.abspath(new)
         if not action.free and new != old:
             problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
-            raise BadRequest(f"--{action.dest} {new}: {problem}")
+            raise refusal(action.dest, new, problem)
     if options.output_file is None:
-        raise BadRequest(f"--resume {path}: name the picture to write with --output")
+        raise refusal("resume", path, "name the picture to write with --output")
     return options, checkpoint
 
 
@@ -3303,7 +3309,7 @@ def read_start(settings, checkpoint):
         return checkpoint.arrays.pop("picture", None), []
     if settings.initial_image is None:
         return None, []
-    return read_picture(find_file("image", settings.initial_image), settings.background)
+    return read_picture(existing_file("image", settings.initial_image), settings.background)
 
 
 @dataclasses.dataclass
@@ -3335,7 +3341,7 @@ class Run:
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
-def run(options, signals, checkpoint=None):
+def make_picture(options, signals, checkpoint=None):
     """Makes the picture that the options ask for; `checkpoint` is one to continue from."""
     check_surroundings()
     files = Files(options.output_file, options.resume)
@@ -3376,11 +3382,11 @@ def restore(dream, checkpoint, path):
 
 
 def announce(options, network, dream, remarks):
-    """Says what is about to be done. Not before all is known to be right: an error is to be the
-    only line."""
+    """Says what is about to be done. This comes after all checks, so that an error is the only
+    line."""
     engine = dream.engine
-    notices = [*stand_in_notices(options.model, network.name), *without_effect(options)]
-    for line in [*notices, *remarks, *engine.notices]:
+    notices = [stand_in_notice(options.model, network.name), *without_effect(options)]
+    for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
     log.info(
@@ -3391,7 +3397,8 @@ def announce(options, network, dream, remarks):
 
 
 def make_room(options, files):
-    """Removes what killed runs to the same files have left, and keeps what unfinished ones have."""
+    """Removes the unfinished files of killed runs to the same picture, and renames the checkpoint
+    of an unfinished one."""
     for path in filter(None, (files.picture, options.stats)):
         remove_parts(path)
     old = files.set_aside()
@@ -3401,12 +3408,11 @@ def make_room(options, files):
 
 
 def watch(run, signals):
-    """Does the run with its watchers, and writes what there is, whatever ends it. Raises RunFailed;
-    Stopped after a signal."""
+    """Does the run with its watchers. However it ends, the picture so far is written. Raises
+    RunFailed; Stopped after a signal."""
     dream = run.dream
     signals.held = True
     with contextlib.ExitStack() as stack:
-        stack.enter_context(np.errstate(all="ignore"))  # overflow is reported in our own words
         for watcher in run.watchers:
             watcher.begin(run)
             stack.callback(watcher.close)
@@ -3448,12 +3454,18 @@ def finish(run):
     picture = progress.picture(run.options.rescale_image)
     where = {} if dream.is_done() else {"size": dream.size, "step": dream.step}
     record = run.made(**where)
-    write_picture(picture, files.picture, record)
+    write_picture(picture, files.picture, record, f"--output {files.picture}")
     if run.options.sidecar:
         with whole_file(files.sidecar) as file:
             file.write(json.dumps(record, indent=1).encode())
+    failures = []
     for watcher in run.watchers:
-        watcher.finish(progress, picture)
+        try:
+            watcher.finish(progress, picture)
+        except RunFailed as error:
+            failures.append(str(error))
+    if failures:
+        raise RunFailed("; ".join(failures))
 
 
 def salvage(run, error):
@@ -3473,14 +3485,15 @@ def rescue(run):
     """Saves a run whose picture could not be written, if need be among the temporary files;
     returns how to continue."""
     files = run.files
-    for more in ("", " --output ANOTHER.png"):
-        if more:
-            name = os.path.basename(files.checkpoint)
-            files.checkpoint = os.path.join(tempfile.gettempdir(), name)
-            files.set_aside()
-        with contextlib.suppress(RunFailed):
-            run.checkpoint().write(files.checkpoint)
-            return f"{files.hint()}{more}"
+    with contextlib.suppress(RunFailed):
+        run.checkpoint().write(files.checkpoint)
+        return files.hint()
+    name = os.path.basename(files.checkpoint)
+    files.checkpoint = os.path.join(tempfile.gettempdir(), name)
+    files.set_aside()
+    with contextlib.suppress(RunFailed):
+        run.checkpoint().write(files.checkpoint)
+        return f"{files.hint()} --output ANOTHER.png"
     return ""
 
 
@@ -3494,30 +3507,32 @@ def dream(image=None, **options):
     noise. The options are the command line's, by any of their names and with the same defaults;
     those of output have no effect. Workers are processes that import the calling script: it needs
     `if __name__ == "__main__":` around what it does. Notices go to the logger "cnn_vis". Raises
-    BadRequest and RunFailed.
+    BadRequest and RunFailed, the first when the first step is asked for.
     """
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
         if value is not False and value is not None
     ]
-    parsed = PARSER.parse_args(words)
-    for name in (*COMMANDS, "resume"):
-        if getattr(parsed, name):
+    for name in ("help", "version", "resume", *COMMANDS):
+        if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
+    parsed = PARSER.parse_args(words)
     settings = choose_settings(parsed)
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         path = os.path.expanduser(os.path.expandvars(os.fspath(image)))
-        image, _ = read_picture(find_file("image", path), settings.background)
+        image, _ = read_picture(existing_file("image", path), settings.background)
     elif image is not None:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             kind = f"an array {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
     network = find_network(parsed)
-    for line in [] if parsed.quiet else stand_in_notices(parsed.model, network.name):
-        log.warning(line)
+    if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
+        log.warning(notice)
+    if image is None:
+        log.info(f"noise seed {settings.seed}")
     with open_engine(parsed, settings, network) as engine:
         engine.describe()
         yield from Dream(settings, image, network.mean, engine).run()
@@ -3541,8 +3556,8 @@ def list_models(options):
 def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
     files = find_files(options)
-    for line in stand_in_notices(options.model, files.name):
-        log.info(line)
+    if notice := stand_in_notice(options.model, files.name):
+        log.info(notice)
     weights = files.weights if files.fit_classifier else None
     shapes, lacking = in_a_worker(layer_shapes, files.deploy, weights)
     for name, kind in lacking:
@@ -3566,7 +3581,7 @@ def download_model(options):
 
 def reproduce(options):
     """Prints the command that made a picture."""
-    record, words = read_record(find_file("reproduce", options.reproduce))
+    record, words = read_record(existing_file("reproduce", options.reproduce))
     weights = record["weights_sha256"]
     log.info(f"{record['program']}, {record['network']}, weights sha256 {weights}")
     if "step" in record:
@@ -3581,8 +3596,8 @@ def printable(text):
 
 
 def shell_word(word):
-    """The word as a shell takes it, quoted if need be; what is not printable as escapes, which bash
-    and its like read."""
+    """The word as a shell takes it, quoted if need be. Characters that cannot be printed become
+    escapes, as bash, zsh and ksh read them."""
     if word.isprintable():
         return shlex.quote(word)
 
@@ -3635,7 +3650,7 @@ def command_line(argv, signals):
     checkpoint = None
     if options.resume:
         options, checkpoint = resume(options.resume, argv)
-    return run(options, signals, checkpoint)
+    return make_picture(options, signals, checkpoint)
 
 
 def main(argv=None):
@@ -3646,15 +3661,10 @@ def main(argv=None):
     try:
         with Signals() as signals:
             command_line(sys.argv[1:] if argv is None else argv, signals)
-    except (BadRequest, RunFailed) as error:
-        log.error(f"error: {error}")
-        return 2 if isinstance(error, BadRequest) else 1
-    except OSError as error:  # no descriptors left, no /dev/shm, a folder that went away
+    except (BadRequest, RunFailed, OSError, MemoryError) as error:
+        error = OutOfMemory() if isinstance(error, MemoryError) else error
         log.error(f"error: {one_line(error)}")
-        return 1
-    except MemoryError:
-        log.error(f"error: {OutOfMemory()}")
-        return 1
+        return 2 if isinstance(error, BadRequest) else 1
     except Stopped as stop:
         log.error(str(stop))
         return 128 + stop.signum

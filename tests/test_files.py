@@ -21,6 +21,7 @@ from conftest import (
     CHECKPOINT,
     GOLDEN,
     ONE,
+    QUICK,
     ROOT,
     RUN,
     TINY,
@@ -279,6 +280,18 @@ def test_folders_in_the_way_are_refused(tmp_path):
         assert_one_line(
             run_cli(*ONE[:-1], option, "--output=o.png", cwd=tmp_path), 2, "--output", name
         )
+
+
+def test_what_can_be_written_at_the_end_is_written(tmp_path):
+    """Though another file cannot; the run's checkpoint is then kept."""
+    (tmp_path / "o_run.gif").symlink_to("nowhere/o.gif")
+    words = ["--iter_behavior=gif", "--stats=s.csv", "--num_steps=3", "--output=o.png"]
+    done = run_cli(*QUICK, *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "o_run.gif" in done.stderr.splitlines()[-1]
+    assert "--resume o.png.checkpoint" in done.stderr.splitlines()[-1]
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 4
+    Image.open(tmp_path / "o.png").verify()
 
 
 def test_the_work_is_kept_when_the_folder_goes_away(tmp_path):

@@ -470,3 +470,10 @@ def test_distill_writes_a_network_to_dream_with(weights, photographs, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "inception_5b/output 256x7x7" in done.stderr
+
+
+def test_missing_weights_of_a_deploy_of_ones_own_are_named(tmp_path):
+    options = [f"--deploy_txt={GOLDEN}/deploy.prototxt", f"--mean_image={GOLDEN}/mean.npy"]
+    environment = {"CNN_VIS_MODELS": str(tmp_path), "CAFFE_ROOT": None}
+    done = run_cli(*options, "--gpu=-1", cwd=tmp_path, **environment)
+    assert_one_line(done, 2, "--model bvlc_googlenet", "--caffe_model")

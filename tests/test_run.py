@@ -334,6 +334,8 @@ def test_dream_refuses_what_it_cannot_do():
         next(cnn_vis.dream(np.zeros((0, 0, 3), np.uint8), **OPTIONS))
     with pytest.raises(cnn_vis.BadRequest, match="no such file"):
         next(cnn_vis.dream("", **OPTIONS))
+    with pytest.raises(cnn_vis.BadRequest, match="command line"):
+        next(cnn_vis.dream(None, **OPTIONS, help=True))
     with pytest.raises(cnn_vis.BadRequest, match="--nonsense"):
         next(cnn_vis.dream(None, **OPTIONS, nonsense=1))
 
