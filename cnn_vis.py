@@ -25,6 +25,11 @@ A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, 
 the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
+
 import argparse
 import collections
 import concurrent.futures
@@ -50,7 +55,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -60,12 +64,9 @@ import warnings
 import zipfile
 import zlib
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
-
 import numpy as np
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 log = logging.getLogger("cnn_vis")
 
@@ -839,12 +840,12 @@ class Dream:
         gradients = tile_gradients(self.engine, self.image, turns)
         for step in steps:
             gauge = Gauge() if wants_stats(step) else NoGauge()
-            for region, gradient, loss in itertools.islice(gradients, len(self.cache_index)):
-                self.step_tile(region, gradient, loss, gauge)
+            with np.errstate(all="ignore"):  # overflow is reported in our own words
+                for region, gradient, loss in itertools.islice(gradients, len(self.cache_index)):
+                    self.step_tile(region, gradient, loss, gauge)
             self._advance_schedules()
             yield self.progress(gauge.summary(self.image))
 
-    @np.errstate(all="ignore")  # overflow is reported in our own words
     def step_tile(self, region, cnn_gradient, loss, gauge):
         """Adds the regularizers' gradients to that of a tile and takes its RMSProp step.
 
@@ -1075,8 +1076,17 @@ def given(text):
 
 
 def file_name(text):
-    """A type for argparse: a file name, with ~ and variables expanded."""
-    return os.path.expanduser(os.path.expandvars(given(text)))
+    """A type for argparse: a file to read. If there is none of that very name, ~ and variables are
+    expanded."""
+    is_literal = os.path.exists(given(text))
+    return text if is_literal else os.path.expanduser(os.path.expandvars(text))
+
+
+def output_name(text):
+    """A type for argparse: a file to write. If its folder does not exist under that very name, ~
+    and variables are expanded."""
+    is_literal = os.path.isdir(os.path.dirname(given(text)) or ".")
+    return text if is_literal else os.path.expanduser(os.path.expandvars(text))
 
 
 def gpu_numbers(text):
@@ -1266,12 +1276,13 @@ def output_options(add):
         words = options.iter_behavior
         has_turn = not words or any(BEHAVIORS[word].at_end for word in words)
         is_late = options.output_iter > options.num_steps
-        return is_late and not has_turn and f"--num_steps {options.num_steps}"
+        reason = f"--num_steps {options.num_steps} and --output_iter {options.output_iter}"
+        return is_late and not has_turn and reason
 
     def is_not_shown(options):
         return "show" not in options.iter_behavior and "no show in --iter_behavior"
 
-    add("--output_file", "--output", metavar="FILE", type=file_name, default="out.png", free=True,
+    add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
         file="write", help="the finished picture")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
         help="do --iter_behavior every N steps")
@@ -1280,7 +1291,7 @@ def output_options(add):
         help=f"what to do along the way: {', '.join(BEHAVIORS)}, joined by +, or none; save writes "
         "NAME_SIZE_STEP.EXT beside the output, plot NAME_plot.png, gif NAME_run.gif; without a "
         "display, show and plot_pix write NAME_show.png and NAME_plot_pix.png")
-    add("--stats", metavar="FILE", type=file_name, free=True, file="write",
+    add("--stats", metavar="FILE", type=output_name, free=True, file="write",
         help="measure every step, and write the statistics as CSV")
     add("--sidecar", action="store_true", free=True,
         help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
@@ -2215,6 +2226,16 @@ def check_log(text):
         raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
 
 
+@contextlib.contextmanager
+def system_limits():
+    """Within, what the system refuses when processes are started is a RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        needs = "they need a little of /dev/shm, and open files: see ulimit -n"
+        raise RunFailed(f"workers cannot be started ({error.strerror}); {needs}") from None
+
+
 class CaffeProcesses:
     """Processes with a Caffe of their own, for tasks that need one; a context manager. One for
     each GPU in `gpus`, or `number` on the CPU. If one is killed from outside, all are restarted."""
@@ -2224,27 +2245,23 @@ class CaffeProcesses:
     def __init__(self, number=1, gpus=()):
         self.number, self.gpus = len(gpus) or number, gpus
         self._context = multiprocessing.get_context("spawn")
-        self._log, self._log_end = self._context.Pipe(duplex=False)
+        with system_limits():
+            self._log, self._log_end = self._context.Pipe(duplex=False)
         os.set_blocking(self._log_end.fileno(), False)  # a full log must not hold a worker up
         self._restarts = 0
         self.start()
 
     def start(self):
         """Makes the executor; processes start with the first tasks. Raises RunFailed."""
-        gpus = self._context.SimpleQueue() if self.gpus else None
-        for gpu in self.gpus:
-            gpus.put(visible_gpu(gpu))
-        arguments = (self._log_end, gpus, free_memory())
-        try:
-            with signals_held_back():  # its queues start a process that looks after them
-                self._executor = concurrent.futures.ProcessPoolExecutor(
-                    self.number, self._context, start_worker, arguments
-                )
-        except OSError as error:
-            raise RunFailed(
-                f"workers cannot be started ({error.strerror}); they need a little of /dev/shm, "
-                "and open files: see ulimit -n"
-            ) from None
+        # Its queues start a process that looks after them.
+        with system_limits(), signals_held_back():
+            gpus = self._context.SimpleQueue() if self.gpus else None
+            for gpu in self.gpus:
+                gpus.put(visible_gpu(gpu))
+            arguments = (self._log_end, gpus, free_memory())
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                self.number, self._context, start_worker, arguments
+            )
 
     def __enter__(self):
         return self
@@ -2264,7 +2281,7 @@ class CaffeProcesses:
     def submit(self, task, *arguments):
         """The future of a task, which may start a process."""
         try:
-            with signals_held_back():
+            with system_limits(), signals_held_back():
                 return self._executor.submit(task, *arguments)
         except concurrent.futures.BrokenExecutor as error:  # told when the result is asked for
             future = concurrent.futures.Future()
@@ -2313,7 +2330,8 @@ class Workers(Engine):
         many = "s" * (self.processes.number > 1)
         self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
         self.notices = []
-        self._memory_file = os.memfd_create("cnn_vis")
+        with system_limits():
+            self._memory_file = os.memfd_create("cnn_vis")
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     def __exit__(self, kind, *_):
@@ -2521,7 +2539,7 @@ class Files:
         """How to continue after the run has ended too early, if there is a checkpoint."""
         candidates = filter(None, (self.checkpoint, self.resumed))
         path = next(filter(os.path.exists, candidates), None)
-        return f"; to continue: python cnn_vis.py --resume {shlex.quote(path)}" if path else ""
+        return f"; to continue: python cnn_vis.py --resume {shell_path(path)}" if path else ""
 
     def clean_up(self):
         """Removes the checkpoints of a run that has ended well."""
@@ -2738,6 +2756,8 @@ class Checkpoint:
                     for name in file.namelist()
                 }
             header = json.loads(arrays.pop("header").tobytes())
+            if "command" in header:
+                raise ValueError("version 1.0 wrote it; finish it with that version")
             for name, kind in {"record": dict, "folder": str, "numbers": dict}.items():
                 if type(header.get(name)) is not kind:
                     raise ValueError(f"it has no {name}")
@@ -3403,7 +3423,7 @@ def make_room(options, files):
         remove_parts(path)
     old = files.set_aside()
     if old:
-        hint = f"continue it with --resume {shlex.quote(old)}"
+        hint = f"continue it with --resume {shell_path(old)}"
         log.info(f"note: an unfinished earlier run to {files.picture} was kept; {hint}")
 
 
@@ -3491,9 +3511,12 @@ def rescue(run):
     name = os.path.basename(files.checkpoint)
     files.checkpoint = os.path.join(tempfile.gettempdir(), name)
     files.set_aside()
+    stats = run.options.stats
+    is_gone = stats and not os.path.isdir(os.path.dirname(os.path.realpath(stats)))
     with contextlib.suppress(RunFailed):
         run.checkpoint().write(files.checkpoint)
-        return f"{files.hint()} --output ANOTHER.png"
+        more = " --stats ANOTHER.csv" if is_gone else ""
+        return f"{files.hint()} --output ANOTHER.png{more}"
     return ""
 
 
@@ -3518,11 +3541,11 @@ def dream(image=None, **options):
         if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
-    settings = choose_settings(parsed)
+    settings, remarks = choose_settings(parsed), []
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         path = os.path.expanduser(os.path.expandvars(os.fspath(image)))
-        image, _ = read_picture(existing_file("image", path), settings.background)
+        image, remarks = read_picture(existing_file("image", path), settings.background)
     elif image is not None:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -3532,9 +3555,11 @@ def dream(image=None, **options):
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)
     if image is None:
-        log.info(f"noise seed {settings.seed}")
+        remarks.append(f"noise seed {settings.seed}")
     with open_engine(parsed, settings, network) as engine:
         engine.describe()
+        for line in [*without_effect(parsed), *remarks, *engine.notices]:
+            log.info(line)
         yield from Dream(settings, image, network.mean, engine).run()
 
 
@@ -3609,6 +3634,11 @@ def shell_word(word):
     return f"$'{''.join(map(escaped, word))}'"
 
 
+def shell_path(path):
+    """The path as a shell and a command line take it."""
+    return shell_word(f"./{path}" if path.startswith("-") else path)
+
+
 def mend_streams():
     """Reopens closed standard streams on the null device, so that no file of ours gets their
     place; what a terminal's encoding lacks is printed as escapes."""
@@ -3656,8 +3686,9 @@ def command_line(argv, signals):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     mend_streams()
-    handler = LineHandler()
+    handler, before = LineHandler(), (log.level, log.propagate)
     log.addHandler(handler)
+    log.propagate = False  # a caller's own logging would print the lines again
     try:
         with Signals() as signals:
             command_line(sys.argv[1:] if argv is None else argv, signals)
@@ -3670,6 +3701,7 @@ def main(argv=None):
         return 128 + stop.signum
     finally:
         log.removeHandler(handler)
+        log.level, log.propagate = before
     return 0
 
 

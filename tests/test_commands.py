@@ -1,11 +1,14 @@
 """The program from outside: what is done instead of a run, streams, surroundings."""
 
+import contextlib
+import io
+import logging
 import shlex
 import subprocess
 import sys
 
 import pytest
-from conftest import ONE, ROOT, TINY, assert_one_line, run_cli
+from conftest import ONE, QUICK, ROOT, TINY, assert_one_line, run_cli
 from PIL import Image
 
 import cnn_vis
@@ -54,3 +57,21 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
         text=True,
     )
     assert_one_line(done, 2, "current directory")
+
+
+def test_main_leaves_the_callers_logging_and_streams_alone(tmp_path, monkeypatch):
+    """Its stderr may be any stream; lines are printed once; --quiet ends with it."""
+    monkeypatch.chdir(tmp_path)
+    told = io.StringIO()
+    root = logging.StreamHandler(told)
+    logging.getLogger().addHandler(root)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert cnn_vis.main([*QUICK, "--iter_behavior=none"]) == 0
+            assert cnn_vis.main([*QUICK, "--iter_behavior=none", "--quiet"]) == 0
+    finally:
+        logging.getLogger().removeHandler(root)
+    assert said.getvalue().count("out.png: done") == 1
+    assert "done" not in told.getvalue()
+    assert cnn_vis.log.propagate
+    assert cnn_vis.log.level == logging.NOTSET

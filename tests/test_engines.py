@@ -102,4 +102,4 @@ def test_too_few_descriptors_are_one_line(tmp_path):
         text=True,
         timeout=60,
     )
-    assert_one_line(done, 1, "Too many open files")
+    assert_one_line(done, 1, "Too many open files", "ulimit -n")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -288,6 +289,15 @@ def test_options_without_effect_are_told(tmp_path):
     ]
     words[0] = "--num_steps=101"
     assert not list(cnn_vis.without_effect(cnn_vis.PARSER.parse_args(words)))
+
+
+def test_names_of_files_that_exist_are_taken_literally(tmp_path):
+    folder = tmp_path / "a$HOME ~"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "input.png", folder / "$HOME.png")
+    words = [*QUICK, "--image=$HOME.png", f"--output={folder}/out.png", "--iter_behavior=none"]
+    assert run_cli(*words, cwd=folder).returncode == 0
+    assert sorted(os.listdir(folder)) == ["$HOME.png", "out.png"]
 
 
 def test_paths_are_expanded(tmp_path):

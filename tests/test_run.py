@@ -1,5 +1,6 @@
 """A run as a whole: what is said, killed and continued, from the command line and from Python."""
 
+import json
 import os
 import random
 import re
@@ -234,6 +235,34 @@ def test_a_run_goes_on_from_another_folder(picture, tmp_path):
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 301
 
 
+@pytest.mark.parametrize(
+    "name", ["-o.png", "n\tl.png", "it's $HOME.png", os.fsdecode(b"caf\xe9.png")]
+)
+def test_the_line_to_continue_works_for_any_name(name, tmp_path):
+    running = start(
+        *RUN, f"--output={name}", "--num_steps=4000", "--checkpoint_iter=1", cwd=tmp_path
+    )
+    wait_for((tmp_path / f"{name}.checkpoint").exists)
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=20)[1]
+    command = said.splitlines()[-1].partition("to continue: python cnn_vis.py ")[2]
+    program = shlex.join([sys.executable, str(ROOT / "cnn_vis.py")])
+    words = ["bash", "-c", f"{program} {command} --output_iter=100000 --quiet"]
+    running = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    with pytest.raises(subprocess.TimeoutExpired):  # it goes on
+        running.wait(timeout=2)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+
+
+def test_a_checkpoint_of_version_1_0_is_told(tmp_path):
+    header = np.frombuffer(json.dumps({"command": []}).encode(), np.uint8)
+    np.savez(tmp_path / "old.npz", header=header)
+    (tmp_path / "old.npz").rename(tmp_path / CHECKPOINT)
+    done = run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path)
+    assert_one_line(done, 2, "--resume", CHECKPOINT, "version 1.0")
+
+
 def test_resume_of_one_set_aside(tmp_path):
     """It goes on by the line that was printed, and leaves a newer unfinished run's checkpoint
     alone."""
@@ -338,6 +367,14 @@ def test_dream_refuses_what_it_cannot_do():
         next(cnn_vis.dream(None, **OPTIONS, help=True))
     with pytest.raises(cnn_vis.BadRequest, match="--nonsense"):
         next(cnn_vis.dream(None, **OPTIONS, nonsense=1))
+
+
+def test_dream_tells_its_notices_to_the_logger(caplog):
+    with caplog.at_level("INFO", "cnn_vis"), np.errstate(all="raise"):
+        for _ in cnn_vis.dream(None, **OPTIONS, num_steps=1, batch_size=4, target_neuron=3):
+            pass
+    for words in ("noise seed", "--batch_size has no effect", "--target_neuron has no effect"):
+        assert words in caplog.text
 
 
 def test_the_notebook_runs(monkeypatch):
