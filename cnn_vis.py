@@ -113,6 +113,7 @@ def one_line(error):
 
 GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
 MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as an attack
+HEIC = (".heic", ".heif", ".avif")  # endings of files that pillow-heif reads
 
 
 def read_picture(path, background="white"):
@@ -146,9 +147,9 @@ def read_picture(path, background="white"):
     except Image.DecompressionBombError:
         raise refusal("image", path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
-        heic = path.lower().endswith((".heic", ".heif"))
         remedy = "give a PNG or JPEG file"
-        remedy = f"pip install pillow-heif, or {remedy}" if heic else remedy
+        if path.lower().endswith(HEIC):
+            remedy = f"pip install pillow-heif, or {remedy}"
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown format" if is_unknown else one_line(error)
         raise refusal("image", path, f"cannot be read as a picture ({reason}); {remedy}") from None
@@ -163,7 +164,7 @@ def open_picture(path, remarks):
         data = file.read()
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         data = without_damaged_chunks(data)
-    if path.lower().endswith((".heic", ".heif", ".avif")):
+    if path.lower().endswith(HEIC):
         with contextlib.suppress(ImportError):
             import pillow_heif
 
@@ -516,9 +517,8 @@ class AmplifyNeuron:
     def check(self, target, channels):
         """Raises BadRequest if the target, with so many channels, does not fit."""
         if self.neuron >= channels:
-            raise BadRequest(
-                f"--target_neuron {self.neuron}: {target} has {channels} channels, numbered from 0"
-            )
+            problem = f"{target} has {channels} channels, numbered from 0"
+            raise refusal("target_neuron", self.neuron, problem)
 
     def loss(self, a):
         """The loss of activations (N, C, ...)."""
@@ -1075,18 +1075,19 @@ def given(text):
     return text
 
 
+def expanded(path, is_literal):
+    """The path, with ~ and variables expanded unless `is_literal`."""
+    return path if is_literal else os.path.expanduser(os.path.expandvars(path))
+
+
 def file_name(text):
-    """A type for argparse: a file to read. If there is none of that very name, ~ and variables are
-    expanded."""
-    is_literal = os.path.exists(given(text))
-    return text if is_literal else os.path.expanduser(os.path.expandvars(text))
+    """A type for argparse: a file to read, by that very name if there is one."""
+    return expanded(text, os.path.exists(given(text)))
 
 
 def output_name(text):
-    """A type for argparse: a file to write. If its folder does not exist under that very name, ~
-    and variables are expanded."""
-    is_literal = os.path.isdir(os.path.dirname(given(text)) or ".")
-    return text if is_literal else os.path.expanduser(os.path.expandvars(text))
+    """A type for argparse: a file to write, by that very name if its folder exists."""
+    return expanded(text, os.path.isdir(os.path.dirname(given(text)) or "."))
 
 
 def gpu_numbers(text):
@@ -2347,9 +2348,8 @@ class Workers(Engine):
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
                 problem = "Caffe cannot compute a gradient for this layer"
-                raise BadRequest(
-                    f"--layer {self.spec.target}: {problem}; {ANOTHER_LAYER}"
-                ) from None
+                problem = f"{problem}; {ANOTHER_LAYER}"
+                raise refusal("layer", self.spec.target, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.target_shape, suits, notices = found
@@ -2416,11 +2416,11 @@ def choose_gpus(gpus):
     asked = ",".join(map(str, gpus))
     if not cuda:
         remedy = "use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1"
-        raise BadRequest(f"--gpu {asked}: Caffe was built without CUDA; {remedy}")
+        raise refusal("gpu", asked, f"Caffe was built without CUDA; {remedy}")
     if max(gpus) >= present:
         found = f"{present} found, numbered from 0" if present else "none found"
         remedy = "use another number, or -1 for the CPU"
-        raise BadRequest(f"--gpu {asked}: no such GPU ({found}); {remedy}")
+        raise refusal("gpu", asked, f"no such GPU ({found}); {remedy}")
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 
@@ -2603,7 +2603,7 @@ def check_sides(path, sizes):
     name, greatest, _ = FORMATS[extension_of(path)]
     if max(map(max, sizes)) > greatest:
         problem = f"{name} cannot hold sides of more than {greatest} pixels"
-        raise BadRequest(f"--output {path}: {problem}; use .png")
+        raise refusal("output", path, f"{problem}; use .png")
 
 
 def write_picture(picture, path, record=None, name=None):
@@ -2781,7 +2781,7 @@ class Checkpoint:
 
 def unusable(path, problem):
     """The BadRequest for a checkpoint that a run cannot continue from."""
-    return BadRequest(f"--resume {path}: {problem}; start over without --resume")
+    return refusal("resume", path, f"{problem}; start over without --resume")
 
 
 # ---- Along the way ----------------------------------------------------------------------------
@@ -3544,7 +3544,7 @@ def dream(image=None, **options):
     settings, remarks = choose_settings(parsed), []
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        path = os.path.expanduser(os.path.expandvars(os.fspath(image)))
+        path = expanded(os.fspath(image), os.path.exists(image))
         image, remarks = read_picture(existing_file("image", path), settings.background)
     elif image is not None:
         image = np.asarray(image)

@@ -44,6 +44,16 @@ def run_cli(*arguments, cwd, timeout=110, **environment):
     )
 
 
+def run_script(code, cwd):
+    """Runs Python code that imports the program as a library, as a script of its own."""
+    (cwd / "script.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=cwd, timeout=100, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of two 8-bit picture files, in dB; infinite where they are
     equal."""

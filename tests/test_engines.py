@@ -80,26 +80,19 @@ def test_a_caffe_that_does_not_work_is_one_line(tmp_path):
     )
 
 
+def run_limited(limit, *arguments, cwd):
+    """Runs the script under a ulimit."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *arguments])
+    words = ["bash", "-c", f"ulimit {limit}; {command}"]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
 @pytest.mark.parametrize("limit", ["-d 160000", "-v 450000"])
 def test_too_little_memory_to_start_in_is_one_line(limit, tmp_path):
-    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
-    done = subprocess.run(
-        ["bash", "-c", f"ulimit {limit}; {command}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert_one_line(done, 2, f"ulimit {limit}")
+    assert_one_line(run_limited(limit, *ONE, cwd=tmp_path), 2, f"ulimit {limit}")
 
 
-def test_too_few_descriptors_are_one_line(tmp_path):
-    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--workers=40"])
-    done = subprocess.run(
-        ["sh", "-c", f"ulimit -n 30; {command}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+@pytest.mark.parametrize("number", [14, 30])
+def test_too_few_descriptors_are_one_line(number, tmp_path):
+    done = run_limited(f"-n {number}", *ONE, "--workers=40", cwd=tmp_path)
     assert_one_line(done, 1, "Too many open files", "ulimit -n")

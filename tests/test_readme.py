@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_cli
+from conftest import ROOT, run_cli, run_script
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
@@ -108,16 +108,7 @@ def test_scripts(command, photographs, tmp_path):
 def test_python_code(photographs, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
-    (tmp_path / "code.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "code.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_script(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 20
     assert Image.open(tmp_path / "dream.png").size == (640, 427)

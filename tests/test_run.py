@@ -25,6 +25,7 @@ from conftest import (
     pixels,
     psnr,
     run_cli,
+    run_script,
     session,
     shared_memory,
     start,
@@ -339,16 +340,7 @@ if __name__ == "__main__":
     import gc; gc.collect()
     print(len(multiprocessing.active_children()))
 """
-    (tmp_path / "script.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_script(code, tmp_path)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
