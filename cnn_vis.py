@@ -373,6 +373,7 @@ def noise(size, scale, blur, mean, seed=None):
 # A size is (height, width). A region is (y0, y1, x0, x1), the place of a tile in the picture.
 
 MAX_SIDE = 1_000_000
+LEAST_SIDE = 16  # of a tile; a smaller input is no picture, or is to be set at run time
 BYTES_A_PIXEL = 130  # of a run: images, caches of overlapping tiles, and what enlarging takes
 
 
@@ -691,7 +692,7 @@ def rmsprop(gradient, cache, decay, learning_rate):
 Tile = collections.namedtuple("Tile", "turn region measure")  # turn: number of its colour's turn
 
 
-def tile_gradients(engine, image, turns):
+def tile_gradients(engine, image, turns, before=None, is_stopping=lambda: False):
     """Yields (region, gradient, loss) for every region of `turns`, an iterable of (list of
     regions, whether to measure the loss), in order: the gradient with respect to the tile, float32
     (3, H, W), and the objective's loss, None unless measured. The caller steps a region before it
@@ -700,12 +701,16 @@ def tile_gradients(engine, image, turns):
     A tile's gradient is that of the image as it was when the first tile of its turn was stepped.
     That may be known earlier: as soon as no tile of an earlier turn that is still to be stepped
     reaches into it. Then it is sent, so that the engine need not wait for the end of a turn.
+
+    When is_stopping() turns true, this ends between two tiles. The dict `before`, {region: pixels
+    (3, H, W)}, then holds what it takes to continue, besides what is left of the turns: the tiles
+    that others of their turn have begun to change, as they were.
     """
     turns = enumerate(turns)
     unsent = collections.deque()  # in order; the tiles of a turn come in together
     sent = collections.deque()  # batches on their way: (tiles, ticket)
     unstepped = collections.deque()  # all tiles in them
-    before = {}  # pixels of unsent tiles that others of their turn have begun to change
+    before = {} if before is None else before
 
     def ready_batch():
         """The tiles that can be sent next, as many as the engine takes at once."""
@@ -735,8 +740,13 @@ def tile_gradients(engine, image, turns):
             for tile in batch:
                 unsent.popleft()
                 unstepped.append(tile)
-                pixels.append(before.pop(tile) if tile in before else cut_tile(image, tile.region))
+                pixels.append(before.get(tile.region, cut_tile(image, tile.region)))
             sent.append((batch, engine.send(pixels, any(tile.measure for tile in batch))))
+        if is_stopping():
+            for batch, ticket in sent:
+                regions = (tile.region for tile in batch if tile.turn == unstepped[0].turn)
+                before.update(zip(regions, engine.tiles_of(ticket)))
+            return
         if not sent:
             return
         batch, ticket = sent.popleft()
@@ -744,8 +754,9 @@ def tile_gradients(engine, image, turns):
             for other in itertools.takewhile(
                 lambda other, tile=tile: other.turn == tile.turn, unsent
             ):
-                if other not in before and overlap(other.region, tile.region):
-                    before[other] = cut_tile(image, other.region).astype(np.float32)
+                if other.region not in before and overlap(other.region, tile.region):
+                    before[other.region] = cut_tile(image, other.region).astype(np.float32)
+            before.pop(tile.region, None)
             yield tile.region, gradient, loss
             unstepped.popleft()
 
@@ -754,7 +765,7 @@ def tile_gradients(engine, image, turns):
 class Progress:
     """Where a run is after a step. `size` and `step` (at this size) count from 1. `image` is the
     run's own, not to be changed. `stats` is {name: number}, as STATS names them, or None if the
-    step was not measured."""
+    step was not measured. `is_silent` tells that the network's gradient was zero everywhere."""
 
     sizes: list
     size: int
@@ -763,6 +774,7 @@ class Progress:
     image: np.ndarray
     mean: float
     stats: dict | None
+    is_silent: bool = False
 
     def __str__(self):
         height, width = self.sizes[self.size - 1]
@@ -778,35 +790,41 @@ class Progress:
         return to_uint8(self.image, self.mean, rescale)
 
 
+NUMBERS = ("size", "step", "tile", "learning_rate", "tv_reg")  # of a Dream's state
+
+
 class Dream:
     """One run: the image as it stands and all that the next step depends on.
 
     `settings` are the Settings, `picture` is the start picture or None for noise, `mean` is the
     number subtracted from its pixels, and `engine` is an Engine that has described its network.
-    `size` counts from 1, `step` is the number of steps done at this size. Raises BadRequest for
-    impossible sizes.
+    `size` counts from 1, `step` is the number of steps done at this size, `tile` that of tiles done
+    of the next step. Raises BadRequest for impossible sizes.
     """
 
     def __init__(self, settings, picture, mean, engine):
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
         base = engine.tile_size if picture is None else picture.shape[:2]
         self.sizes = plan_sizes(settings, base, engine.tile_size)
-        self.size, self.step = 1, 0
-        self.image = None
+        self.size, self.step, self.tile = 1, 0, 0
+        self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
+        self.image, self.before, self.gauge, self.is_silent = None, {}, None, False
 
-    def run(self, wants_stats=lambda step: False):
+    def run(self, wants_stats=lambda step: False, is_stopping=lambda: False):
         """Does the run, or what is left of it, yielding a Progress after every step;
-        wants_stats(step) tells whether to measure a step. Raises NotFinite if a step overflows;
-        the image then has its last finite values."""
+        wants_stats(step) tells whether to measure a step. Ends when is_stopping() turns true, if
+        need be between two tiles. Raises NotFinite if a step overflows; the image then has its last
+        finite values. Raises RunFailed if no step can change the picture."""
         keep_freed_memory()
+        is_begun = self.image is not None
         while True:
             self.lay_out()
-            if self.step == 0:
+            if not is_begun:
                 self.begin_size()
-            yield from self._steps(wants_stats)
-            if self.size == len(self.sizes):
+            yield from self._steps(wants_stats, is_stopping)
+            if self.size == len(self.sizes) or is_stopping():
                 return
-            self.size, self.step = self.size + 1, 0
+            self.size, self.step, is_begun = self.size + 1, 0, False
 
     def lay_out(self):
         """Prepares what depends on the size alone: regions, start image, tile counts."""
@@ -832,19 +850,31 @@ class Dream:
         self.caches = np.zeros((len(self.cache_index), 3, *self.engine.tile_size))
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
-    def _steps(self, wants_stats):
+    def _steps(self, wants_stats, is_stopping):
         """Does the steps left at this size, yielding a Progress after each."""
         steps = range(self.step + 1, self.settings.num_steps + 1)
         colours = tiles(self.sizes[self.size - 1], self.engine.tile_size)
-        turns = ((colour, wants_stats(step)) for step in steps for colour in colours if colour)
-        gradients = tile_gradients(self.engine, self.image, turns)
+        turns = ((colour, wants_stats(step)) for step in steps for colour in colours)
+        turns = after_tiles(self.tile, turns)
+        gradients = tile_gradients(self.engine, self.image, turns, self.before, is_stopping)
         for step in steps:
-            gauge = Gauge() if wants_stats(step) else NoGauge()
+            is_whole, number = self.tile == 0, len(self.cache_index)
+            if is_whole or self.gauge is None:
+                self.gauge = Gauge() if wants_stats(step) else NoGauge()
+            self.is_silent = self.is_still = is_whole
             with np.errstate(all="ignore"):  # overflow is reported in our own words
-                for region, gradient, loss in itertools.islice(gradients, len(self.cache_index)):
-                    self.step_tile(region, gradient, loss, gauge)
+                for region, gradient, loss in itertools.islice(gradients, number - self.tile):
+                    self.step_tile(region, gradient, loss, self.gauge)
+                    self.tile += 1
+            if self.tile < number:
+                return
             self._advance_schedules()
-            yield self.progress(gauge.summary(self.image))
+            if self.is_silent and self.is_still and not self.settings.tv_reg_step:
+                raise RunFailed(
+                    f"no step changes the picture: the gradient of {self.settings.target_layer} is "
+                    "zero everywhere; choose another layer or channel, or another picture"
+                )
+            yield self.progress(self.gauge.summary(self.image))
 
     def step_tile(self, region, cnn_gradient, loss, gauge):
         """Adds the regularizers' gradients to that of a tile and takes its RMSProp step.
@@ -854,6 +884,7 @@ class Dream:
         y0, y1, x0, x1 = region
         terms = self._regularizers()
         gauge.add_tile(loss)
+        self.is_silent = self.is_silent and not cnn_gradient.any()
         for channel in range(3):
             place = np.s_[:, channel : channel + 1, y0:y1, x0:x1]
             x = self.image[place]
@@ -868,9 +899,19 @@ class Dream:
             cache = self.caches[self.cache_index[region]][np.newaxis, channel : channel + 1]
             step = rmsprop(gradient, cache, self.settings.decay_rate, self.learning_rate)
             is_finite = math.isfinite(step.sum() + cache.sum())
+            self.is_still = self.is_still and not step.any()
             if self.counts is not None:
                 step /= self.counts[y0:y1, x0:x1]
             gauge.add_means(step_size=step, value=x)
+            if (
+                not is_finite
+                and (self.size, self.step) == (1, 0)
+                and not math.isfinite(cnn_gradient.sum())
+            ):
+                raise RunFailed(
+                    "the network's gradient of the start picture is not a number; do its files "
+                    "belong together?"
+                )
             if not is_finite:
                 raise NotFinite(
                     f"the picture overflowed at step {self.step + 1} of size {self.size}; lower "
@@ -893,7 +934,7 @@ class Dream:
     def _advance_schedules(self):
         """Counts a step; both schedules count the steps at this size."""
         s = self.settings
-        self.step += 1
+        self.step, self.tile = self.step + 1, 0
         if self.step % s.learning_rate_decay_iter == 0:
             self.learning_rate *= s.learning_rate_decay_fraction
         if self.step % s.tv_reg_step_iter == 0:
@@ -901,8 +942,8 @@ class Dream:
 
     def progress(self, stats=None):
         """The Progress of the run as it stands."""
-        s = self.settings
-        return Progress(self.sizes, self.size, s.num_steps, self.step, self.image, self.mean, stats)
+        where = (self.sizes, self.size, self.settings.num_steps, self.step)
+        return Progress(*where, self.image, self.mean, stats, self.is_silent)
 
     def is_done(self):
         """Whether all steps have been done."""
@@ -911,30 +952,51 @@ class Dream:
     def state(self):
         """All that the next step depends on besides settings, picture and network: ({name:
         number}, {name: array})."""
-        numbers = {
-            name: getattr(self, name) for name in ("size", "step", "learning_rate", "tv_reg")
-        }
-        return numbers, {"image": self.image, "caches": self.caches}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        if self.tile:
+            numbers["gauge"] = self.gauge.state()
+            numbers["before"] = [self.cache_index[region] for region in self.before]
+        arrays = {"image": self.image, "caches": self.caches}
+        if self.before:
+            arrays["before"] = np.stack(list(self.before.values())).astype(np.float32)
+        return numbers, arrays
 
     def restore(self, numbers, arrays):
-        """Continues from a `state`. Raises ValueError if it does not fit the run."""
-        size, step = numbers["size"], numbers["step"]
-        is_whole = type(size) is type(step) is int
-        if not (is_whole and 1 <= size <= len(self.sizes) and 1 <= step <= self.settings.num_steps):
+        """Continues from a `state`. Raises ValueError, KeyError or TypeError if it does not fit the
+        run."""
+        size, step, tile = (numbers[name] for name in ("size", "step", "tile"))
+        is_whole = type(size) is type(step) is type(tile) is int
+        if not (is_whole and 1 <= size <= len(self.sizes) and 0 <= step <= self.settings.num_steps):
             raise ValueError("its step is outside the run")
         height_width, tile_size = self.sizes[size - 1], self.engine.tile_size
+        regions = all_tiles(height_width, tile_size)
+        if not 0 <= tile <= (len(regions) - 1 if step < self.settings.num_steps else 0):
+            raise ValueError("its tile is outside the run")
+        places = numbers.get("before", [])
         shapes = {
-            "image": (1, 3, *height_width),
-            "caches": (len(all_tiles(height_width, tile_size)), 3, *tile_size),
+            "image": (np.float64, 1, 3, *height_width),
+            "caches": (np.float64, len(regions), 3, *tile_size),
         }
-        for name, shape in shapes.items():
+        if places:
+            shapes["before"] = (np.float32, len(places), 3, *tile_size)
+        for name, (dtype, *shape) in shapes.items():
             array = arrays[name]
-            is_right = array.shape == shape and array.dtype == np.float64
+            is_right = array.shape == tuple(shape) and array.dtype == dtype
             if not (is_right and np.isfinite(array.sum())):
                 raise ValueError(f"its {name} does not fit the run")
-            setattr(self, name, array)
-        self.size, self.step = size, step
-        self.learning_rate, self.tv_reg = float(numbers["learning_rate"]), float(numbers["tv_reg"])
+        for name in NUMBERS:
+            setattr(self, name, type(getattr(self, name))(numbers[name]))
+        self.image, self.caches = arrays["image"], arrays["caches"]
+        self.before = {regions[i]: pixels for i, pixels in zip(places, arrays.get("before", ()))}
+        self.gauge = Gauge(numbers["gauge"]) if numbers.get("gauge") else None
+
+
+def after_tiles(done, turns):
+    """What is left of `turns`, as tile_gradients takes them, after so many tiles."""
+    for regions, measure in turns:
+        if regions[done:]:
+            yield regions[done:], measure
+        done = max(0, done - len(regions))
 
 
 STATS = (
@@ -944,15 +1006,19 @@ STATS = (
 
 
 class Gauge:
-    """Measures one step over all its tiles; the original printed the last tile's statistics."""
+    """Measures one step over all its tiles; the original printed the last tile's statistics. It
+    goes on from the `state` of an earlier one."""
 
-    def __init__(self):
-        self._sums = collections.Counter()
-        self._tiles = 0
+    def __init__(self, state=()):
+        self._sums = collections.Counter(dict(state))
+
+    def state(self):
+        """All that it has measured so far, {name: number}."""
+        return dict(self._sums)
 
     def add_tile(self, loss):
         """Counts a tile; `loss` is the objective's."""
-        self._tiles += 1
+        self._sums["tiles"] += 1
         self._sums["objective"] -= loss
 
     def add_term(self, name, term, argument, gradient):
@@ -967,7 +1033,7 @@ class Gauge:
 
     def summary(self, image):
         """The statistics, {name of STATS: number}: means over the tiles, and the image's own."""
-        return {name: self._sums[name] / self._tiles for name in STATS} | {
+        return {name: self._sums[name] / self._sums["tiles"] for name in STATS} | {
             "step_to_value": self._sums["step_size"] / (self._sums["value"] or 1),
             "image_mean": float(image.mean()),
             "image_std": float(image.std()),
@@ -977,7 +1043,7 @@ class Gauge:
 class NoGauge(Gauge):
     """Stands in for a Gauge at the steps that nobody wants measured."""
 
-    add_tile = add_term = add_means = summary = lambda self, *_, **__: None
+    add_tile = add_term = add_means = summary = state = lambda self, *_, **__: None
 
 
 def keep_freed_memory():
@@ -1102,6 +1168,15 @@ def gpu_numbers(text):
     raise argparse.ArgumentTypeError(f"{text!r}: {remedy}")
 
 
+def input_size(text):
+    """(height, width) of "HxW" or "N"."""
+    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    size = sides and (int(sides[1]), int(sides[2] or sides[1]))
+    if not size or not LEAST_SIDE <= min(size) <= max(size) <= MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"must be N or HxW, of {LEAST_SIDE} pixels or more")
+    return size
+
+
 def behaviors(text):
     """A type for argparse: words of BEHAVIORS joined by +, as a set; "none" is the empty set."""
     words, known = set(text.split("+")), (*BEHAVIORS, "none")
@@ -1164,6 +1239,10 @@ def network_options(add):
     add("--mean_image", metavar="FILE", type=file_name, free=True, file="read",
         help="mean image (.npy, .binaryproto); its mean is subtracted from every pixel "
         "(default: the model's)")
+    add("--input_size", metavar="SIZE", type=input_size,
+        text=lambda size: "{}x{}".format(*size),
+        help="size of a tile, HxW or N for NxN: for networks without one of their own, and for "
+        "more context in layers that take any size (default: the prototxt's)")
     add("--gpu", metavar="N", type=gpu_numbers, free=True,
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
         help="GPU to run on, numbered from 0, or several: 0,1,2; negative: CPU "
@@ -1690,10 +1769,9 @@ def caffe_net(net):
         return caffe.Net(f"/proc/self/fd/{file.fileno()}", caffe.TEST)
 
 
-def read_prototxt(path):
+def parse_prototxt(path):
     """The prototxt `path` as a caffe_pb2.NetParameter. Raises BadRequest."""
     import_caffe()
-    from caffe.proto import caffe_pb2
     from google.protobuf import text_format
 
     try:
@@ -1703,49 +1781,383 @@ def read_prototxt(path):
             text = data.decode()
         except UnicodeDecodeError:
             text = data.decode("latin-1")  # for comments in whatever encoding
-        net = text_format.Parse(text, caffe_pb2.NetParameter())
+        return parse_net(text)
     except (OSError, text_format.ParseError) as error:
         problem = f"not a network description ({one_line(error)}); give a deploy.prototxt"
         raise refusal("deploy_txt", path, problem) from None
-    for layer in net.layer or net.layers:
-        for field, value in layer.ListFields():
-            if field.message_type and "engine" in field.message_type.fields_by_name:
-                value.ClearField("engine")  # it names cuDNN, perhaps; Caffe chooses what it has
-    return upgraded(net) if net.layers else net
+
+
+def parse_net(text):
+    """The text as a NetParameter. Layers of types that this Caffe lacks may have parameters that
+    it does not know; they are dropped. Raises text_format.ParseError."""
+    from caffe.proto import caffe_pb2
+    from google.protobuf import text_format
+
+    try:
+        return text_format.Parse(text, caffe_pb2.NetParameter())
+    except text_format.ParseError as error:
+        known, net = set(import_caffe().layer_type_list()), caffe_pb2.NetParameter()
+        for block in blocks(text):
+            one = text_format.Parse(block, caffe_pb2.NetParameter(), allow_unknown_field=True)
+            if not one.layer or one.layer[0].type in known:
+                try:
+                    one = text_format.Parse(block, caffe_pb2.NetParameter())
+                except text_format.ParseError:
+                    raise error from None  # the first one, which has the line's number
+            net.MergeFrom(one)
+        return net
+
+
+def blocks(text):
+    """Cuts a prototxt after every brace that closes an outermost block; yields the pieces."""
+    depth, begun = 0, 0
+    for token in re.finditer(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|#[^\n]*|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if token[0] == "}" and depth == 0:
+            yield text[begun : token.end()]
+            begun = token.end()
+    yield text[begun:]
 
 
 def upgraded(net):
-    """A NetParameter of the older format (V1, `layers`) in the newer one: Caffe upgrades what it
-    loads, and saves it so."""
+    """A NetParameter of an older format (V0, V1: `layers`) in the newer one."""
     from caffe.proto import caffe_pb2
 
-    with tempfile.NamedTemporaryFile() as file:
-        caffe_net(net).save(file.name)
-        new = caffe_pb2.NetParameter.FromString(file.read())
-    for layer in new.layer:
-        del layer.blobs[:]
-    return new
+    if any(layer.HasField("layer") for layer in net.layers):  # V0; Caffe upgrades what it loads
+        with tempfile.NamedTemporaryFile() as file:
+            caffe_net(net).save(file.name)
+            net = caffe_pb2.NetParameter.FromString(file.read())
+        for layer in net.layer:
+            del layer.blobs[:]
+        return net
+    kinds = {name.lower(): name for name in import_caffe().layer_type_list()}
+    kinds["softmaxloss"] = "SoftmaxWithLoss"
+    for old in net.layers:
+        new, kind = net.layer.add(), old.LayerType.Name(old.type)
+        new.type = kinds.get(kind.replace("_", "").lower(), kind.title().replace("_", ""))
+        for name in old.param:
+            new.param.add(name=name)
+        for field, value in old.ListFields():
+            if field.name in ("type", "param", "blobs", "blobs_lr", "weight_decay"):
+                continue
+            if isinstance(value, str):
+                setattr(new, field.name, value)
+            elif hasattr(value, "extend"):
+                getattr(new, field.name).extend(value)
+            elif field.name in new.DESCRIPTOR.fields_by_name:
+                getattr(new, field.name).CopyFrom(value)
+    net.ClearField("layers")
+    return net
+
+
+def runs_in_test(layer):
+    """Whether Caffe keeps this LayerParameter in its TEST phase, at level 0 and without stages."""
+    from caffe import TEST
+
+    def is_met(rule):
+        phase = not rule.HasField("phase") or rule.phase == TEST
+        level = not rule.HasField("min_level") or rule.min_level <= 0
+        level = level and (not rule.HasField("max_level") or rule.max_level >= 0)
+        return phase and level and not rule.stage
+
+    return any(map(is_met, layer.include)) if layer.include else not any(map(is_met, layer.exclude))
+
+
+def data_layers(net):
+    """The layers of a NetParameter that read pictures for training, in place of an input."""
+    has_input = net.input or any(layer.type == "Input" for layer in net.layer)
+    others = {"Input", "Parameter"} | ({"DummyData"} if has_input else set())
+    sources = (layer for layer in net.layer if layer.top and not layer.bottom)
+    found = [layer for layer in sources if layer.type not in others]
+    return list(filter(runs_in_test, found)) or found
+
+
+def picture_shape(layer):
+    """The (channels, height, width) of the pictures that a data layer reads; sides of 0 if it does
+    not tell."""
+    own = {
+        "Data": layer.data_param,
+        "DummyData": layer.dummy_data_param,
+        "ImageData": layer.image_data_param,
+        "MemoryData": layer.memory_data_param,
+        "WindowData": layer.window_data_param,
+    }.get(layer.type)
+    if layer.type == "MemoryData":
+        return own.channels, own.height, own.width
+    if layer.type == "DummyData":
+        old = (own.channels[:1], own.height[:1], own.width[:1])
+        return tuple(own.shape[0].dim[1:]) if own.shape else tuple(itertools.chain(*old))
+    side = layer.transform_param.crop_size or getattr(own, "crop_size", 0)
+    if layer.type == "ImageData" and not side:
+        return 3, own.new_height, own.new_width
+    return 3, side, side
+
+
+def take_inputs(net):
+    """Removes from the NetParameter `net` all that gives it pictures, and returns {blob: shape for
+    one tile, its sides 0 where they are not told}, [data layers among them], and the blobs that
+    only training has."""
+    shapes = [tuple(shape.dim) for shape in net.input_shape]
+    shapes += [tuple(net.input_dim[i : i + 4]) for i in range(0, len(net.input_dim), 4)]
+    inputs = dict(itertools.zip_longest(net.input, shapes[: len(net.input)], fillvalue=()))
+    for layer in net.layer:
+        if layer.type == "Input":
+            shapes = [tuple(shape.dim) for shape in layer.input_param.shape] or [()]
+            inputs |= zip(layer.top, shapes * len(layer.top))
+    reading, labels = data_layers(net), set()
+    for layer in reading:
+        inputs[layer.top[0]] = (1, *picture_shape(layer))
+        labels.update(layer.top[1:])
+    for layer in list(net.layer):
+        if not layer.bottom and inputs.keys() & set(layer.top):
+            net.layer.remove(layer)
+    for name in ("input", "input_shape", "input_dim"):
+        net.ClearField(name)
+    inputs = {blob: (1, *shape[1:]) if shape else (1, 3, 0, 0) for blob, shape in inputs.items()}
+    return inputs, reading, labels
+
+
+class Description:
+    """A network as its prototxt describes it, made ready to be cut and run. With `input_size`, a
+    (height, width), its pictures are of that size. Raises BadRequest.
+
+    Attributes: path; net, a NetParameter of the newer format, without layers that this Caffe cannot
+    make; inputs, {blob: shape for one tile}; starts, {blob that can be amplified: the layer from
+    which backward starts}, in order; aliases, {layer: the one blob that it makes}; holders, {layer
+    that works in place: its blob}; problems, {another blob or layer: why it cannot be amplified};
+    notices, a list of lines for the user.
+    """
+
+    def __init__(self, path, input_size=None):
+        self.path, self.notices, net = path, [], parse_prototxt(path)
+        if net.layers:
+            net = upgraded(net)
+        for layer in net.layer:
+            for field, value in layer.ListFields():
+                if field.message_type and "engine" in field.message_type.fields_by_name:
+                    value.ClearField("engine")  # it names cuDNN, perhaps; Caffe chooses
+        self.inputs, reading, labels = take_inputs(net)
+        self._choose_pictures(input_size, reading)
+        for blob, shape in reversed(self.inputs.items()):
+            layer = net.layer.add(name=blob, type="Input", top=[blob])
+            layer.input_param.shape.add(dim=shape)
+            net.layer.insert(0, net.layer.pop())
+        for layer in [layer for layer in net.layer if not runs_in_test(layer)]:
+            net.layer.remove(layer)
+        self.net, self.starts, self.problems = net, {}, {}
+        self.aliases, self.holders = {}, {}
+        self._sort_out(labels)
+
+    def _choose_pictures(self, input_size, reading):
+        """Finds the inputs that take pictures, and gives them their size."""
+
+        def refuse(problem):
+            return refusal("deploy_txt", self.path, problem)
+
+        shapes, kinds = self.inputs, ", ".join(f"{layer.name} ({layer.type})" for layer in reading)
+        pictures = [blob for blob, shape in shapes.items() if len(shape) == 4 and shape[1] == 3]
+        if not pictures:
+            found = f"its input has shape {[*shapes.values()][0]}" if shapes else "it has no input"
+            raise refuse(f"{found}; it must take 3-channel pictures")
+        large = [blob for blob in pictures if min(shapes[blob][2:]) >= LEAST_SIDE]
+        self.pictures = large or pictures
+        if input_size:
+            shapes.update(dict.fromkeys(self.pictures, (1, 3, *input_size)))
+        elif not large:
+            height, width = shapes[pictures[0]][2:]
+            if kinds and not height:
+                problem = f"this is for training, and {kinds} does not tell the pictures' size"
+                raise refuse(f"{problem}; give the deploy.prototxt, or --input_size")
+            found = f"of {height}x{width}" if height else "without a size"
+            raise refuse(f"its input is {found}; choose one, such as --input_size 224")
+        if kinds:
+            height, width = shapes[self.pictures[0]][2:]
+            becomes = f"{kinds} becomes an input of {height}x{width}"
+            self.notices.append(f"{self.path} is for training: {becomes}")
+
+    def _sort_out(self, labels):
+        """Finds what can be amplified: what depends on one input, and that takes pictures."""
+        known, problems = set(import_caffe().layer_type_list()), self.problems
+        sources = {}  # {blob: the inputs that it depends on}
+        for layer in list(self.net.layer):
+            lost = next((blob for blob in layer.bottom if blob not in sources), None)
+            if layer.type not in known:
+                problem = f"this Caffe has no layer {layer.type}, which {layer.name} is"
+            elif lost in labels:
+                problem = f"{layer.name} needs {lost}, which only training has"
+            elif lost is not None:
+                problem = problems.get(lost, f"{layer.name} needs {lost}, which no layer makes")
+            else:
+                inputs = set().union(*(sources[blob] for blob in layer.bottom))
+                inputs.update([layer.name] if layer.type == "Input" else [])
+                sources.update(dict.fromkeys(layer.top, inputs))
+                self._add_targets(layer, inputs)
+                continue
+            problems |= dict.fromkeys([layer.name, *layer.top], problem)
+            for top in layer.top:
+                sources.pop(top, None)
+                self.starts.pop(top, None)
+            self.net.layer.remove(layer)
+
+    def _add_targets(self, layer, inputs):
+        """Adds what a layer writes, which depends on `inputs`, to what can be amplified, or to the
+        problems."""
+        problem = None
+        if len(inputs) > 1:
+            names = " and ".join(blob for blob in self.inputs if blob in inputs)
+            earlier = filter(None, map(self.problems.get, layer.bottom))
+            problem = f"{layer.name} depends on {len(inputs)} inputs, {names}, not on one picture"
+            problem = next((text for text in earlier if " inputs, " in text), problem)
+        elif not inputs:
+            problem = f"{layer.name} does not depend on the picture"
+        elif inputs.isdisjoint(self.pictures):
+            shape = "x".join(map(str, self.inputs[min(inputs)][1:]))
+            problem = (
+                f"{layer.name} depends on {min(inputs)} alone, which takes no pictures ({shape})"
+            )
+        if layer.bottom and problem:
+            self.problems |= dict.fromkeys([layer.name, *layer.top], problem)
+        elif layer.bottom:
+            made = [top for top in layer.top if top not in layer.bottom]
+            for top in [*made, *([layer.name] if layer.name in layer.top else [])]:
+                self.starts[top] = layer.name
+            self.aliases |= {layer.name: made[0]} if len(made) == 1 else {}
+            self.holders |= {} if made else {layer.name: layer.top[0]}
+
+    def find(self, name):
+        """The blob to amplify that `name`, a blob's or a layer's, stands for. Raises BadRequest."""
+        blob = name if name in self.starts else self.aliases.get(name)
+        if blob is not None:
+            return blob
+        if not self.starts:
+            problem = "has no layer that can be amplified; give a deploy.prototxt"
+            raise refusal("deploy_txt", self.path, problem)
+        if name in self.holders:
+            problem = f"it works in place; its output is in {self.holders[name]}: use that"
+            raise refusal("layer", name, problem)
+        if name in self.inputs or name in self.problems:
+            problem = self.problems.get(name, "this is the input, not a layer")
+            raise refusal("layer", name, f"{problem}; {ANOTHER_LAYER}")
+        close = self._close_names(name)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
+        raise refusal("layer", name, f"{self.path} has no such layer; {hint}")
+
+    def _close_names(self, name):
+        """What `name` may have been meant for, at most three blobs: capitals and punctuation are
+        mistyped, layers in place mistaken for what they work on, and names given in part."""
+
+        def plain(text):
+            return re.sub("[^a-z0-9]", "", text.lower())
+
+        names = self.holders | self.aliases | {blob: blob for blob in self.starts}
+        by_key, key = {}, plain(name)
+        for other, blob in names.items():
+            by_key.setdefault(plain(other), []).append(blob)
+        parts = [other for other in reversed(by_key) if key and key in other]  # outputs come last
+        close = difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)
+        keys = [key] if key in by_key else parts or close
+        blobs = dict.fromkeys(blob for key in keys for blob in by_key[key])
+        return [blob for blob in blobs if blob in self.starts][:3]
+
+
+# Of weights only names and shapes are looked at here, in protobuf's wire format: Python's protobuf
+# would read all the numbers, which takes seconds, and 20 times as many where it is pure Python.
+
+
+def varint(data, start):
+    """(the integer that begins at data[start], where it ends)."""
+    value = 0
+    for place in range(10):
+        byte = data[start + place]
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            return value, start + place + 1
+    raise ValueError("it is damaged, or of another kind")
+
+
+def wire_fields(data):
+    """Yields (number, value) of the fields of a message in wire format, a memoryview: integers, and
+    memoryviews of what has a length. Fields of fixed size are left out. Raises ValueError."""
+    place = 0
+    try:
+        while place < len(data):
+            tag, place = varint(data, place)
+            number, kind = divmod(tag, 8)
+            if kind == 0:
+                value, place = varint(data, place)
+                yield number, value
+                continue
+            length, place = varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
+            if place + length > len(data):
+                raise IndexError
+            if kind == 2:
+                yield number, data[place : place + length]
+            place += length
+    except IndexError:
+        raise ValueError("it ends too early") from None
+    except KeyError:
+        raise ValueError("it is damaged, or of another kind") from None
+
+
+def wire_shape(blob):
+    """The shape of a BlobProto in wire format; in the older format it has leading ones, up to four
+    axes."""
+    older = dict.fromkeys((1, 2, 3, 4), 0)
+    for number, value in wire_fields(blob):
+        if number == 7:
+            return tuple(wire_integers(value))
+        if number in older:
+            older[number] = value
+    return tuple(older.values())
+
+
+def wire_integers(shape):
+    """The dimensions in a BlobShape in wire format, packed or one by one."""
+    for number, value in wire_fields(shape):
+        if number != 1:
+            continue
+        place = 0
+        while isinstance(value, memoryview) and place < len(value):
+            side, place = varint(value, place)
+            yield side
+        if not isinstance(value, memoryview):
+            yield value
+
+
+LAYERS = {100: (1, 7), 2: (4, 6)}  # in a NetParameter: the numbers of a layer's name and its blobs
+V0_LAYER = (1, 50)
+
+
+def wire_layer(layer, name_number, blobs_number):
+    """(name, shapes of its blobs) of a layer in wire format."""
+    name, shapes = "", []
+    for number, value in wire_fields(layer):
+        if (name_number, number) == (4, 1):  # a V0 layer within one of V1
+            return wire_layer(value, *V0_LAYER)
+        if number == name_number:
+            name = bytes(value).decode(errors="replace")
+        if number == blobs_number:
+            shapes.append(wire_shape(value))
+    return name, shapes
 
 
 def read_weights(path):
     """The layers of the caffemodel `path` as {name: shapes of its blobs}. Raises BadRequest."""
-    import_caffe()
-    from caffe.proto import caffe_pb2
-    from google.protobuf.message import DecodeError
-
     try:
         with open(path, "rb") as file:
-            data = file.read()
-        for start, problem in NOT_WEIGHTS.items():
-            if data[:100].lstrip().lower().startswith(start):
+            start = file.read(100).lstrip().lower()
+            problem = next((NOT_WEIGHTS[key] for key in NOT_WEIGHTS if start.startswith(key)), None)
+            if problem:
                 raise refusal("caffe_model", path, problem)
-        net = caffe_pb2.NetParameter.FromString(data)
-    except (OSError, DecodeError) as error:
+            if not start:
+                return {}
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            fields = wire_fields(data)
+            return dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # strangers' bytes
         problem = f"cannot be read as Caffe weights ({one_line(error)})"
         remedy = "give a whole .caffemodel; was the download cut short?"
         raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
-    older = (layer.layer if layer.HasField("layer") else layer for layer in net.layers)  # V0, V1
-    return {layer.name: list(map(blob_shape, layer.blobs)) for layer in net.layer or older}
 
 
 NOT_WEIGHTS = {  # what a file begins with, in lower case: what it is, and the remedy
@@ -1765,13 +2177,9 @@ def read_binaryproto(path):
     return np.array(blob.data or blob.double_data, np.float32)
 
 
-def blob_shape(blob):
-    """A BlobProto's shape; in the older format it has leading ones, up to four axes."""
-    return tuple(blob.shape.dim) or (blob.num, blob.channels, blob.height, blob.width)
-
-
 def without_leading_ones(shape):
-    """The shape, so that it can be compared between the formats."""
+    """The shape, so that it can be compared between the formats: the older has up to four axes,
+    with leading ones."""
     return tuple(itertools.dropwhile(lambda side: side == 1, shape))
 
 
@@ -1784,6 +2192,17 @@ def fit_classifier(net, weights):
             layer.inner_product_param.num_output = shapes[0][-2]
 
 
+def misfits(net, weights):
+    """{layer: (shapes of its blobs in `weights` of read_weights, shapes that it takes)}, where they
+    differ in the caffe.Net."""
+    found = {}
+    for name, blobs in net.params.items():
+        given, taken = weights.get(name, []), [tuple(blob.shape) for blob in blobs]
+        if list(map(without_leading_ones, given)) != list(map(without_leading_ones, taken)):
+            found[name] = given, taken
+    return found
+
+
 def structure_error(deploy, path):
     """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every
     layer must have its blobs, of its shapes. Caffe has then read the file too."""
@@ -1791,101 +2210,86 @@ def structure_error(deploy, path):
         weights = read_weights(path)
     except BadRequest:
         return "it cannot be read as Caffe weights"
-    net = read_prototxt(deploy)
+    net = Description(deploy).net
     fit_classifier(net, weights)
     loaded = caffe_net(net)
-    for name, blobs in loaded.params.items():
-        expected, found = [tuple(blob.shape) for blob in blobs], weights.get(name, [])
-        if list(map(without_leading_ones, found)) != list(map(without_leading_ones, expected)):
-            return f"layer {name} has weights of shape {found or None}, not {expected}"
+    for name, (given, taken) in misfits(loaded, weights).items():
+        return f"layer {name} has weights of shape {given or None}, not {taken}"
     loaded.copy_from(path)
     return None
 
 
-def runs_in_test(layer):
-    """Whether Caffe keeps this LayerParameter in its TEST phase, at level 0 and without stages."""
-    from caffe import TEST
-
-    def is_met(rule):
-        phase = not rule.HasField("phase") or rule.phase == TEST
-        level = not rule.HasField("min_level") or rule.min_level <= 0
-        level = level and (not rule.HasField("max_level") or rule.max_level >= 0)
-        return phase and level and not rule.stage
-
-    return any(map(is_met, layer.include)) if layer.include else not any(map(is_met, layer.exclude))
-
-
-def targets(net):
-    """The layers of a NetParameter that can be amplified, in order: those with a blob of their own
-    name."""
-    layers = (layer for layer in net.layer if layer.bottom and runs_in_test(layer))
-    return [layer.name for layer in layers if layer.name in layer.top]
-
-
-def layer_shapes(deploy, weights):
-    """[(name, shape of one tile's activations), ...] of all layers of `deploy` that can be targets,
-    and [(name, type), ...] of those that this Caffe lacks; what depends on these is left out. With
-    `weights` (a path or None) the classifier has their width."""
-    net = read_prototxt(deploy)
-    if weights is not None:
-        fit_classifier(net, read_weights(weights))
-    lacking = leave_out_unknown(net)
-    loaded = caffe_net(net)
-    shapes = [(name, tuple(loaded.blobs[name].shape)) for name in targets(net)]
-    return [(name, shape[1:]) for name, shape in shapes if len(shape) > 1], lacking
+def layer_shapes(files, input_size=None):
+    """[(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
+    amplified, and notices of what cannot."""
+    description = Description(files.deploy, input_size)
+    net, notices = description.net, description.notices
+    weights = read_weights(files.weights) if files.weights else {}
+    if files.fit_classifier:
+        fit_classifier(net, weights)
+    problems = list(dict.fromkeys(description.problems.values()))
+    notices += [f"left out, with what follows it: {problem}" for problem in problems]
+    loaded, lost = caffe_net(net), set()
+    if input_size:
+        wrong = [name for name, (given, _) in misfits(loaded, weights).items() if given]
+        lost = followers(net, wrong)
+        notices += [f"left out, with what follows it: {name} takes no other size" for name in wrong]
+    shapes = ((blob, tuple(loaded.blobs[blob].shape)[1:]) for blob in description.starts)
+    made_by = description.starts
+    return [
+        (blob, shape, made_by[blob]) for blob, shape in shapes if shape and blob not in lost
+    ], notices
 
 
-def leave_out_unknown(net):
-    """Removes the layers that this Caffe lacks, and those that depend on them, from the
-    NetParameter `net`; returns [(name, type), ...] of the former."""
-    known, lost, lacking = set(import_caffe().layer_type_list()), set(), []
-    for layer in list(net.layer):
-        is_known = layer.type in known
-        if is_known and lost.isdisjoint(layer.bottom):
-            continue
-        if not is_known and runs_in_test(layer):
-            lacking.append((layer.name, layer.type))
-        lost.update(layer.top)
-        net.layer.remove(layer)
-    return lacking
+def followers(net, names):
+    """The blobs of the NetParameter `net` that the layers `names` write, or layers behind them."""
+    found = set()
+    for layer in net.layer:
+        if layer.name in names or not found.isdisjoint(layer.bottom):
+            found.update(layer.top)
+    return found
 
 
-def check_target(spec, net):
-    """Raises BadRequest if the target is not a layer of `net` that can be amplified."""
-    names = targets(net)
-    if not names:
-        problem = "has no layer that can be amplified; give a deploy.prototxt"
-        raise refusal("deploy_txt", spec.files.deploy, problem)
-    if spec.target not in names:
-        close = difflib.get_close_matches(spec.target, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(names)}"
-        raise refusal("layer", spec.target, f"{spec.files.deploy} has no such layer; {hint}")
-
-
-def check_all_there(spec, net, weights):
-    """Raises BadRequest if a layer of the caffe.Net has parameters and none of its own in
-    `weights` (of read_weights): it would work with random or empty ones."""
-    missing = [name for name in net.params if not weights.get(name)]
+def check_fit(spec, net, weights):
+    """Raises BadRequest if a layer of the caffe.Net has parameters and not its own in `weights` (of
+    read_weights): without them it would work with random or empty ones."""
+    path, deploy, wrong = spec.files.weights, spec.files.deploy, misfits(net, weights)
+    missing = [name for name in wrong if not weights.get(name)]
     if missing:
-        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-        problem = (
-            f"has no weights for {names} of {spec.files.deploy}; give the file with all of them"
-        )
-        raise refusal("caffe_model", spec.files.weights, problem)
+        problem = f"has no weights for {some(missing)} of {deploy}; give the file with all of them"
+        raise refusal("caffe_model", path, problem)
+    for name, shapes in wrong.items():
+        given, taken = (" and ".join("x".join(map(str, s)) for s in shape) for shape in shapes)
+        if spec.input_size:
+            problem = f"{name} takes no other size than the prototxt's"
+            raise input_size_refusal(spec.input_size, f"{problem}; choose a layer before it")
+        problem = f"{name} has weights {given}, but in {deploy} it takes {taken}"
+        raise refusal("caffe_model", path, f"{problem}; give files that belong together")
+
+
+def some(names):
+    """The names, at most five of them, in words."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+
+
+def input_size_refusal(size, problem):
+    """The refusal of an input size (height, width)."""
+    return refusal("input_size", "{}x{}".format(*size), problem)
 
 
 def check_values(spec, net):
     """Raises BadRequest if the caffe.Net has weights that are not numbers; returns notices of
     weights that look wrong."""
-    notices = []
     types = {name: layer.type for name, layer in zip(net._layer_names, net.layers)}
+    empty = []
     for name, blobs in net.params.items():
         if not all(np.isfinite(blob.data).all() for blob in blobs):
             problem = f"the weights of {name} are not all finite numbers; get a sound file"
             raise refusal("caffe_model", spec.files.weights, problem)
         if types[name] == "BatchNorm" and not blobs[2].data.any():
-            notices.append(f"{name}: its statistics are empty, so that it only magnifies")
-    return notices
+            empty.append(name)
+    what = "BatchNorm without statistics, which only magnifies"
+    return [f"{some(empty)}: {what}"] if empty else []
 
 
 def cut(net, target, blob_counts):
@@ -1896,20 +2300,19 @@ def cut(net, target, blob_counts):
     would also compute the gradient of every weight. Instead only one weight is left to learn, the
     first layer's bias: then Caffe runs backward from a loss (put on the last writer of the target)
     down to that layer, and propagate_down takes it on to the input. If that is impossible (a first
-    layer without bias, several of them) force_backward does the same slowly. `blob_counts` is
-    {layer name: number of its weight blobs}. Raises BadRequest if the input is not an ancestor.
+    layer without bias or with shared weights, several of them) force_backward does the same
+    slowly. `blob_counts` is {layer name: number of its weight blobs}.
     """
     kept, needed = [], {target}
     for layer in reversed(net.layer):
-        if runs_in_test(layer) and not needed.isdisjoint(layer.top):
+        if not needed.isdisjoint(layer.top):
             kept.insert(0, layer)
             needed.update(layer.bottom)
-    inputs = set(net.input).union(*(layer.top for layer in kept if layer.type == "Input"))
+    inputs = set().union(*(layer.top for layer in kept if layer.type == "Input"))
     first = [layer for layer in kept if not inputs.isdisjoint(layer.bottom)]
-    if not first:
-        raise refusal("layer", target, f"does not depend on the picture; {ANOTHER_LAYER}")
     has_bias = len(first) == 1 and blob_counts.get(first[0].name, 0) == 2
     has_bias = has_bias and first[0].type in ("Convolution", "InnerProduct")
+    has_bias = has_bias and not any(param.name for param in first[0].param)  # perhaps shared
     net.force_backward = not has_bias
     if has_bias:
         for layer in kept:
@@ -1921,9 +2324,8 @@ def cut(net, target, blob_counts):
         first[0].propagate_down[:] = [True]
         kept[-1].loss_weight[:] = [1.0 if top == target else 0.0 for top in kept[-1].top]
     names = {layer.name for layer in kept}
-    for index in reversed(range(len(net.layer))):
-        if net.layer[index].name not in names or not runs_in_test(net.layer[index]):
-            del net.layer[index]
+    for layer in [layer for layer in net.layer if layer.name not in names]:
+        net.layer.remove(layer)
 
 
 # Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in
@@ -1942,12 +2344,13 @@ def use_fast_layers(net):
 @dataclasses.dataclass(frozen=True)
 class NetworkSpec:
     """All that a worker needs to load the network: its files; the target layer; the objective, of a
-    kind in IMAGE_TYPES."""
+    kind in IMAGE_TYPES; the (height, width) of its input, if that is not the prototxt's."""
 
     files: NetworkFiles
     target: str
     objective: object
     use_gpu: bool = False
+    input_size: tuple | None = None
 
 
 class Network:
@@ -1969,33 +2372,29 @@ class Network:
         else:
             caffe.set_mode_cpu()
         weights = read_weights(spec.files.weights)
-        net = read_prototxt(spec.files.deploy)
+        description = Description(spec.files.deploy, spec.input_size)
+        net, target = description.net, description.find(spec.target)
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
-        check_target(spec, net)
-        cut(net, spec.target, {name: len(shapes) for name, shapes in weights.items()})
+        cut(net, target, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net)
         self._spec, self._net = spec, caffe_net(net)
-        check_all_there(spec, self._net, weights)
+        check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
-        self.notices = check_values(spec, self._net)
-        inputs = list(self._net.inputs)
-        self._input = self._net.blobs["data" if "data" in inputs else inputs[0]]
-        self._target = self._net.blobs[spec.target]
-        self.tile_size, self.target_shape = self._shapes()
+        self.notices = description.notices + check_values(spec, self._net)
+        (name,) = self._net.inputs
+        self._input, self._target = self._net.blobs[name], self._net.blobs[target]
+        self._start = description.starts[target]
+        self.tile_size, self.target_shape = tuple(self._input.shape)[2:], self._target_shape()
 
-    def _shapes(self):
-        """(tile_size, target_shape). Raises BadRequest if they do not suit."""
-        spec, shape = self._spec, tuple(self._input.shape)
-        if len(shape) != 4 or shape[1] != 3:
-            problem = f"its input has shape {shape}; it must take 3-channel pictures"
-            raise refusal("deploy_txt", spec.files.deploy, problem)
-        target_shape = tuple(self._target.shape)[1:]
-        if not target_shape:
+    def _target_shape(self):
+        """The shape of the target for one tile. Raises BadRequest if it does not suit."""
+        spec, shape = self._spec, tuple(self._target.shape)[1:]
+        if not shape:
             problem = "its output is a single number, without channels"
             raise refusal("layer", spec.target, f"{problem}; {ANOTHER_LAYER}")
-        spec.objective.check(spec.target, target_shape[0])
-        return shape[2:], target_shape
+        spec.objective.check(spec.target, shape[0])
+        return shape
 
     def batch_for_memory(self):
         """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where
@@ -2019,9 +2418,9 @@ class Network:
         self._net.forward()
         objective, activations = self._spec.objective, self._target.data
         self._target.diff[...] = objective.gradient(activations)
-        # From the layer of the target's name: an in-place ReLU after it has shaped the activations
+        # From the layer that makes the target: an in-place ReLU after it has shaped the activations
         # but is not passed backward.
-        self._net.backward(start=self._spec.target)
+        self._net.backward(start=self._start)
         losses = [objective.loss(a[np.newaxis]) if measure else None for a in activations]
         return self._input.diff, losses
 
@@ -2056,6 +2455,10 @@ class Engine:
     def receive(self, ticket):
         """Waits for the tiles of a ticket; returns [(gradient of the objective's loss, float32
         (3, H, W); the loss, None unless measured), ...]."""
+        raise NotImplementedError
+
+    def tiles_of(self, ticket):
+        """The tiles of a ticket that was not received, as they were sent."""
         raise NotImplementedError
 
     def __enter__(self):
@@ -2350,6 +2753,9 @@ class Workers(Engine):
                 problem = "Caffe cannot compute a gradient for this layer"
                 problem = f"{problem}; {ANOTHER_LAYER}"
                 raise refusal("layer", self.spec.target, problem) from None
+            if self.spec.input_size:
+                problem = f"the network cannot take it ({error}); leave it out"
+                raise input_size_refusal(self.spec.input_size, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.target_shape, suits, notices = found
@@ -2401,6 +2807,9 @@ class Workers(Engine):
         self._free.append(ticket)
         return list(zip(self._slots[ticket, 1, :count].copy(), losses))
 
+    def tiles_of(self, ticket):
+        return self._slots[ticket, 0, : self._jobs[ticket][0]].copy()
+
 
 def choose_gpus(gpus):
     """The GPUs to run on, [] for the CPU, and the device in words, with the reason if it is the
@@ -2428,7 +2837,7 @@ def open_engine(options, settings, files):
     """The Engine that the options ask for, not yet entered. Raises BadRequest."""
     gpus, device = choose_gpus(options.gpu)
     objective = IMAGE_TYPES[settings.image_type](settings)
-    spec = NetworkSpec(files, settings.target_layer, objective, bool(gpus))
+    spec = NetworkSpec(files, settings.target_layer, objective, bool(gpus), settings.input_size)
     engine = Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
     idle = "--workers" if gpus else "--batch_size"
     if options.batch_size and not gpus or options.workers and gpus and not options.gpu:
@@ -2717,6 +3126,7 @@ def read_record(path):
 CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
     "image": (np.float64, 1, 3, None, None),
     "caches": (np.float64, None, 3, None, None),
+    "before": (np.float32, None, 3, None, None),
     "picture": (np.uint8, None, None, 3),
 }
 
@@ -2846,6 +3256,20 @@ class Watcher:
     def keep(self):
         """Its `arrays`, {name: array}, for a checkpoint."""
         return {}
+
+
+class Silence(Watcher):
+    """Tells once, if the network's gradient is zero."""
+
+    is_told = False
+
+    def after_step(self, progress):
+        if progress.is_silent and not self.is_told:
+            self.is_told = True
+            layer = self.options.target_layer
+            log.info(
+                f"note: the gradient of {layer} is zero; only the regularizers change the picture"
+            )
 
 
 class Print(Watcher):
@@ -3143,7 +3567,7 @@ class Watchers(list):
         self.output_iter = options.output_iter
         asked = [watcher for word, watcher in BEHAVIORS.items() if word in options.iter_behavior]
         asked += [Stats] if options.stats else []
-        asked += [Checkpoints] + ([] if options.quiet else [Bar])
+        asked += [Silence, Checkpoints] + ([] if options.quiet else [Bar])
         super().__init__(watcher(options, files) for watcher in asked)
 
     def writes(self):
@@ -3223,7 +3647,7 @@ class Signals:
             raise Stopped(signum)
         self.signum = signum
         if sys.stderr.isatty():
-            text = "Finishing this step, then saving; press Ctrl-C again to stop immediately."
+            text = "Saving the run; press Ctrl-C again to stop immediately."
             os.write(2, f"\n{text}\n".encode())
 
 
@@ -3397,8 +3821,8 @@ def restore(dream, checkpoint, path):
         dream.restore(checkpoint.numbers, checkpoint.arrays)
     except (ValueError, KeyError, TypeError) as error:
         raise unusable(path, one_line(error)) from None
-    for name in dream.state()[1]:
-        del checkpoint.arrays[name]
+    for name in CHECKPOINT_ARRAYS:
+        checkpoint.arrays.pop(name, None)
 
 
 def announce(options, network, dream, remarks):
@@ -3437,10 +3861,8 @@ def watch(run, signals):
             watcher.begin(run)
             stack.callback(watcher.close)
         try:
-            for progress in dream.run(run.watchers.wants_stats):
+            for progress in dream.run(run.watchers.wants_stats, lambda: signals.signum):
                 run.watchers.after_step(progress)
-                if signals.signum and not dream.is_done():
-                    break
         except Stopped as stop:
             raise Stopped(stop.signum, f"stopped immediately{run.files.hint()}") from None
         except (RunFailed, MemoryError, OSError) as error:
@@ -3583,12 +4005,18 @@ def list_layers(options):
     files = find_files(options)
     if notice := stand_in_notice(options.model, files.name):
         log.info(notice)
-    weights = files.weights if files.fit_classifier else None
-    shapes, lacking = in_a_worker(layer_shapes, files.deploy, weights)
-    for name, kind in lacking:
-        log.info(f"note: {name} and what follows it are left out: this Caffe has no layer {kind}")
-    for name, shape in shapes:
-        say(f"{name:32} {'x'.join(map(str, shape))}")
+    try:
+        layers, notices = in_a_worker(layer_shapes, files, options.input_size)
+    except CaffeStopped as error:
+        if options.input_size is None:
+            raise
+        problem = f"the network cannot take it ({error}); leave it out"
+        raise input_size_refusal(options.input_size, problem) from None
+    for notice in notices:
+        log.info(f"note: {notice}")
+    for name, shape, layer in layers:
+        other = "" if layer == name else f"  (layer {layer})"
+        say(f"{name:32} {'x'.join(map(str, shape))}{other}")
 
 
 def download_model(options):

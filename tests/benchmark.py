@@ -58,7 +58,7 @@ def milliseconds(task, repeat):
 def original_net(spec):
     """The whole network, with force_backward, as the original loads it."""
     caffe = cnn_vis.import_caffe()
-    net = cnn_vis.read_prototxt(spec.files.deploy)
+    net = cnn_vis.Description(spec.files.deploy).net
     cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.files.weights))
     net.force_backward = True
     loaded = cnn_vis.caffe_net(net)

@@ -27,7 +27,7 @@ class PretendedEngine:
 
     def __init__(self, slots, batch_size):
         self.slots, self.batch_size = slots, batch_size
-        self.held, self.batches = {}, []
+        self.held, self.sent, self.batches = {}, {}, []
 
     def has_room(self):
         return len(self.held) < self.slots
@@ -39,11 +39,16 @@ class PretendedEngine:
         self.held[ticket] = [
             (gradient(tile), float(np.sum(tile)) if measure else None) for tile in tiles_in
         ]
+        self.sent[ticket] = [np.array(tile, np.float32) for tile in tiles_in]
         self.batches.append(len(tiles_in))
         return ticket
 
     def receive(self, ticket):
+        del self.sent[ticket]
         return self.held.pop(ticket)
+
+    def tiles_of(self, ticket):
+        return self.sent[ticket]
 
 
 @settings(max_examples=300, deadline=None)
@@ -79,6 +84,38 @@ def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed)
     assert not engine.held
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    size=st.tuples(st.integers(4, 30), st.integers(4, 30)),
+    tile=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    slots=st.integers(1, 9),
+    batch_size=st.integers(1, 6),
+    stops=st.lists(st.integers(1, 200), max_size=3),
+)
+def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, stops):
+    image = np.random.default_rng(0).normal(size=(1, 3, *size))
+    turns = [(colour, False) for colour in cnn_vis.tiles(size, tile)] * 3
+    expected, engine = image.copy(), PretendedEngine(slots, batch_size)
+    for region, downhill, _ in cnn_vis.tile_gradients(
+        engine, expected, cnn_vis.after_tiles(0, turns)
+    ):
+        step(expected, region, downhill)
+
+    total, done, before = sum(len(colour) for colour, _ in turns), [], {}
+    for stop in sorted([*stops, total + 1]):
+        left = cnn_vis.after_tiles(len(done), turns)
+        before = {region: np.array(pixels) for region, pixels in before.items()}
+        engine = PretendedEngine(slots, batch_size)
+        for region, downhill, _ in cnn_vis.tile_gradients(
+            engine, image, left, before, lambda stop=stop: len(done) >= stop
+        ):
+            step(image, region, downhill)
+            done.append(region)
+        assert len(done) >= min(stop, total)
+    assert len(done) == total
+    assert image.tobytes() == expected.tobytes()
+
+
 def test_the_engine_is_kept_busy():
     """In a picture of many tiles an engine of few slots always has the next tile before it is done
     with the one in hand, and full batches are made where there are tiles for them."""
@@ -94,6 +131,38 @@ def test_the_engine_is_kept_busy():
     for _ in cnn_vis.tile_gradients(engine, image, turns):
         pass
     assert np.mean(engine.batches) > 4
+
+
+SILENT = """
+layer {{ name: "data" type: "Input" top: "data"
+         input_param {{ shape {{ dim: 1 dim: 3 dim: 32 dim: 32 }} }} }}
+layer {{ name: "low" type: "Power" bottom: "data" top: "low" power_param {{ shift: {shift} }} }}
+layer {{ name: "relu" type: "ReLU" bottom: "low" top: "relu" }}
+layer {{ name: "after" type: "Power" bottom: "relu" top: "after" power_param {{ power: 2 }} }}
+"""
+
+
+def test_a_gradient_of_zeros_is_told_and_ends_a_run_that_nothing_changes(tmp_path):
+    """A ReLU that is off everywhere: told where the regularizers go on, the end where they are off
+    too. The same network without the ReLU's silence says nothing."""
+    (tmp_path / "no.caffemodel").write_bytes(b"")
+    for shift in (-1000, 1000):
+        (tmp_path / f"{shift}.prototxt").write_text(SILENT.format(shift=shift))
+    common = ["--caffe_model=no.caffemodel", TINY[2], "--gpu=-1", "--layer=after", "--num_steps=3"]
+    common += ["--initial_size=40x40", "--seed=1", "--initialization_scale=9"]
+    common += ["--iter_behavior=none"]
+    off = ["--p_reg=0", "--p_reg_aux=0", "--tv_reg=0"]
+    for shift, regularizers, status in (
+        (1000, off, 0),
+        (-1000, ["--tv_reg=1"], 0),
+        (-1000, off, 1),
+    ):
+        options = [f"--deploy_txt={shift}.prototxt", *regularizers]
+        done = run_cli(*common, *options, cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count("the gradient of after is zero") == (shift < 0), done.stderr
+        assert ("no step changes the picture" in done.stderr) == bool(status)
+    assert_one_line(run_cli(*common, *options, "--quiet", cwd=tmp_path), 1, "after", "out.png")
 
 
 def test_overflow_of_the_running_square_is_reported(tmp_path):

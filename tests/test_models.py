@@ -32,9 +32,9 @@ PLACES_NAME = "googlelet_places205_train_iter_2400000.caffemodel"
 def googlenet_weights(classes):
     """The bytes of a caffemodel that fits GoogLeNet's prototxt, with random weights and `classes`
     classes."""
-    net = cnn_vis.read_prototxt(
+    net = cnn_vis.Description(
         cnn_vis.find_in_caffe(cnn_vis.GOOGLENET_DEPLOY, cnn_vis.GOOGLENET_DEPLOY)
-    )
+    ).net
     cnn_vis.fit_classifier(net, {"loss3/classifier": [(classes, 1024), (classes,)]})
     with tempfile.NamedTemporaryFile() as file:
         cnn_vis.caffe_net(net).save(file.name)

@@ -182,9 +182,9 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
     for words in ([*RUN, *options], [f"--resume={CHECKPOINT}"]):
         running = under_way(*words, cwd=tmp_path)
         time.sleep(1.5)
+        arrays = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).arrays  # of a whole step
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=20)
-        arrays = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).arrays
         kept = arrays["pixels"]
         assert kept[:, 0].tolist() == list(range(1, len(kept) + 1))
         assert (kept[:, 1:3] == 100).all()

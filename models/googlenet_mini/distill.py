@@ -131,7 +131,7 @@ def load_caffemodel(path, width=1.0):
 def narrow_prototxt(width):
     """Caffe's GoogLeNet prototxt up to inception_5b/output with `width` times the channels, as a
     NetParameter."""
-    net = cnn_vis.read_prototxt(cnn_vis.MODELS["bvlc_googlenet"].find_deploy())
+    net = cnn_vis.Description(cnn_vis.MODELS["bvlc_googlenet"].find_deploy()).net
     net.name = f"GoogLeNet, width {width:g}"
     last = next(i for i, layer in enumerate(net.layer) if layer.name == "inception_5b/output")
     del net.layer[last + 1 :]
