@@ -56,6 +56,7 @@ import resource
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -64,7 +65,24 @@ import warnings
 import zipfile
 import zlib
 
-import numpy as np
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def missing_package(error):
+    """What to tell if this Python lacks a package (ModuleNotFoundError)."""
+    python = os.path.join(HERE, ".venv", "bin", "python")
+    is_set_up = os.path.exists(python) and not os.path.samefile(sys.prefix, f"{HERE}/.venv")
+    remedy = f"start it with {python}" if is_set_up else f"pip install -r {HERE}/requirements.txt"
+    return f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
+
+
+try:
+    import numpy as np
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"cnn_vis.py: error: {missing_package(error)}", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "1.1.0"
 
@@ -170,9 +188,65 @@ def open_picture(path, remarks):
 
             pillow_heif.register_heif_opener()
     picture = None
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        picture = read_deep_tiff(data, path, remarks)
+    if data[:4] in (*TIFF_MAGIC, *RAW_MAGIC):
+        picture = read_raw_preview(data, path, remarks) or read_deep_tiff(data, path, remarks)
     return picture or Image.open(io.BytesIO(data))
+
+
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs in all but this
+
+
+def read_raw_preview(data, path, remarks):
+    """The largest picture in a TIFF of a camera's raw data, as bytes, as a PIL picture; None for
+    any other TIFF. Raises ValueError if there is nothing that can be shown."""
+    import tifffile
+
+    try:
+        pages = list(all_pages(tifffile.TiffFile(io.BytesIO(data)).pages))
+    except Exception:  # a damaged one, which others may still read
+        return None
+    is_sensor = any(page.tags.valueof(262) in (32803, 34892) for page in pages)
+    if not is_sensor and data[:4] not in RAW_MAGIC and data[8:10] != b"CR":  # Canon
+        return None
+    found = [picture for page in pages for picture in previews(data, page)]
+    for picture in sorted(found, key=lambda picture: math.prod(picture.size), reverse=True):
+        with contextlib.suppress(Exception):  # a sensor's data, compressed as JPEGs are
+            picture.load()
+            exif = picture.getexif()
+            exif.setdefault(0x0112, pages[0].tags.valueof(0x0112, default=1))
+            size = "x".join(map(str, picture.size[::-1]))
+            remarks.append(f"{path}: camera raw; the largest picture in it, {size}, is used")
+            return picture
+    raise ValueError("camera raw without a picture of its own; develop it first")
+
+
+def all_pages(pages):
+    """Yields the tifffile pages, and those below them."""
+    for page in pages:
+        page = page.aspage()
+        yield page
+        if page.subifds:
+            yield from all_pages(page.pages)
+
+
+def previews(data, page):
+    """Yields the pictures, as PIL's, that a tifffile page of camera raw data shows or points to."""
+    from PIL import Image
+
+    starts, lengths = (np.ravel(page.tags.valueof(tag, default=())) for tag in (513, 514))
+    places = [*zip(starts, lengths)]
+    if len(page.dataoffsets) == 1:
+        places += zip(page.dataoffsets, page.databytecounts)
+    jpegs = [data[start : start + length] for start, length in places]
+    jpegs += [bytes(page.tags.valueof(46) or b"")]  # Panasonic's
+    for jpeg in jpegs:
+        if jpeg.startswith(b"\xff\xd8"):
+            with contextlib.suppress(Exception):
+                yield Image.open(io.BytesIO(jpeg))
+    if page.photometric in (1, 2) and page.dtype == np.uint8:
+        with contextlib.suppress(Exception):
+            yield Image.fromarray(page.asarray())
 
 
 def without_damaged_chunks(data):
@@ -1098,10 +1172,18 @@ class Parser(argparse.ArgumentParser):
             return name + equals + value if arg.startswith("--") else arg
 
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([underscored(arg) for arg in args], namespace)
+        self._args = [underscored(arg) for arg in args]
+        return super().parse_known_args(self._args, namespace)
 
     def error(self, message):
-        raise BadRequest(f"{message.removeprefix('argument ')}; see --help")
+        remedy = "see --help"
+        if "expected one argument" in message:
+            pairs = [*itertools.pairwise(self._args)]
+            names = re.match("argument ([^:]*):", message)[1].split("/")
+            value = next((value for name, value in pairs if name in names), "--")
+            if value.startswith("-") and not value.startswith("--"):
+                remedy = f"to give {value}: {names[-1]}={value}"
+        raise BadRequest(f"{message.removeprefix('argument ')}; {remedy}")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -1440,7 +1522,6 @@ def command_words(options, **found):
 
 # ---- Networks by name -------------------------------------------------------------------------
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 ILSVRC_MEAN = "imagenet/ilsvrc_2012_mean.npy"
 GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
 
@@ -1754,6 +1835,10 @@ def import_caffe():
         sys.path += [path] if path not in sys.path else []
     try:
         import caffe
+    except ModuleNotFoundError as error:
+        if error.name == "caffe":
+            raise BadRequest(f"{missing_package(error)}, or pip install {HERE}/pycaffe") from None
+        raise BadRequest(missing_package(error)) from None
     except Exception as error:  # somebody's own may fail in any way
         remedy = "install it with: pip install ./pycaffe"
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
@@ -2859,6 +2944,8 @@ def whole_file(path, name=None):
         try:
             with open(part, "w+b") as file:
                 yield file
+                with contextlib.suppress(FileNotFoundError):
+                    os.fchmod(file.fileno(), stat.S_IMODE(os.stat(place).st_mode))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, place)
@@ -2996,6 +3083,8 @@ def check_output(option, path, formats=FORMATS):
         raise refuse("this is a folder; give a file name")
     if os.path.exists(path) and not os.path.isfile(path):
         raise refuse("this is not a regular file; give another name")
+    if is_protected(path):
+        raise refuse("this file is write-protected; give another name, or chmod u+w")
     try:
         files = Files(path)
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
@@ -3005,6 +3094,13 @@ def check_output(option, path, formats=FORMATS):
             file.write(bytes(4096))
     except OSError as error:
         raise refuse(f"cannot be written there ({error.strerror}); choose another place") from None
+
+
+def is_protected(path):
+    """Whether there is a file that this user may not write, or that nobody may (not even root)."""
+    with contextlib.suppress(OSError):
+        return not (os.stat(path).st_mode & 0o222 and os.access(path, os.W_OK))
+    return False
 
 
 def check_sides(path, sizes):
@@ -3677,9 +3773,11 @@ def plan_outputs(options, files, watchers):
     if options.stats:
         check_output("stats", options.stats, ())
     outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
-    for path in filter(os.path.isdir, outputs):
-        problem = f"the run needs to write {path}, but that is a folder; choose another name"
-        raise refusal("output", files.picture, problem)
+    for path in outputs:
+        problem = "a folder" if os.path.isdir(path) else is_protected(path) and "write-protected"
+        if problem:
+            problem = f"the run needs to write {path}, but that is {problem}; choose another name"
+            raise refusal("output", files.picture, problem)
     return outputs
 
 
@@ -4120,7 +4218,9 @@ def main(argv=None):
     try:
         with Signals() as signals:
             command_line(sys.argv[1:] if argv is None else argv, signals)
-    except (BadRequest, RunFailed, OSError, MemoryError) as error:
+    except (BadRequest, RunFailed, OSError, MemoryError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            error = BadRequest(missing_package(error))
         error = OutOfMemory() if isinstance(error, MemoryError) else error
         log.error(f"error: {one_line(error)}")
         return 2 if isinstance(error, BadRequest) else 1

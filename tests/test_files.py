@@ -504,3 +504,28 @@ def test_checkpoints_hold_no_pickles(checkpoint, tmp_path):
 
     (tmp_path / CHECKPOINT).write_bytes(forged(checkpoint, change))
     assert_one_line(run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path), 2, "--resume", "pickle")
+
+
+def test_a_protected_output_is_refused_at_the_start(tmp_path):
+    """The picture, and all else that the run would replace beside it."""
+    for name in ("out.png", "stats.csv", "out_run.gif", "out.png.json"):
+        path = tmp_path / name
+        path.write_bytes(b"mine")
+        path.chmod(0o444)
+        options = ["--stats=stats.csv", "--iter_behavior=gif", "--sidecar"]
+        done = run_cli(*ONE, *options, cwd=tmp_path)
+        assert_one_line(done, 2, name, "write-protected")
+        assert path.read_bytes() == b"mine"
+        path.unlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_replaced_file_keeps_its_mode(mode, tmp_path):
+    (tmp_path / "out.png").touch()
+    (tmp_path / "out.png").chmod(mode)
+    assert run_cli(*ONE, cwd=tmp_path).returncode == 0
+    assert pixels(tmp_path / "out.png").shape == (32, 32, 3)
+    assert (tmp_path / "out.png").stat().st_mode & 0o777 == mode
+    os.umask(umask := os.umask(0))
+    assert run_cli(*ONE, "--output=new.png", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "new.png").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -333,3 +333,28 @@ def test_numbers_of_400_digits_are_refused(option, tmp_path):
 @pytest.mark.parametrize("value", ["-1e-4", "-.5", "-2", "-1.5e3"])
 def test_negative_numbers_are_values(value, tmp_path):
     assert run_cli(*ONE, "--amplify_l1_weight", value, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--image", "--initial-image", "--output", "--caffe_model"])
+def test_a_name_that_looks_like_an_option_is_taken_with_an_equals_sign(option, tmp_path):
+    done = run_cli(*ONE, option, "-foo.png", cwd=tmp_path)
+    assert_one_line(done, 2, "to give -foo.png: --", "=-foo.png")
+    assert_one_line(run_cli(*ONE, option, cwd=tmp_path), 2, "expected one argument", "--help")
+
+
+def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path):
+    """Whichever package it is that is missing."""
+    path = tmp_path / "cnn_vis.py"
+    path.write_bytes((ROOT / "cnn_vis.py").read_bytes())
+    bare = [sys.executable, "-S", "-E", str(path)]
+    done = subprocess.run([*bare, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line(done, 2, "lacks numpy", sys.executable, f"-r {tmp_path}/requirements.txt")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line(done, 2, "lacks numpy", f"start it with {tmp_path}/.venv/bin/python")
+    (tmp_path / "missing" / "PIL").mkdir(parents=True)
+    code = "raise ModuleNotFoundError('no', name='PIL')"
+    (tmp_path / "missing" / "PIL" / "__init__.py").write_text(code)
+    done = run_cli(*ONE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "missing"))
+    assert_one_line(done, 2, "lacks PIL", "requirements.txt")

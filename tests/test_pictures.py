@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 from conftest import CARD, GOLDEN, QUICK, TINY, assert_one_line, encoded, mutated, run_cli
 from PIL import Image, ImageCms, ImageFilter
@@ -298,3 +299,43 @@ def test_damaged_pictures_are_read_or_refused_in_one_line(form, tmp_path):
             assert seen.shape[2] == 3
         except cnn_vis.BadRequest as error:
             assert len(str(error).splitlines()) == 1
+
+
+def raw_file(path, magic=None, orientation=1, has_preview=True):
+    """Writes a file as cameras do: a thumbnail first, below it the sensor's data and a JPEG as
+    large; returns the JPEG's picture."""
+    large = Image.fromarray(skimage.data.coffee())
+    jpeg, place = encoded(large, "JPEG", quality=95), 0x0DEADBEE
+    with tifffile.TiffWriter(path) as file:
+        tags = [(274, 3, 1, orientation, True)]
+        thumbnail = np.asarray(large.resize((60, 40)))
+        below = 1 + has_preview
+        file.write(thumbnail, photometric="rgb", subfiletype=1, subifds=below, extratags=tags)
+        pattern = [(33421, 3, 2, (2, 2), True), (33422, 1, 4, b"\0\1\1\2", True)]
+        file.write(np.zeros((400, 600), np.uint16), photometric="CFA", extratags=pattern)
+        if has_preview:
+            tags = [(513, 4, 1, place, True), (514, 4, 1, len(jpeg), True)]
+            file.write(np.zeros((2, 2), np.uint8), photometric="minisblack", extratags=tags)
+    data = path.read_bytes()
+    data = data.replace(place.to_bytes(4, "little"), len(data).to_bytes(4, "little")) + jpeg
+    path.write_bytes((magic or data[:4]) + data[4:])
+    return np.asarray(Image.open(io.BytesIO(jpeg)))
+
+
+@pytest.mark.parametrize("magic", [None, b"IIRO", b"IIU\0"], ids=["DNG", "Olympus", "Panasonic"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_largest_picture_in_a_camera_raw_is_taken(magic, orientation, tmp_path):
+    expected = raw_file(tmp_path / "in.dng", magic, orientation)
+    picture, remarks = cnn_vis.read_picture(str(tmp_path / "in.dng"))
+    expected = np.rot90(expected, -1) if orientation == 6 else expected
+    assert np.array_equal(picture, expected)
+    (remark,) = remarks
+    assert "camera raw" in remark
+    assert "400x600" in remark
+
+
+def test_a_camera_raw_with_a_thumbnail_alone_is_told(tmp_path):
+    raw_file(tmp_path / "in.dng", has_preview=False)
+    picture, (remark,) = cnn_vis.read_picture(str(tmp_path / "in.dng"))
+    assert picture.shape == (40, 60, 3)
+    assert "camera raw; the largest picture in it, 40x60, is used" in remark

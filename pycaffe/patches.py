@@ -1,0 +1,79 @@
+"""What Caffe's source of 2020 needs for the libraries of today, and for VGG.
+
+    python patches.py CAFFE_SOURCE_DIR OUTPUT_DIR
+
+Writes the changed files to OUTPUT_DIR. A place that is not found is told of, and left as it is: a
+checkout of your own may have been mended there already.
+"""
+
+import pathlib
+import sys
+
+PATCHES = {  # {file: ((old text, new text), ...)}
+    # Master reads no more than 512 MB of a network, which VGG's 553 MB exceed; before it was 2 GB.
+    "src/caffe/util/io.cpp": (
+        ("SetTotalBytesLimit(536870912)", "SetTotalBytesLimit(kProtoReadBytesLimit)"),
+    ),
+    "python/caffe/io.py": (
+        # scikit-image and SciPy serve two functions only, and are most of the time that `import
+        # caffe` takes.
+        ("\nimport skimage.io\n", "\n"),
+        ("\nfrom scipy.ndimage import zoom\n", "\n"),
+        ("\nfrom skimage.transform import resize\n", "\n"),
+        (
+            "    if im.shape[-1] == 1 or im.shape[-1] == 3:\n",
+            "    from scipy.ndimage import zoom\n"
+            "    from skimage.transform import resize\n"
+            "    if im.shape[-1] == 1 or im.shape[-1] == 3:\n",
+        ),
+        # scikit-image has no as_grey any more, and smooths before it makes a picture smaller.
+        (
+            "    img = skimage.img_as_float(skimage.io.imread(filename, as_grey=not color))"
+            ".astype(np.float32)\n",
+            "    import skimage.color\n"
+            "    import skimage.io\n"
+            "    import skimage.util\n"
+            "    img = skimage.util.img_as_float(skimage.io.imread(filename)).astype(np.float32)\n"
+            "    if img.ndim == 3 and img.shape[2] in (2, 4):\n"
+            "        img = img[:, :, :-1]  # without alpha\n"
+            "    if img.ndim == 3 and img.shape[2] == 1:\n"
+            "        img = img[:, :, 0]\n"
+            "    if img.ndim == 3 and not color:\n"
+            "        img = skimage.color.rgb2gray(img)\n",
+        ),
+        (
+            "order=interp_order, mode='constant')",
+            "order=interp_order, mode='constant', anti_aliasing=False)",
+        ),
+        # NumPy has no tostring and no binary fromstring any more.
+        ("arr.tostring()", "arr.tobytes()"),
+        (
+            "np.fromstring(datum.data, dtype=np.uint8).reshape(",
+            "np.frombuffer(datum.data, dtype=np.uint8).copy().reshape(",
+        ),
+        # A mean of one channel, or of one value.
+        ("ms = (1,) + ms\n", "mean, ms = mean[np.newaxis], (1,) + ms\n"),
+        ("(mean - m_min) / (m_max - m_min)", "(mean - m_min) / ((m_max - m_min) or 1)"),
+    ),
+    # NumPy takes no floats as indices any more.
+    "python/caffe/detector.py": (
+        (
+            "box = np.clip(box, 0., [im_h, im_w, im_h, im_w])",
+            "box = np.clip(box, 0., [im_h, im_w, im_h, im_w]).astype(int)",
+        ),
+    ),
+}
+
+
+def main(source, output):
+    for name, changes in PATCHES.items():
+        text = (pathlib.Path(source) / name).read_text()
+        for old, new in changes:
+            if old not in text:
+                print(f"{name}: not found, left as it is: {old.strip()}")
+            text = text.replace(old, new)
+        (pathlib.Path(output) / pathlib.Path(name).name).write_text(text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
