@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, run_cli, run_script
 from PIL import Image
+from test_prototxts import KNOWN, random_weights
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -49,6 +50,11 @@ def test_the_set_up_commands_are_two():
 def test_program_commands(command, photographs, tmp_path):
     arguments = shlex.split(command)[2:]
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    if "--deploy_txt" in arguments:  # VGG19's, of its structure, with few channels
+        path = tmp_path / arguments[arguments.index("--deploy_txt") + 1]
+        path.write_text(KNOWN["VGG19"][0](32))
+        weights = random_weights(path)[1].partition("=")[2]
+        os.rename(weights, tmp_path / arguments[arguments.index("--caffe_model") + 1])
     done = run_cli(*arguments, "--num_steps=1", "--model=googlenet_mini", "--gpu=-1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if not {"--help", "--list_models", "--list_layers"} & set(arguments):
