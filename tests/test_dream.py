@@ -1,6 +1,9 @@
 """The loop. Tiles are computed ahead of their turn, and the picture must not know: the scheduler
 with an engine that only pretends, against a plain loop."""
 
+import concurrent.futures
+import contextlib
+
 import numpy as np
 from conftest import GOLDEN, ONE, TINY, assert_one_line, run_cli
 from hypothesis import given, settings
@@ -14,6 +17,13 @@ def gradient(tile):
     """Stands for the network: depends on every pixel of the tile, and is float32 in and out."""
     tile = np.asarray(tile, np.float32)
     return tile * np.float32(0.25) + tile.mean(dtype=np.float32)
+
+
+def pool_of(threads):
+    """So many threads, as a context manager; None for 0."""
+    if threads:
+        return concurrent.futures.ThreadPoolExecutor(threads)
+    return contextlib.nullcontext()
 
 
 def step(image, region, gradient):
@@ -58,9 +68,10 @@ class PretendedEngine:
     steps=st.integers(1, 3),
     slots=st.integers(1, 9),
     batch_size=st.integers(1, 6),
+    threads=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed):
+def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, threads, seed):
     image = np.random.default_rng(seed).normal(size=(1, 3, *size))
     expected, order = image.copy(), []
     colours = [colour for colour in cnn_vis.tiles(size, tile) if colour] * steps
@@ -73,10 +84,13 @@ def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed)
     engine = PretendedEngine(slots, batch_size)
     measured = [seed % (number + 2) == 0 for number in range(len(colours))]
     regions, losses = [], []
-    for region, downhill, loss in cnn_vis.tile_gradients(engine, image, zip(colours, measured)):
-        regions.append(region)
-        losses.append(loss)
-        step(image, region, downhill)
+    with pool_of(threads) as pool:
+        steps, turns = cnn_vis.Steps(pool), zip(colours, measured)
+        for region, downhill, loss in cnn_vis.tile_gradients(engine, image, turns, steps):
+            regions.append(region)
+            losses.append(loss)
+            steps.take(region, step, image, region, downhill)
+        steps.wait()
     assert regions == order
     asked = [measure for colour, measure in zip(colours, measured) for _ in colour]
     assert all(loss is not None for loss, measure in zip(losses, asked) if measure)
@@ -90,15 +104,15 @@ def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, seed)
     tile=st.tuples(st.integers(2, 4), st.integers(2, 4)),
     slots=st.integers(1, 9),
     batch_size=st.integers(1, 6),
+    threads=st.integers(0, 3),
     stops=st.lists(st.integers(1, 200), max_size=3),
 )
-def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, stops):
+def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, threads, stops):
     image = np.random.default_rng(0).normal(size=(1, 3, *size))
     turns = [(colour, False) for colour in cnn_vis.tiles(size, tile)] * 3
     expected, engine = image.copy(), PretendedEngine(slots, batch_size)
-    for region, downhill, _ in cnn_vis.tile_gradients(
-        engine, expected, cnn_vis.after_tiles(0, turns)
-    ):
+    left, steps = cnn_vis.after_tiles(0, turns), cnn_vis.Steps()
+    for region, downhill, _ in cnn_vis.tile_gradients(engine, expected, left, steps):
         step(expected, region, downhill)
 
     total, done, before = sum(len(colour) for colour, _ in turns), [], {}
@@ -106,11 +120,14 @@ def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, stops):
         left = cnn_vis.after_tiles(len(done), turns)
         before = {region: np.array(pixels) for region, pixels in before.items()}
         engine = PretendedEngine(slots, batch_size)
-        for region, downhill, _ in cnn_vis.tile_gradients(
-            engine, image, left, before, lambda stop=stop: len(done) >= stop
-        ):
-            step(image, region, downhill)
-            done.append(region)
+        with pool_of(threads) as pool:
+            steps, is_stopping = cnn_vis.Steps(pool), lambda stop=stop: len(done) >= stop
+            for region, downhill, _ in cnn_vis.tile_gradients(
+                engine, image, left, steps, before, is_stopping
+            ):
+                steps.take(region, step, image, region, downhill)
+                done.append(region)
+            steps.wait()
         assert len(done) >= min(stop, total)
     assert len(done) == total
     assert image.tobytes() == expected.tobytes()
@@ -124,11 +141,11 @@ def test_the_engine_is_kept_busy():
     image = np.zeros((1, 3, *size))
     turns = [(colour, False) for colour in colours]
     engine, idle = PretendedEngine(slots=3, batch_size=1), 0
-    for _ in cnn_vis.tile_gradients(engine, image, turns):
+    for _ in cnn_vis.tile_gradients(engine, image, turns, cnn_vis.Steps()):
         idle += not engine.held
     assert idle == 1  # at the end
     engine = PretendedEngine(slots=3, batch_size=5)
-    for _ in cnn_vis.tile_gradients(engine, image, turns):
+    for _ in cnn_vis.tile_gradients(engine, image, turns, cnn_vis.Steps()):
         pass
     assert np.mean(engine.batches) > 4
 

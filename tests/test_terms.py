@@ -111,3 +111,63 @@ def test_an_objectives_gradient_is_its_slope(shape, l1, l2, clip, seed):
         cnn_vis.AmplifyNeuron(shape[1] - 1),
     ):
         assert_gradient(objective, a, seed)
+
+
+EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floats(1, 9))
+
+
+@pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    weights=st.tuples(*[st.sampled_from([0, 1e-4, 0.3])] * 3),
+    exponents=st.tuples(EXPONENTS, EXPONENTS, EXPONENTS),
+    scales=st.tuples(*[st.sampled_from([1, 0.5, 60])] * 3),
+    operator=st.sampled_from(sorted(cnn_vis.TV_OPERATORS)),
+    has_start=st.booleans(),
+    has_counts=st.booleans(),
+    decay=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_the_compiled_step_is_numpys(
+    shape, weights, exponents, scales, operator, has_start, has_counts, decay, seed
+):
+    """To the last bit where powers are quarters, else within 1e-12; x, step and cache."""
+    random, place = np.random.default_rng(seed), np.s_[:, 2 : 2 + shape[0], 3 : 3 + shape[1]]
+    x, start = random.normal(0, 60, (2, 3, 50, 60))
+    x[:, :9] = 0  # flat, and without a sign
+    counts = random.integers(1, 4, (50, 60)).astype(float)
+    descent = random.normal(0, 1, (3, *shape)).astype(np.float32)
+    cache = random.random((3, *shape))
+    p, aux = (cnn_vis.PNorm(*norm) for norm in zip(weights[:2], exponents, scales))
+    tv = cnn_vis.TotalVariation(weights[2], exponents[2], operator, scales[2])
+    terms = {name: t for name, t in {"p": p, "aux": aux, "tv": tv}.items() if t.weight}
+    found = []
+    for step_tile in (cnn_vis.compiled_step_tile(), cnn_vis.step_tile):
+        image, moved = x.copy(), cache.copy()
+        arguments = (start[place] if has_start else None, descent, moved)
+        arguments += (counts[place[1:]] if has_counts else None, terms, decay, 1.3)
+        found.append((step_tile(image[place], *arguments), image, moved))
+    quarters = [4 * e for e, weight in zip(exponents, weights) if weight]
+    for compiled, numpys in zip(*found):
+        if all(q == int(q) for q in quarters) and (exponents[2] >= 2 or not weights[2]):
+            assert compiled.tobytes() == numpys.tobytes()
+        assert compiled == pytest.approx(numpys, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
+@pytest.mark.parametrize("channel", range(3))
+@pytest.mark.parametrize("where", ["descent", "cache", "x"])
+def test_an_overflow_leaves_its_channel_as_it_was(channel, where):
+    """In both ways of taking a step: channels before it are stepped, those after it are not."""
+    for step_tile in (cnn_vis.compiled_step_tile(), cnn_vis.step_tile):
+        arrays = {"x": np.ones((3, 8, 9)), "descent": np.ones((3, 8, 9), np.float32)}
+        arrays["cache"] = np.ones((3, 8, 9))
+        arrays[where][channel, 3, 4] = 1e300 if where == "x" else np.inf
+        x, before = arrays["x"], arrays["x"].copy()
+        terms = {"p": cnn_vis.PNorm(1.0, 4)} if where == "x" else {}
+        with np.errstate(all="ignore"):
+            step = step_tile(x, None, arrays["descent"], arrays["cache"], None, terms, 0.9, 1.0)
+        assert step is None
+        assert (x[:channel] != before[:channel]).any(axis=(1, 2)).all()
+        assert (x[channel:] == before[channel:]).all()
