@@ -146,14 +146,17 @@ def read_picture(path, background="white"):
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # Pillow's: 1 MB
     remarks = []
     try:
-        with warnings.catch_warnings(), open_picture(path, remarks) as file:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
+            logging.getLogger("PIL").setLevel(logging.CRITICAL)
+            file = stack.enter_context(open_picture(path, remarks))
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             is_preview = file.format == "MPO"  # a camera's JPEG: its other frames are previews
             if getattr(file, "is_animated", False) and not is_preview:
                 remarks.append(f"{path}: the first of {file.n_frames} frames is used")
             file.info["white_is_zero"] = getattr(file, "tag_v2", {}).get(262) == 0
+            file.load()
             picture = file
             with contextlib.suppress(Exception):  # damaged EXIF data does not tell the orientation
                 picture = ImageOps.exif_transpose(file)
@@ -263,15 +266,17 @@ def without_damaged_chunks(data):
 
 
 def read_deep_tiff(data, path, remarks):
-    """A TIFF of several channels deeper than 8 bits, as bytes, as a PIL picture of 8 bits; None for
-    any other TIFF, which Pillow reads. Raises ValueError for what cannot be shown rightly."""
+    """A TIFF of several channels deeper than 8 bits, or of numbers that Pillow takes for others, as
+    bytes, as a PIL picture of 8 bits; None for any other TIFF, which Pillow reads. Raises
+    ValueError for what cannot be shown rightly."""
     import tifffile
     from PIL import Image
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
         page = tifffile.TiffFile(io.BytesIO(data)).pages.first
-        if page.samplesperpixel == 1 or page.bitspersample == 8:
+        is_plain = page.dtype in (bool, np.uint8, np.uint16, np.int32, np.float32)
+        if page.samplesperpixel == 1 and is_plain or page.dtype == np.uint8:
             return None
         pixels = page.imagewidth * page.imagelength
     except Exception:  # a damaged one: Pillow may still make something of it
@@ -279,6 +284,7 @@ def read_deep_tiff(data, path, remarks):
     if pixels > MAX_PIXELS:
         raise Image.DecompressionBombError
     values = page.asarray()
+    values = values[..., np.newaxis] if page.samplesperpixel == 1 else values
     values = np.moveaxis(values, 0, -1) if page.planarconfig == 2 else values
     colours = values.shape[-1] - len(page.extrasamples)
     modes = {(0, 1): "L", (1, 1): "L", (2, 3): "RGB", (5, 4): "CMYK"}  # by photometric, channels
@@ -289,7 +295,7 @@ def read_deep_tiff(data, path, remarks):
     seen = 255 - seen if page.photometric == 0 else seen
     picture = Image.frombytes(mode, values.shape[1::-1], seen.tobytes())
     if page.extrasamples and page.extrasamples[0] in (1, 2):  # alpha: premultiplied, or not
-        alpha = Image.fromarray(to_8_bits(values[..., colours], path, []))
+        alpha = Image.fromarray(alpha_to_8_bits(values[..., colours]))
         picture = picture if mode == "L" else picture.convert("RGB")
         with_alpha = picture.mode + ("a" if page.extrasamples[0] == 1 else "A")
         picture = Image.merge(with_alpha, [*picture.split(), alpha])
@@ -381,17 +387,22 @@ def to_8_bits(values, path, remarks):
 
     Two bytes a pixel are 0..65535, or 12 bits if they end there. Otherwise the range is the first
     of 0..1 (fractions only, and a few may overshoot it), 0..255, 0..65535 and 0..maximum that holds
-    the values; or minimum..maximum if some are negative. What is a guess is told in a remark.
+    the values; 0..maximum too for fractions up to 16; or minimum..maximum if some are negative.
+    What is a guess is told in a remark.
     """
-    sixteen_bits = values.dtype.itemsize == 2
+    sixteen_bits = values.dtype.itemsize == 2 and values.dtype.kind != "f"
+    is_float, is_signed = values.dtype.kind == "f", values.dtype.kind == "i"
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
     is_fraction = bool((values % 1).any())
-    tops = [65535] if sixteen_bits else [255, 65535, high]
+    tops = [32767 if is_signed else 65535] if sixteen_bits else [255, 65535, high]
     top = next((top for top in tops if high <= top), high)
     bottom = 0
-    if is_fraction and (high <= 1 or np.percentile(values, 99) <= 1 and low > -1):
+    is_fraction = is_fraction or is_float and high <= 1
+    if is_fraction and (low >= 0 and high <= 1 or np.percentile(values, 99) <= 1 and low > -1):
         top = 1
+    elif is_fraction and low >= 0 and high <= 16:
+        top = high
     elif low < 0:
         bottom, top = low, high
     elif sixteen_bits and 1023 < high <= 4095:
@@ -400,6 +411,15 @@ def to_8_bits(values, path, remarks):
         remarks.append(f"{path}: its values are taken as {bottom:g} (black) to {top:g} (white)")
     scaled = (values - bottom) * (255 / ((top - bottom) or 1))
     return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
+
+
+def alpha_to_8_bits(values):
+    """An alpha channel of any depth as uint8: 0..1 if it is of floats, else its type's range."""
+    if values.dtype.kind == "f":
+        values, top = np.nan_to_num(values), max(1, values.max())
+    else:
+        top = np.iinfo(values.dtype).max
+    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def to_uint8(image, mean, rescale=False):
@@ -1318,7 +1338,8 @@ def input_size(text):
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     size = sides and (int(sides[1]), int(sides[2] or sides[1]))
     if not size or not LEAST_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-        raise argparse.ArgumentTypeError(f"must be N or HxW, of {LEAST_SIDE} pixels or more")
+        problem = f"{text[:30]} must be N or HxW, of {LEAST_SIDE} pixels or more"
+        raise argparse.ArgumentTypeError(problem)
     return size
 
 
@@ -1930,8 +1951,8 @@ def parse_prototxt(path):
         except UnicodeDecodeError:
             text = data.decode("latin-1")  # for comments in whatever encoding
         return parse_net(text)
-    except (OSError, text_format.ParseError) as error:
-        problem = f"not a network description ({one_line(error)}); give a deploy.prototxt"
+    except (OSError, text_format.ParseError, RecursionError) as error:
+        problem = f"not a network description ({one_line(error)[:200]}); give a deploy.prototxt"
         raise refusal("deploy_txt", path, problem) from None
 
 
@@ -1986,7 +2007,8 @@ def upgraded(net):
         for name in old.param:
             new.param.add(name=name)
         for field, value in old.ListFields():
-            if field.name in ("type", "param", "blobs", "blobs_lr", "weight_decay"):
+            own = ("type", "param", "blobs", "blobs_lr", "weight_decay", "blob_share_mode")
+            if field.name in own:
                 continue
             if isinstance(value, str):
                 setattr(new, field.name, value)
@@ -1998,17 +2020,43 @@ def upgraded(net):
     return net
 
 
-def runs_in_test(layer):
-    """Whether Caffe keeps this LayerParameter in its TEST phase, at level 0 and without stages."""
+def keep_test_layers(net):
+    """Removes the layers that Caffe leaves out in its TEST phase, at the level and stages of the
+    NetParameter `net`, and at the stage "deploy" where that has an input. If none that is left
+    reads pictures, those that do in the TRAIN phase are kept."""
     from caffe import TEST
+
+    stages, level = set(net.state.stage), net.state.level
+    inputs = (layer for layer in net.layer if layer.type == "Input")
+    stages.update("deploy" for layer in inputs for rule in layer.include if "deploy" in rule.stage)
 
     def is_met(rule):
         phase = not rule.HasField("phase") or rule.phase == TEST
-        level = not rule.HasField("min_level") or rule.min_level <= 0
-        level = level and (not rule.HasField("max_level") or rule.max_level >= 0)
-        return phase and level and not rule.stage
+        least = not rule.HasField("min_level") or level >= rule.min_level
+        most = not rule.HasField("max_level") or level <= rule.max_level
+        return (
+            phase
+            and least
+            and most
+            and stages.issuperset(rule.stage)
+            and (stages.isdisjoint(rule.not_stage))
+        )
 
-    return any(map(is_met, layer.include)) if layer.include else not any(map(is_met, layer.exclude))
+    def is_kept(layer):
+        if layer.include:
+            return any(map(is_met, layer.include))
+        return not any(map(is_met, layer.exclude))
+
+    kept, layers = list(map(is_kept, net.layer)), list(net.layer)
+    reads = net.input or any(
+        is_in and layer.top and not layer.bottom for is_in, layer in zip(kept, layers)
+    )
+    del net.layer[:]
+    for is_in, layer in zip(kept, layers):
+        if is_in or not (reads or layer.bottom):
+            del layer.include[:], layer.exclude[:]
+            net.layer.append(layer)
+    net.ClearField("state")
 
 
 def data_layers(net):
@@ -2016,8 +2064,7 @@ def data_layers(net):
     has_input = net.input or any(layer.type == "Input" for layer in net.layer)
     others = {"Input", "Parameter"} | ({"DummyData"} if has_input else set())
     sources = (layer for layer in net.layer if layer.top and not layer.bottom)
-    found = [layer for layer in sources if layer.type not in others]
-    return list(filter(runs_in_test, found)) or found
+    return [layer for layer in sources if layer.type not in others]
 
 
 def picture_shape(layer):
@@ -2080,7 +2127,13 @@ class Description:
         self.path, self.notices, net = path, [], parse_prototxt(path)
         if net.layers:
             net = upgraded(net)
-        for layer in net.layer:
+        keep_test_layers(net)
+        names = {""}
+        for number, layer in enumerate(net.layer):
+            del layer.propagate_down[:]  # of training
+            if layer.name in names:  # which would lead Caffe to the first one
+                layer.name = f"{layer.name}#{number}"
+            names.add(layer.name)
             for field, value in layer.ListFields():
                 if field.message_type and "engine" in field.message_type.fields_by_name:
                     value.ClearField("engine")  # it names cuDNN, perhaps; Caffe chooses
@@ -2090,8 +2143,6 @@ class Description:
             layer = net.layer.add(name=blob, type="Input", top=[blob])
             layer.input_param.shape.add(dim=shape)
             net.layer.insert(0, net.layer.pop())
-        for layer in [layer for layer in net.layer if not runs_in_test(layer)]:
-            net.layer.remove(layer)
         self.net, self.starts, self.problems = net, {}, {}
         self.aliases, self.holders = {}, {}
         self._sort_out(labels)
@@ -2165,7 +2216,7 @@ class Description:
             )
         if layer.bottom and problem:
             self.problems |= dict.fromkeys([layer.name, *layer.top], problem)
-        elif layer.bottom:
+        elif layer.bottom and layer.top:
             made = [top for top in layer.top if top not in layer.bottom]
             for top in [*made, *([layer.name] if layer.name in layer.top else [])]:
                 self.starts[top] = layer.name
@@ -2175,12 +2226,13 @@ class Description:
     def find(self, name):
         """The blob to amplify that `name`, a blob's or a layer's, stands for. Raises BadRequest."""
         blob = name if name in self.starts else self.aliases.get(name)
-        if blob is not None:
+        if blob in self.starts:
             return blob
         if not self.starts:
-            problem = "has no layer that can be amplified; give a deploy.prototxt"
+            why = next((f" ({problem})" for problem in self.problems.values()), "")
+            problem = f"has no layer that can be amplified{why}; give a deploy.prototxt"
             raise refusal("deploy_txt", self.path, problem)
-        if name in self.holders:
+        if self.holders.get(name) in self.starts:
             problem = f"it works in place; its output is in {self.holders[name]}: use that"
             raise refusal("layer", name, problem)
         if name in self.inputs or name in self.problems:
@@ -2302,16 +2354,21 @@ def read_weights(path):
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             fields = wire_fields(data)
             return dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # strangers' bytes
-        problem = f"cannot be read as Caffe weights ({one_line(error)})"
+    except OSError as error:
+        problem = f"{error.strerror}; make it readable, or give another file"
+        raise refusal("caffe_model", path, problem) from None
+    except (ValueError, TypeError) as error:  # strangers' bytes
+        reason = one_line(error) if isinstance(error, ValueError) else "it is of another kind"
+        problem = f"cannot be read as Caffe weights ({reason})"
         remedy = "give a whole .caffemodel; was the download cut short?"
         raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
 
 
+WEB_PAGE = "this is a web page, not weights; download the file itself"
 NOT_WEIGHTS = {  # what a file begins with, in lower case: what it is, and the remedy
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
     b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
-    b"<": "this is a web page, not weights; download the file itself",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), WEB_PAGE),
 }
 
 
@@ -2408,7 +2465,7 @@ def check_fit(spec, net, weights):
         raise refusal("caffe_model", path, problem)
     for name, shapes in wrong.items():
         given, taken = (" and ".join("x".join(map(str, s)) for s in shape) for shape in shapes)
-        if spec.input_size:
+        if spec.input_size and net.layer_dict[name].type == "InnerProduct":
             problem = f"{name} takes no other size than the prototxt's"
             raise input_size_refusal(spec.input_size, f"{problem}; choose a layer before it")
         problem = f"{name} has weights {given}, but in {deploy} it takes {taken}"
@@ -2569,7 +2626,8 @@ class Network:
         # From the layer that makes the target: an in-place ReLU after it has shaped the activations
         # but is not passed backward.
         self._net.backward(start=self._start)
-        losses = [objective.loss(a[np.newaxis]) if measure else None for a in activations]
+        parts = activations[np.newaxis] if len(batch) == 1 else activations[:, np.newaxis]
+        losses = [objective.loss(a) if measure else None for a in parts]
         return self._input.diff, losses
 
 
@@ -4196,14 +4254,16 @@ def list_layers(options):
         layers, notices = in_a_worker(layer_shapes, files, options.input_size)
     except CaffeStopped as error:
         if options.input_size is None:
-            raise
+            problem = f"Caffe cannot load the whole of it ({error})"
+            remedy = "give a deploy.prototxt, or try a --layer: only what it needs is loaded"
+            raise refusal("deploy_txt", files.deploy, f"{problem}; {remedy}") from None
         problem = f"the network cannot take it ({error}); leave it out"
         raise input_size_refusal(options.input_size, problem) from None
     for notice in notices:
         log.info(f"note: {notice}")
     for name, shape, layer in layers:
         other = "" if layer == name else f"  (layer {layer})"
-        say(f"{name:32} {'x'.join(map(str, shape))}{other}")
+        say(printable(f"{name:32} {'x'.join(map(str, shape))}{other}"))
 
 
 def download_model(options):

@@ -4,6 +4,7 @@ matrix products alone.
 
     python tests/benchmark.py    # everything: about five minutes on two cores, nothing else running
     python tests/benchmark.py --model googlenet_mini --steps 10
+    python tests/benchmark.py --ceiling    # what the main process can do, without networks
 
 One run prints one table, so its ratios are of one machine in one state. Each row is measured in
 processes of its own. The original's way: the whole network forward, force_backward (so the
@@ -140,7 +141,8 @@ def measure_workers(spec, tile):
         workers.describe()
 
         def gradients():
-            for _ in cnn_vis.tile_gradients(workers, image, [(regions, False)]):
+            turns = [(regions, False)]
+            for _ in cnn_vis.tile_gradients(workers, image, turns, cnn_vis.Steps()):
                 pass
 
         return milliseconds(gradients, 3) / count
@@ -208,11 +210,17 @@ def measure_maths(_, tile):
         dream.lay_out()
         dream.begin_size()
         dream.image += 3
-        (region,) = dream.cache_index
-        step = functools.partial(dream.step_tile, region, cnn, None, cnn_vis.NoGauge())
-        results[name] = milliseconds(step, 30)
+        terms = dream._regularizers()
+        for way in (cnn_vis.step_tile, cnn_vis.compiled_step_tile()):
+            if way is None:
+                continue
+            step = functools.partial(
+                way, dream.image[0], dream.start[0], cnn, dream.caches[0], None, terms, 0.9, 1.0
+            )
+            way_name = "NumPy" if way is cnn_vis.step_tile else "compiled"
+            results[f"{name}, {way_name}"] = milliseconds(step, 30)
     x, cache = tile.astype(np.float64), np.zeros(tile.shape)
-    results["original"] = milliseconds(
+    results["original formulas"] = milliseconds(
         lambda: original_update(x, x - 3, tile.astype(np.float64), cache), 15
     )
     return results
@@ -235,6 +243,62 @@ def measured(what, arguments, threads=1, copies=1):
 
 
 # ---- Command line -----------------------------------------------------------------------------
+
+
+class Instant(cnn_vis.Engine):
+    """Answers at once, with what it was sent."""
+
+    def __init__(self, slots=9, tile_size=(224, 224)):
+        self.tile_size, self.batch_size = tile_size, 1
+        self._memory = np.ones((slots, 2, 3, *tile_size), np.float32)
+        self._free = list(range(slots))
+
+    def has_room(self):
+        return bool(self._free)
+
+    def send(self, tiles_in, measure=True):
+        slot = self._free.pop()
+        self._memory[slot, 0] = tiles_in[0]
+        return slot
+
+    def receive(self, ticket):
+        self._free.append(ticket)
+        return [(self._memory[ticket, 1].copy(), None)]
+
+
+def ceiling():
+    """Prints how many tiles the parent can feed and step in a second, and where the time goes."""
+    size, seconds = (1080, 1920), {}
+    settings = cnn_vis.Settings(
+        **SETTINGS, initial_size="1080x1920", num_steps=12, seed=1, initialization_scale=20.0
+    )
+    tiles = len(cnn_vis.all_tiles(size, (224, 224)))
+    for name in ("compiled", "NumPy"):
+        dream = cnn_vis.Dream(settings, None, 103, Instant())
+        if name == "NumPy":
+            dream.step_tile = cnn_vis.step_tile
+        begun, cpu = None, None
+        for progress in dream.run():
+            if progress.step == 2:
+                begun, cpu = time.perf_counter(), time.process_time()
+        count = tiles * (settings.num_steps - 2)
+        seconds[name] = (time.perf_counter() - begun) / count
+        cpu = (time.process_time() - cpu) / count
+        print(f"parent alone: {1 / seconds[name]:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
+    image, region = dream.image, next(iter(dream.cache_index))
+    slot, cut = np.empty((3, 224, 224), np.float32), cnn_vis.cut_tile(image, region)
+    arguments = (cut, None, slot, dream.caches[0], None, dream._regularizers(), 0.9, 1.0)
+    parts = {
+        "cut and sent: float64 to float32": lambda: np.copyto(slot, cut, casting="same_kind"),
+        "received: a copy of the gradient": slot.copy,
+        "step, compiled": lambda: cnn_vis.compiled_step_tile()(*arguments),
+        "step, NumPy": lambda: cnn_vis.step_tile(*arguments),
+    }
+    slot[...] = 1
+    found = {name: milliseconds(part, 50) for name, part in parts.items()}
+    print("\n| for each tile | ms of CPU |\n|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {value:.2f} |")
 
 
 def load(args):
@@ -320,9 +384,14 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ceiling", action="store_true", help="only what the main process can do, without networks"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
+    if args.ceiling:
+        ceiling()
+    elif args.measure:
         one_measurement(args)
     else:
         report(args)
@@ -365,9 +434,8 @@ def report(args):
     print("\n| for each 224x224 tile | ms |\n|---|---|")
     for name, value in rows.items():
         print(f"| {name} | {'not installed' if value is None else f'{value:.1f}'} |")
-    for name in ("original", "examples", "defaults"):
-        formulas = "original formulas" if name == "original" else f"ours, {name}"
-        print(f"| regularizers and step, {formulas} | {maths[name]:.1f} |")
+    for name, value in maths.items():
+        print(f"| regularizers and step, {name} | {value:.2f} |")
     print(f"\n| whole command, 640x427, {args.steps} steps | s |\n|---|---|")
     print(
         f"| original's way | {original_seconds:.1f} |\n| ours | {ours_seconds:.1f} |\n"

@@ -383,3 +383,16 @@ def test_layers_that_this_caffe_lacks_are_told(tmp_path):
         assert words in done.stderr
     done = run_cli(*ONE, option, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_may_begin_as_markup_does(tmp_path):
+    """With a name of 60 letters a caffemodel begins with a newline and <."""
+    option = changed_weights(lambda layers: None, tmp_path)
+    from caffe.proto import caffe_pb2
+
+    path = tmp_path / "changed.caffemodel"
+    net = caffe_pb2.NetParameter.FromString(path.read_bytes())
+    net.name = "a" * 60
+    path.write_bytes(net.SerializeToString())
+    assert path.read_bytes().startswith(b"\n<")
+    assert run_cli(*ONE, option, cwd=tmp_path).returncode == 0

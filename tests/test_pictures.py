@@ -339,3 +339,50 @@ def test_a_camera_raw_with_a_thumbnail_alone_is_told(tmp_path):
     picture, (remark,) = cnn_vis.read_picture(str(tmp_path / "in.dng"))
     assert picture.shape == (40, 60, 3)
     assert "camera raw; the largest picture in it, 40x60, is used" in remark
+
+
+def test_damaged_pixels_are_not_shown(tmp_path):
+    """A wrong byte amid the pixels of a PNG, which decoders notice: refused, whatever is in it."""
+    data = encoded(CARD, "PNG")
+    place = data.index(b"IDAT") + 200
+    broken = data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+    with pytest.raises(cnn_vis.BadRequest, match="cannot be read as a picture"):
+        read(broken, tmp_path)
+
+
+RAMP = np.linspace(0, 1, 200).reshape(10, 20)
+NUMBERS = {  # an array as a TIFF: grey levels that people see; whether the range is a guess
+    "float mask": ((RAMP > 0.5).astype(np.float32), (RAMP > 0.5) * 255, False),
+    "float mask, RGB": (
+        np.repeat((RAMP > 0.5).astype(np.float32)[..., None], 3, 2),
+        (RAMP > 0.5) * 255,
+        False,
+    ),
+    "float, opaque": (
+        np.dstack([RAMP, RAMP, RAMP, RAMP * 0 + 1]).astype(np.float32),
+        RAMP * 255,
+        False,
+    ),
+    "float, half transparent": (
+        np.dstack([RAMP, RAMP, RAMP, RAMP * 0 + 0.5]).astype(np.float32),
+        127.5 + RAMP * 127.5,
+        False,
+    ),
+    "light up to 4": (4 * RAMP.astype(np.float32), RAMP * 255, True),
+    "float16": (RAMP.astype(np.float16), RAMP * 255, False),
+    "uint32": ((RAMP * (2**32 - 1)).astype(np.uint32), RAMP * 255, True),
+    "int8": ((RAMP * 255 - 128).astype(np.int8), RAMP * 255, True),
+    "int16 without negative ones": ((RAMP * 32767).astype(np.int16), RAMP * 255, True),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_tiffs_of_other_numbers_are_seen_as_they_are(kind, tmp_path):
+    values, expected, is_guess = NUMBERS[kind]
+    colours = {"photometric": "rgb" if values.ndim == 3 else "minisblack"}
+    if values.ndim == 3 and values.shape[2] == 4:
+        colours["extrasamples"] = ["unassalpha"]
+    tifffile.imwrite(tmp_path / "in.tif", values, **colours)
+    picture, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    assert picture == pytest.approx(np.repeat(expected[..., None], 3, 2), abs=2)
+    assert bool(remarks) == is_guess

@@ -272,6 +272,106 @@ def test_v1_training_prototxts_are_upgraded(tmp_path):
     dreams(tmp_path, *files, "--layer=conv2")
 
 
+def gradient_by_plain_caffe(files, target, start):
+    """That of the target's sum of activations, of the whole network with force_backward."""
+    net = cnn_vis.caffe_net(forced(cnn_vis.parse_prototxt(files[0][13:])))
+    net.copy_from(files[1][14:])
+    net.blobs["data"].data[...] = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32))
+    net.forward()
+    net.blobs[target].diff[...] = 1
+    net._backward(list(net._layer_names).index(start), 0)
+    return net.blobs["data"].diff.copy()
+
+
+def forced(net):
+    net.force_backward = True
+    return net
+
+
+ODD = {  # a network behind conv1; what can be amplified besides conv1
+    "propagate_down of training": (
+        layer("r", "Power", "conv1", "r", "propagate_down: false")
+        + layer("sum", "Eltwise", "conv1 r", "sum"),
+        ["r", "sum"],
+    ),
+    "a layer without top": ('layer { name: "quiet" type: "Silence" bottom: "conv1" }\n', []),
+    "two layers of a name": (
+        layer("pool", "Pooling", "conv1", "p1", "pooling_param { kernel_size: 2 stride: 2 }")
+        + layer("pool", "Pooling", "p1", "p2", "pooling_param { kernel_size: 2 stride: 2 }"),
+        ["p1", "p2"],
+    ),
+    "layers without a name": (
+        layer("", "Power", "conv1", "p1", "power_param { power: 2 }")
+        + layer("", "Power", "p1", "p2", "power_param { scale: 3 }"),
+        ["p1", "p2"],
+    ),
+    "stages and levels": (
+        'state { stage: "deploy" level: 3 }\n'
+        + layer("a", "Power", "conv1", "a", 'include { stage: "deploy" }')
+        + layer("b", "Power", "conv1", "b", "include { min_level: 2 }")
+        + layer("c", "Power", "conv1", "c", 'include { not_stage: "deploy" }')
+        + layer("d", "Power", "conv1", "d", "include { phase: TRAIN }"),
+        ["a", "b"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_networks_have_the_gradients_of_plain_caffe(kind, tmp_path):
+    more, names = ODD[kind]
+    text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1") + more
+    files = random_weights(written(tmp_path, text))
+    assert list(cnn_vis.Description(files[0][13:]).starts) == ["conv1", *names]
+    for name in names:
+        spec = cnn_vis.NetworkSpec(cnn_vis.NetworkFiles(files[0][13:], files[1][14:]), name, Sum())
+        batch = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32)).astype(np.float32)
+        gradient, _ = cnn_vis.Network(spec).gradients(batch)
+        if "name" in kind or "stages" in kind:  # by hand: plain Caffe cannot start there
+            assert np.abs(gradient).max() > 0
+        else:
+            expected = gradient_by_plain_caffe(files, name, name)
+            assert gradient == pytest.approx(
+                expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max())
+            )
+
+
+class Sum(cnn_vis.AmplifyNeuron):
+    """An objective whose gradient is 1 everywhere."""
+
+    def gradient(self, a):
+        return np.ones_like(a)
+
+
+def test_a_foreign_layer_in_place_takes_its_blob_away(tmp_path):
+    """Under either name; the reason is told."""
+    text = given_input("data", 1, 3, 32, 32) + conv("conv1_new", "data", "conv1")
+    text += layer("mish", "Mish", "conv1", "conv1")
+    path = written(tmp_path, text)
+    for name in ("conv1", "conv1_new", "mish"):
+        done = run_cli(*DREAM, *TINY[1:3], f"--deploy_txt={path}", f"--layer={name}", cwd=tmp_path)
+        assert_one_line(done, 2, "Mish")
+
+
+def test_prototxts_of_digits_have_their_input_at_the_stage_deploy(tmp_path):
+    rule = 'include { stage: "deploy" }'
+    text = given_input("data", 1, 3, 32, 32).replace("input_param", f"{rule} input_param")
+    text += (
+        'layer { name: "train" type: "Data" top: "data" top: "label" include { stage: "train" } }'
+    )
+    path = written(tmp_path, text + conv("conv1", "data", "conv1"))
+    assert cnn_vis.Description(str(path)).inputs == {"data": (1, 3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    "text", ["layer{" * 3000, "\0" * 3_000_000, "\xff" * 3_000_000], ids=["deep", "zeros", "bytes"]
+)
+def test_nonsense_for_a_prototxt_is_a_short_line(text, tmp_path):
+    path = written(tmp_path, text)
+    done = run_cli("--list_layers", f"--deploy_txt={path}", cwd=tmp_path)
+    assert_one_line(done, 2, "--deploy_txt", "not a network description")
+    assert len(done.stderr) < 1500
+
+
 # ---- The networks that people know, by structure ----------------------------------------------
 # Their real prototxts' layers, names and connections; channels divided by `thin`, weights random.
 
