@@ -2112,6 +2112,9 @@ def take_inputs(net):
     return inputs, reading, labels
 
 
+NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # layers without one
+
+
 class Description:
     """A network as its prototxt describes it, made ready to be cut and run. With `input_size`, a
     (height, width), its pictures are of that size. Raises BadRequest.
@@ -2182,6 +2185,9 @@ class Description:
             lost = next((blob for blob in layer.bottom if blob not in sources), None)
             if layer.type not in known:
                 problem = f"this Caffe has no layer {layer.type}, which {layer.name} is"
+            elif layer.type in NO_GRADIENT:
+                kind = f"the layer {layer.type}, which {layer.name} is"
+                problem = f"Caffe cannot compute a gradient for {kind}"
             elif lost in labels:
                 problem = f"{layer.name} needs {lost}, which only training has"
             elif lost is not None:
@@ -2218,6 +2224,7 @@ class Description:
             self.problems |= dict.fromkeys([layer.name, *layer.top], problem)
         elif layer.bottom and layer.top:
             made = [top for top in layer.top if top not in layer.bottom]
+            made = made[:1] if layer.type == "Pooling" else made  # the second tells only where
             for top in [*made, *([layer.name] if layer.name in layer.top else [])]:
                 self.starts[top] = layer.name
             self.aliases |= {layer.name: made[0]} if len(made) == 1 else {}
@@ -2424,26 +2431,34 @@ def structure_error(deploy, path):
     return None
 
 
-def layer_shapes(files, input_size=None):
-    """[(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
-    amplified, and notices of what cannot."""
+def layer_shapes(files, input_size=None, without=(), first=None):
+    """Task: [(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
+    amplified; notices of what cannot; the names of all layers but those in `without` and those
+    that follow them. Only the `first` of these are loaded, or all."""
     description = Description(files.deploy, input_size)
-    net, notices = description.net, description.notices
+    net, starts = description.net, description.starts
     weights = read_weights(files.weights) if files.weights else {}
     if files.fit_classifier:
         fit_classifier(net, weights)
-    problems = list(dict.fromkeys(description.problems.values()))
-    notices += [f"left out, with what follows it: {problem}" for problem in problems]
-    loaded, lost = caffe_net(net), set()
+    lost = followers(net, without)
+    kept = [layer for layer in net.layer if layer.name not in without]
+    kept = [layer for layer in kept if lost.isdisjoint(layer.bottom)]
+    del net.layer[:]
+    net.layer.extend(kept[:first])
+    problems = dict.fromkeys(description.problems.values())
+    notices = [*description.notices, *(f"{LEFT_OUT}: {problem}" for problem in problems)]
+    loaded = caffe_net(net)
     if input_size:
         wrong = [name for name, (given, _) in misfits(loaded, weights).items() if given]
-        lost = followers(net, wrong)
-        notices += [f"left out, with what follows it: {name} takes no other size" for name in wrong]
-    shapes = ((blob, tuple(loaded.blobs[blob].shape)[1:]) for blob in description.starts)
-    made_by = description.starts
-    return [
-        (blob, shape, made_by[blob]) for blob, shape in shapes if shape and blob not in lost
-    ], notices
+        lost |= followers(net, wrong)
+        notices += [f"{LEFT_OUT}: {name} takes no other size" for name in wrong]
+    there = [blob for blob in starts if blob in loaded.blobs and blob not in lost]
+    shapes = {blob: tuple(loaded.blobs[blob].shape)[1:] for blob in there}
+    listed = [(blob, shape, starts[blob]) for blob, shape in shapes.items() if shape]
+    return listed, notices, [layer.name for layer in kept]
+
+
+LEFT_OUT = "left out, with what follows it"
 
 
 def followers(net, names):
@@ -3236,7 +3251,7 @@ def check_output(option, path, formats=FORMATS):
         files = Files(path)
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(name)  # fails if the name is too long
+                os.stat(name)  # fails if the name is too long, or links lead in a circle
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except OSError as error:
@@ -4250,20 +4265,39 @@ def list_layers(options):
     files = find_files(options)
     if notice := stand_in_notice(options.model, files.name):
         log.info(notice)
-    try:
-        layers, notices = in_a_worker(layer_shapes, files, options.input_size)
-    except CaffeStopped as error:
-        if options.input_size is None:
-            problem = f"Caffe cannot load the whole of it ({error})"
-            remedy = "give a deploy.prototxt, or try a --layer: only what it needs is loaded"
-            raise refusal("deploy_txt", files.deploy, f"{problem}; {remedy}") from None
-        problem = f"the network cannot take it ({error}); leave it out"
-        raise input_size_refusal(options.input_size, problem) from None
+    without, stops = [], []
+    while True:
+        try:
+            arguments = (layer_shapes, files, options.input_size, tuple(without))
+            layers, notices, _ = in_a_worker(*arguments)
+            break
+        except CaffeStopped as error:
+            if len(without) == 9:
+                problem = f"Caffe cannot load it ({error})"
+                raise refusal("deploy_txt", files.deploy, f"{problem}; is it right?") from None
+            without.append(first_to_fail(*arguments))
+            stops.append(f"{LEFT_OUT}: {without[-1]} ({error})")
+    notices += stops
     for notice in notices:
         log.info(f"note: {notice}")
     for name, shape, layer in layers:
         other = "" if layer == name else f"  (layer {layer})"
         say(printable(f"{name:32} {'x'.join(map(str, shape))}{other}"))
+
+
+def first_to_fail(*arguments):
+    """The name of the first layer at which Caffe ends its process; `arguments` are those for which
+    in_a_worker did. By bisection, as the process is gone before it could tell."""
+    names = in_a_worker(*arguments, 0)[2]
+    low, high = 0, len(names)  # so many layers load, and so many do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            in_a_worker(*arguments, middle)
+            low = middle
+        except CaffeStopped:
+            high = middle
+    return names[high - 1]
 
 
 def download_model(options):

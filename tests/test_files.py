@@ -529,3 +529,9 @@ def test_a_replaced_file_keeps_its_mode(mode, tmp_path):
     os.umask(umask := os.umask(0))
     assert run_cli(*ONE, "--output=new.png", cwd=tmp_path).returncode == 0
     assert (tmp_path / "new.png").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_links_in_a_circle_are_refused_at_the_start(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert_one_line(run_cli(*ONE, "--output=loop.png", cwd=tmp_path), 2, "--output loop.png")
+    assert os.listdir(tmp_path) == ["loop.png"]

@@ -160,7 +160,7 @@ def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_
     (tmp_path / "new.caffemodel").write_bytes(weights.SerializeToString())
     files = (str(tmp_path / "deploy.prototxt"), str(tmp_path / "new.caffemodel"))
     assert cnn_vis.structure_error(*files) is None
-    layers, _ = cnn_vis.layer_shapes(cnn_vis.NetworkFiles(*files, fit_classifier=True))
+    layers, *_ = cnn_vis.layer_shapes(cnn_vis.NetworkFiles(*files, fit_classifier=True))
     assert (layer.name, (classes,), layer.name) in layers
 
 

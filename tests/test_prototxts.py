@@ -534,3 +534,37 @@ def test_known_networks_are_listed_dreamed_on_and_resumed(network, tmp_path):
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "whole.png"))
     done = run_cli(*common, f"--layer={end}", "--num_steps=1", "--output=end.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_layers_without_a_gradient_are_not_listed(tmp_path):
+    """Nor what follows them, nor where a pooling layer's maxima were; the rest is, and runs."""
+    text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1")
+    text += layer("best", "ArgMax", "conv1", "best") + layer("after", "Power", "best", "after")
+    text += layer("step", "Threshold", "conv1", "step")
+    pool = "pooling_param { kernel_size: 2 stride: 2 }"
+    text += layer("pool", "Pooling", "conv1", "pool", f'top: "mask" {pool}')
+    files = random_weights(written(tmp_path, text))
+    listed = run_cli("--list_layers", files[0], cwd=tmp_path)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["conv1", "pool"]
+    assert "gradient for the layer ArgMax, which best is" in listed.stderr
+    dreams(tmp_path, *files, "--layer=pool")
+    for name in ("best", "after", "step"):
+        done = run_cli(*DREAM, *files, f"--layer={name}", cwd=tmp_path)
+        assert_one_line(done, 2, f"--layer {name}", "gradient")
+
+
+def test_layers_that_caffe_stops_at_are_left_out_of_the_list(tmp_path):
+    """Wherever they are; what does not need them is listed, and runs."""
+    text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1")
+    good = text + conv("beside", "conv1", "beside")
+    bad = text + conv("large", "conv1", "large", "kernel_size: 99") + conv("on", "large", "on")
+    bad += layer("shape", "Reshape", "conv1", "shape", "reshape_param { shape { dim: 7 dim: 7 } }")
+    bad += conv("beside", "conv1", "beside")
+    random_weights(written(tmp_path, good))
+    path = written(tmp_path, bad, "bad")
+    listed = run_cli("--list_layers", f"--deploy_txt={path}", cwd=tmp_path)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["conv1", "beside"]
+    assert "left out, with what follows it: large" in listed.stderr
+    assert "left out, with what follows it: shape" in listed.stderr
+    files = [f"--deploy_txt={path}", "--caffe_model=net.caffemodel", TINY[2]]
+    dreams(tmp_path, *files, "--layer=beside")
