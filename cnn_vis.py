@@ -72,7 +72,9 @@ def missing_package(error):
     """What to tell if this Python lacks a package (ModuleNotFoundError)."""
     python = os.path.join(HERE, ".venv", "bin", "python")
     is_set_up = os.path.exists(python) and not os.path.samefile(sys.prefix, f"{HERE}/.venv")
-    remedy = f"start it with {python}" if is_set_up else f"pip install -r {HERE}/requirements.txt"
+    remedy = (
+        f"run cnn_vis.py with {python}" if is_set_up else f"pip install -r {HERE}/requirements.txt"
+    )
     return f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
 
 
@@ -148,7 +150,8 @@ def read_picture(path, background="white"):
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
-            logging.getLogger("PIL").setLevel(logging.CRITICAL)
+            for name in ("PIL", "tifffile"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             file = stack.enter_context(open_picture(path, remarks))
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -206,11 +209,12 @@ def read_raw_preview(data, path, remarks):
     import tifffile
 
     try:
-        pages = list(all_pages(tifffile.TiffFile(io.BytesIO(data)).pages))
+        pages = all_pages(tifffile.TiffFile(io.BytesIO(data)).pages)
+        pages = list(itertools.islice(pages, 32))  # a camera's file has a handful
     except Exception:  # a damaged one, which others may still read
         return None
     is_sensor = any(page.tags.valueof(262) in (32803, 34892) for page in pages)
-    if not is_sensor and data[:4] not in RAW_MAGIC and data[8:10] != b"CR":  # Canon
+    if not is_sensor and data[:4] not in RAW_MAGIC and data[8:11] != b"CR\2":  # Canon
         return None
     found = [picture for page in pages for picture in previews(data, page)]
     for picture in sorted(found, key=lambda picture: math.prod(picture.size), reverse=True):
@@ -242,7 +246,8 @@ def previews(data, page):
     if len(page.dataoffsets) == 1:
         places += zip(page.dataoffsets, page.databytecounts)
     jpegs = [data[start : start + length] for start, length in places]
-    jpegs += [bytes(page.tags.valueof(46) or b"")]  # Panasonic's
+    panasonic = page.tags.valueof(46)
+    jpegs += [panasonic] if isinstance(panasonic, bytes) else []
     for jpeg in jpegs:
         if jpeg.startswith(b"\xff\xd8"):
             with contextlib.suppress(Exception):
@@ -272,7 +277,6 @@ def read_deep_tiff(data, path, remarks):
     import tifffile
     from PIL import Image
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     try:
         page = tifffile.TiffFile(io.BytesIO(data)).pages.first
         is_plain = page.dtype in (bool, np.uint8, np.uint16, np.int32, np.float32)
@@ -1028,8 +1032,10 @@ class Dream:
         gradients = tile_gradients(self.engine, self.image, turns, steps, self.before, is_stopping)
         for step in numbers:
             is_whole, count = self.tile == 0, len(self.cache_index)
-            if is_whole or self.gauge is None:
-                self.gauge = Gauge() if wants_stats(step) else None
+            if not wants_stats(step):
+                self.gauge = None
+            elif is_whole or self.gauge is None:
+                self.gauge = Gauge()
             self.is_silent = self.is_still = is_whole
             terms = self._regularizers()
             for region, gradient, loss in itertools.islice(gradients, count - self.tile):
@@ -1039,7 +1045,8 @@ class Dream:
             if self.tile < count:
                 return
             self._advance_schedules()
-            if self.is_silent and self.is_still and not self.settings.tv_reg_step:
+            is_last = self.size == len(self.sizes)  # enlarging may wake the network up
+            if is_last and self.is_silent and self.is_still and not self.settings.tv_reg_step:
                 raise RunFailed(
                     f"no step changes the picture: the gradient of {self.settings.target_layer} is "
                     "zero everywhere; choose another layer or channel, or another picture"
@@ -1127,6 +1134,7 @@ class Dream:
     def restore(self, numbers, arrays):
         """Continues from a `state`. Raises ValueError, KeyError or TypeError if it does not fit the
         run."""
+        numbers = {"tile": 0} | numbers  # early checkpoints were of whole steps
         size, step, tile = (numbers[name] for name in ("size", "step", "tile"))
         is_whole = type(size) is type(step) is type(tile) is int
         if not (is_whole and 1 <= size <= len(self.sizes) and 0 <= step <= self.settings.num_steps):
@@ -1173,7 +1181,7 @@ class Gauge:
     goes on from the `state` of an earlier one."""
 
     def __init__(self, state=()):
-        self._sums = collections.Counter(dict(state))
+        self._sums = collections.Counter({name: float(n) for name, n in dict(state).items()})
 
     def state(self):
         """All that it has measured so far, {name: number}."""
@@ -1265,7 +1273,7 @@ class Parser(argparse.ArgumentParser):
             names = re.match("argument ([^:]*):", message)[1].split("/")
             value = next((value for name, value in pairs if name in names), "--")
             if value.startswith("-") and not value.startswith("--"):
-                remedy = f"to give {value}: {names[-1]}={value}"
+                remedy = f"write {names[-1]}={value}"
         raise BadRequest(f"{message.removeprefix('argument ')}; {remedy}")
 
 
@@ -1338,7 +1346,7 @@ def input_size(text):
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     size = sides and (int(sides[1]), int(sides[2] or sides[1]))
     if not size or not LEAST_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-        problem = f"{text[:30]} must be N or HxW, of {LEAST_SIDE} pixels or more"
+        problem = f"{text[:30]}: give HxW or N, with sides of {LEAST_SIDE} to {MAX_SIDE}"
         raise argparse.ArgumentTypeError(problem)
     return size
 
@@ -2174,8 +2182,8 @@ class Description:
             raise refuse(f"its input is {found}; choose one, such as --input_size 224")
         if kinds:
             height, width = shapes[self.pictures[0]][2:]
-            becomes = f"{kinds} becomes an input of {height}x{width}"
-            self.notices.append(f"{self.path} is for training: {becomes}")
+            becomes = f"{kinds} is replaced by an input of {height}x{width}"
+            self.notices.append(f"{self.path} is a training prototxt; {becomes}")
 
     def _sort_out(self, labels):
         """Finds what can be amplified: what depends on one input, and that takes pictures."""
@@ -2184,10 +2192,9 @@ class Description:
         for layer in list(self.net.layer):
             lost = next((blob for blob in layer.bottom if blob not in sources), None)
             if layer.type not in known:
-                problem = f"this Caffe has no layer {layer.type}, which {layer.name} is"
+                problem = f"{layer.name} is a {layer.type} layer, which this Caffe lacks"
             elif layer.type in NO_GRADIENT:
-                kind = f"the layer {layer.type}, which {layer.name} is"
-                problem = f"Caffe cannot compute a gradient for {kind}"
+                problem = f"{layer.name}: Caffe cannot compute a gradient for {layer.type} layers"
             elif lost in labels:
                 problem = f"{layer.name} needs {lost}, which only training has"
             elif lost is not None:
@@ -2240,7 +2247,7 @@ class Description:
             problem = f"has no layer that can be amplified{why}; give a deploy.prototxt"
             raise refusal("deploy_txt", self.path, problem)
         if self.holders.get(name) in self.starts:
-            problem = f"it works in place; its output is in {self.holders[name]}: use that"
+            problem = f"it works in place on {self.holders[name]}; use --layer {self.holders[name]}"
             raise refusal("layer", name, problem)
         if name in self.inputs or name in self.problems:
             problem = self.problems.get(name, "this is the input, not a layer")
@@ -3061,7 +3068,10 @@ def compiled_step_tile():
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
-    function = ctypes.CDLL(path).cnn_vis_step_tile
+    try:
+        function = ctypes.CDLL(path).cnn_vis_step_tile
+    except OSError:  # built for another machine, perhaps
+        return None
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 8
 
     def compiled(x, start, descent, cache, counts, terms, decay, learning_rate):
@@ -3988,6 +3998,7 @@ def resume(path, argv):
         if action.file and new is not None:
             new = os.path.abspath(new)
         if not action.free and new != old:
+            old, new = (v if v is None else action.text(v) for v in (old, new))
             problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
             raise refusal(action.dest, new, problem)
     if options.output_file is None:
@@ -4079,7 +4090,7 @@ def restore(dream, checkpoint, path):
     BadRequest."""
     try:
         dream.restore(checkpoint.numbers, checkpoint.arrays)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise unusable(path, one_line(error)) from None
     for name in CHECKPOINT_ARRAYS:
         checkpoint.arrays.pop(name, None)

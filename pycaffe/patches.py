@@ -2,8 +2,8 @@
 
     python patches.py CAFFE_SOURCE_DIR OUTPUT_DIR
 
-Writes the changed files to OUTPUT_DIR. A place that is not found is told of, and left as it is: a
-checkout of your own may have been mended there already.
+Writes the changed files to OUTPUT_DIR. A file that lacks one of the places is copied as it is: in a
+checkout of your own it may have been mended already.
 """
 
 import pathlib
@@ -67,12 +67,14 @@ PATCHES = {  # {file: ((old text, new text), ...)}
 
 def main(source, output):
     for name, changes in PATCHES.items():
-        text = (pathlib.Path(source) / name).read_text()
+        text = (pathlib.Path(source) / name).read_text(encoding="utf-8")
+        missing = [old.strip() for old, _ in changes if old not in text]
+        if missing:
+            print(f"{name} is left as it is; it does not have: {missing[0]}")
+            changes = ()
         for old, new in changes:
-            if old not in text:
-                print(f"{name}: not found, left as it is: {old.strip()}")
             text = text.replace(old, new)
-        (pathlib.Path(output) / pathlib.Path(name).name).write_text(text)
+        (pathlib.Path(output) / pathlib.Path(name).name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

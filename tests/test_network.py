@@ -379,7 +379,7 @@ def test_layers_that_this_caffe_lacks_are_told(tmp_path):
     listed = [line.split()[0] for line in done.stdout.splitlines()]
     plain = run_cli("--list_layers", TINY[0], cwd=tmp_path)
     assert listed == [line.split()[0] for line in plain.stdout.splitlines()]
-    for words in ("no layer Normalize, which norm is", "no layer Python, which python is"):
+    for words in ("norm is a Normalize layer", "python is a Python layer"):
         assert words in done.stderr
     done = run_cli(*ONE, option, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -338,7 +338,7 @@ def test_negative_numbers_are_values(value, tmp_path):
 @pytest.mark.parametrize("option", ["--image", "--initial-image", "--output", "--caffe_model"])
 def test_a_name_that_looks_like_an_option_is_taken_with_an_equals_sign(option, tmp_path):
     done = run_cli(*ONE, option, "-foo.png", cwd=tmp_path)
-    assert_one_line(done, 2, "to give -foo.png: --", "=-foo.png")
+    assert_one_line(done, 2, "write --", "=-foo.png")
     assert_one_line(run_cli(*ONE, option, cwd=tmp_path), 2, "expected one argument", "--help")
 
 
@@ -352,7 +352,7 @@ def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
     done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
-    assert_one_line(done, 2, "lacks numpy", f"start it with {tmp_path}/.venv/bin/python")
+    assert_one_line(done, 2, "lacks numpy", f"run cnn_vis.py with {tmp_path}/.venv/bin/python")
     (tmp_path / "missing" / "PIL").mkdir(parents=True)
     code = "raise ModuleNotFoundError('no', name='PIL')"
     (tmp_path / "missing" / "PIL" / "__init__.py").write_text(code)

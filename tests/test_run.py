@@ -415,3 +415,17 @@ def test_the_notebook_runs(monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == 3
+
+
+def test_a_step_begun_with_statistics_goes_on_without(tmp_path):
+    """Or the other way round: what is watched may change when a run goes on amid a step."""
+    options = [*TINY, "--layer=inception_a/output", "--initial_size=900x900", "--seed=4"]
+    options += ["--num_steps=2", "--output_iter=1", "--iter_behavior=plot"]
+    running = start(*options, cwd=tmp_path)
+    assert "sizes 900x900" in running.stderr.readline()
+    time.sleep(0.3)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    assert running.returncode == 143
+    done = run_cli(f"--resume={CHECKPOINT}", "--iter_behavior=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-// The step of a tile in one pass, for cnn_vis.py: what its step_tile_in_numpy does, operation by operation and to the
+// The step of a tile in one pass, for cnn_vis.py: what its step_tile does, operation by operation and to the
 // last bit, but for powers other than quarters. It is a library of its own, without Caffe, as the program's main
 // process uses nothing else. Compiled without contraction into fused operations, which would round otherwise.
 
