@@ -799,7 +799,8 @@ def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
         place = np.s_[np.newaxis, channel : channel + 1]
         gradient = descent[place].astype(np.float64)
         for name, term in terms.items():
-            gradient += term.gradient(argument(name, x, start)[place])
+            from_start = None if start is None else start[place]
+            gradient += term.gradient(argument(name, x[place], from_start))
         step = rmsprop(gradient, cache[place], decay, learning_rate)
         if not math.isfinite(step.sum() + cache[channel].sum()):
             return None
@@ -839,7 +840,10 @@ class Steps:
             concurrent.futures.wait(earlier)
             step(*arguments)
 
-        self._pending = [pair for pair in self._pending if not pair[1].done() or pair[1].result()]
+        done = [future for _, future in self._pending if future.done()]
+        for future in done:
+            future.result()  # raises what the step raised
+        self._pending = [pair for pair in self._pending if pair[1] not in done]
         self._pending.append((region, self._pool.submit(in_turn, self._over(region))))
 
     def _over(self, region):
@@ -2042,13 +2046,8 @@ def keep_test_layers(net):
         phase = not rule.HasField("phase") or rule.phase == TEST
         least = not rule.HasField("min_level") or level >= rule.min_level
         most = not rule.HasField("max_level") or level <= rule.max_level
-        return (
-            phase
-            and least
-            and most
-            and stages.issuperset(rule.stage)
-            and (stages.isdisjoint(rule.not_stage))
-        )
+        has_stages = stages.issuperset(rule.stage) and stages.isdisjoint(rule.not_stage)
+        return phase and least and most and has_stages
 
     def is_kept(layer):
         if layer.include:
