@@ -117,7 +117,7 @@ EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floa
 
 
 @pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(
     shape=st.tuples(st.integers(3, 40), st.integers(3, 40)),
     weights=st.tuples(*[st.sampled_from([0, 1e-4, 0.3])] * 3),
@@ -132,7 +132,8 @@ EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floa
 def test_the_compiled_step_is_numpys(
     shape, weights, exponents, scales, operator, has_start, has_counts, decay, seed
 ):
-    """To the last bit where powers are quarters, else within 1e-12; x, step and cache."""
+    """To the last bit where `power` has square roots and products, else within 1e-12 of the largest
+    term, as terms may cancel each other; x, step and cache."""
     random, place = np.random.default_rng(seed), np.s_[:, 2 : 2 + shape[0], 3 : 3 + shape[1]]
     x, start = random.normal(0, 60, (2, 3, 50, 60))
     x[:, :9] = 0  # flat, and without a sign
@@ -142,17 +143,28 @@ def test_the_compiled_step_is_numpys(
     p, aux = (cnn_vis.PNorm(*norm) for norm in zip(weights[:2], exponents, scales))
     tv = cnn_vis.TotalVariation(weights[2], exponents[2], operator, scales[2])
     terms = {name: t for name, t in {"p": p, "aux": aux, "tv": tv}.items() if t.weight}
+    start = start[place] if has_start else None
     found = []
     for step_tile in (cnn_vis.compiled_step_tile(), cnn_vis.step_tile):
         image, moved = x.copy(), cache.copy()
-        arguments = (start[place] if has_start else None, descent, moved)
-        arguments += (counts[place[1:]] if has_counts else None, terms, decay, 1.3)
-        found.append((step_tile(image[place], *arguments), image, moved))
-    quarters = [4 * e for e, weight in zip(exponents, weights) if weight]
-    for compiled, numpys in zip(*found):
-        if all(q == int(q) for q in quarters) and (exponents[2] >= 2 or not weights[2]):
-            assert compiled.tobytes() == numpys.tobytes()
-        assert compiled == pytest.approx(numpys, rel=1e-12, abs=1e-12)
+        arguments = (descent, moved, counts[place[1:]] if has_counts else None, terms, decay, 1.3)
+        found.append((step_tile(image[place], start, *arguments), image[place].copy(), moved))
+        image[place] = x[place]
+        assert (image == x).all()  # nothing else is written
+    powers = [e - 1 for e, weight in zip(exponents[:2], weights) if weight]
+    powers += [exponents[2] / 2 - 1] if weights[2] else []
+    if all(4 * power == int(4 * power) and power >= 0 for power in powers):
+        assert [a.tobytes() for a in found[0]] == [a.tobytes() for a in found[1]]
+    largest = max(
+        [np.abs(descent).max()]
+        + [
+            np.abs(term.gradient(cnn_vis.argument(name, x[place], start)[np.newaxis])).max()
+            for name, term in terms.items()
+        ]
+    )
+    step_of = 1.3 / np.sqrt(found[1][2] + cnn_vis.EPSILON)
+    for a, b, size in zip(*found, (largest * step_of, largest * step_of, largest**2)):
+        assert (np.abs(a - b) <= 1e-12 * (size + np.abs(b) + 1)).all()
 
 
 @pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
