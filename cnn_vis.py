@@ -786,7 +786,7 @@ def rmsprop(gradient, cache, decay, learning_rate):
 
 
 def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
-    """Takes the step of a tile, x += step. Returns the step, float64 (3, H, W); or None if it
+    """Takes the step of a tile, x += step. Returns the step's mean absolute value; or None if it
     overflows: the channel in which it does, and those after it, are left as they were.
 
     `x`, float64 (3, H, W), is the tile's part of the image; `start` that of the start image, or
@@ -794,7 +794,7 @@ def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
     changed; `counts` the tile's part of tile_counts, or None. `terms` are the regularizers, {name:
     term}, in the original's order.
     """
-    steps = np.empty(x.shape)
+    total = 0.0
     for channel in range(3):  # channels do not meet here, and the arrays of one fit the cache
         place = np.s_[np.newaxis, channel : channel + 1]
         gradient = descent[place].astype(np.float64)
@@ -802,13 +802,13 @@ def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
             from_start = None if start is None else start[place]
             gradient += term.gradient(argument(name, x[place], from_start))
         step = rmsprop(gradient, cache[place], decay, learning_rate)
-        if not math.isfinite(step.sum() + cache[channel].sum()):
-            return None
         if counts is not None:
             step /= counts
+        total += float(np.abs(step).sum())
+        if not math.isfinite(total + cache[channel].sum()):
+            return None
         x[channel] += step[0, 0]
-        steps[channel] = step[0, 0]
-    return steps
+    return total / x.size
 
 
 def argument(name, x, start):
@@ -1074,26 +1074,27 @@ class Dream:
         else:
             steps.wait()
             self.gauge.add_tile(loss, x, start, descent, terms)
-            self.gauge.add_means(step_size=self._take_step(*arguments))
+            self.gauge.add(step_size=self._take_step(*arguments))
 
     def _take_step(self, x, start, descent, *arguments):
-        """Takes the step of a tile, and returns it. Raises RunFailed, NotFinite."""
+        """Takes the step of a tile; returns its mean absolute value. Raises RunFailed,
+        NotFinite."""
         with np.errstate(all="ignore"):  # overflow is reported in our own words
-            step = self.step_tile(x, start, descent, *arguments)
-        if step is None and (self.size, self.step) == (1, 0) and not np.isfinite(descent).all():
+            step_size = self.step_tile(x, start, descent, *arguments)
+        if step_size is None and (self.size, self.step) == (1, 0) and not np.isfinite(descent).all():
             raise RunFailed(
                 "the network's gradient of the start picture is not a number; do its files "
                 "belong together?"
             )
-        if step is None:
+        if step_size is None:
             raise NotFinite(
                 f"the picture overflowed at step {self.step + 1} of size {self.size}; lower "
                 "--learning_rate, the weights (--l1_weight, --l2_weight, --p_reg, --p_reg_aux, "
                 "--tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
             )
-        if self.is_still and step.any():
+        if step_size:
             self.is_still = False
-        return step
+        return step_size
 
     def _regularizers(self):
         """{name: term} of those that have a weight, in the original's order."""
@@ -1193,18 +1194,15 @@ class Gauge:
 
     def add_tile(self, loss, x, start, descent, terms):
         """Adds a tile before its step; `loss` is the objective's, the others are step_tile's."""
-        self._sums["tiles"] += 1
-        self._sums["objective"] -= loss
-        self.add_means(cnn_gradient=descent, value=x)
+        self.add(tiles=1, objective=-loss, cnn_gradient=mean_size(descent), value=mean_size(x))
         for name, term in terms.items():
             of = argument(name, x, start)[np.newaxis]
-            self._sums[f"{name}_loss"] += term.loss(of)
-            self.add_means(**{f"{name}_gradient": term.gradient(of)})
+            self.add(**{f"{name}_loss": term.loss(of)})
+            self.add(**{f"{name}_gradient": mean_size(term.gradient(of))})
 
-    def add_means(self, **arrays):
-        """Adds the mean absolute values of arrays."""
-        for name, array in arrays.items():
-            self._sums[name] += float(np.abs(array).mean(dtype=np.float64))
+    def add(self, **numbers):
+        """Adds numbers to what was measured under their names."""
+        self._sums.update(numbers)
 
     def summary(self, image):
         """The statistics, {name of STATS: number}: means over the tiles, and the image's own."""
@@ -1213,6 +1211,11 @@ class Gauge:
             "image_mean": float(image.mean()),
             "image_std": float(image.std()),
         }
+
+
+def mean_size(array):
+    """The mean absolute value."""
+    return float(np.abs(array).mean(dtype=np.float64))
 
 
 def keep_freed_memory():
@@ -3071,7 +3074,7 @@ def compiled_step_tile():
         function = ctypes.CDLL(path).cnn_vis_step_tile
     except OSError:  # built for another machine, perhaps
         return None
-    function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 8
+    function.argtypes, function.restype = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7, ctypes.c_double
 
     def compiled(x, start, descent, cache, counts, terms, decay, learning_rate):
         p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
@@ -3080,11 +3083,12 @@ def compiled_step_tile():
         norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
         numbers = np.array([*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate], float)
         places = np.array([difference.index(1), difference.index(-1), len(difference)], np.int64)
-        steps, descent = np.empty(x.shape), np.ascontiguousarray(descent, np.float32)
-        arrays = (x, start, descent, cache, counts, steps, numbers, places)
+        descent = np.ascontiguousarray(descent, np.float32)
+        arrays = (x, start, descent, cache, counts, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])
-        return steps if function(*x.shape[1:], row, plane, *addresses) else None
+        step_size = function(*x.shape[1:], row, plane, *addresses)
+        return None if step_size < 0 else step_size
 
     return compiled
 

@@ -133,7 +133,7 @@ def test_the_compiled_step_is_numpys(
     shape, weights, exponents, scales, operator, has_start, has_counts, decay, seed
 ):
     """To the last bit where `power` has square roots and products, else within 1e-12 of the largest
-    term, as terms may cancel each other; x, step and cache."""
+    term, as terms may cancel each other; the step's mean, x and cache."""
     random, place = np.random.default_rng(seed), np.s_[:, 2 : 2 + shape[0], 3 : 3 + shape[1]]
     x, start = random.normal(0, 60, (2, 3, 50, 60))
     x[:, :9] = 0  # flat, and without a sign
@@ -154,7 +154,7 @@ def test_the_compiled_step_is_numpys(
     powers = [e - 1 for e, weight in zip(exponents[:2], weights) if weight]
     powers += [exponents[2] / 2 - 1] if weights[2] else []
     if all(4 * power == int(4 * power) and power >= 0 for power in powers):
-        assert [a.tobytes() for a in found[0]] == [a.tobytes() for a in found[1]]
+        assert [a.tobytes() for a in found[0][1:]] == [a.tobytes() for a in found[1][1:]]
     largest = max(
         [np.abs(descent).max()]
         + [

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -18,71 +19,56 @@ struct TotalVariation {
   int64_t up, down, size;  // of the operator: where it has 1 and -1, and its length; size 3 smooths across with 1 2 1
 };
 
-void sqrt_row(const double* x, int64_t n, double* out) {
-  for (int64_t i = 0; i < n; i++) out[i] = std::sqrt(x[i]);
+// x ** (Quarters / 4) for x >= 0: the same products in the same order as `power` in cnn_vis.py.
+template <int Quarters>
+double quarter_power(double x) {
+  double product = 1;
+  if constexpr (Quarters % 4 != 0) {
+    const double root = std::sqrt(x);
+    if constexpr (Quarters % 4 >= 2) product *= root;
+    if constexpr (Quarters % 2 != 0) product *= std::sqrt(root);
+  }
+  for (int whole = Quarters / 4; whole; whole /= 2) {
+    if (whole % 2) product *= x;
+    x *= x;
+  }
+  return product;
 }
 
-void multiply_row(const double* x, int64_t n, double* out) {
-  for (int64_t i = 0; i < n; i++) out[i] *= x[i];
+template <class Use, int... Quarters>
+bool with_quarters(double exponent, Use use, std::integer_sequence<int, Quarters...>) {
+  return ((exponent * 4 == Quarters && (use([](double x) { return quarter_power<Quarters>(x); }), true)) || ...);
 }
 
-// out = x ** exponent; changes x. The same products in the same order as `power`.
-void power_row(double* x, int64_t n, double exponent, double* out, double* scratch) {
-  const double quarters = exponent * 4;
-  if (!(quarters == std::floor(quarters) && quarters >= 0 && quarters <= 48)) {
-    for (int64_t i = 0; i < n; i++) out[i] = std::pow(x[i], exponent);
-    return;
-  }
-  int whole = static_cast<int>(quarters) / 4, rest = static_cast<int>(quarters) % 4;
-  bool is_first = true;
-  auto factor = [&](const double* f) {
-    if (is_first) {
-      for (int64_t i = 0; i < n; i++) out[i] = f[i];
-    } else {
-      multiply_row(f, n, out);
-    }
-    is_first = false;
-  };
-  if (rest) {
-    sqrt_row(x, n, scratch);
-    if (rest >= 2) factor(scratch);
-    if (rest % 2) {
-      sqrt_row(scratch, n, scratch);
-      factor(scratch);
-    }
-  }
-  for (; whole; whole /= 2) {
-    if (whole % 2) factor(x);
-    if (whole > 1) multiply_row(x, n, x);
-  }
-  if (is_first) {
-    for (int64_t i = 0; i < n; i++) out[i] = 1;
-  }
+// use(f), where f(x) is x ** exponent: a function of its own for each exponent in use, which loops can be made of.
+template <class Use>
+void with_power(double exponent, Use use) {
+  if (with_quarters(exponent, use, std::make_integer_sequence<int, 49>())) return;
+  use([exponent](double x) { return std::pow(x, exponent); });
 }
 
-// gradient += that of the p-norm of x; changes x.
-void add_p_norm(const PNorm& norm, double* x, int64_t n, double* gradient, double* out, double* scratch, double* sign) {
+double sign(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : x; }
+
+// gradient += that of the p-norm of x - start.
+void add_p_norm(const PNorm& norm, const double* pixels, const double* start, int64_t n, double* gradient, double* x) {
+  for (int64_t i = 0; i < n; i++) x[i] = pixels[i] - start[i];
   if (norm.scale != 1) {
     for (int64_t i = 0; i < n; i++) x[i] /= norm.scale;
   }
-  if (norm.p == 2) {
-    const double factor = norm.weight * 2 / norm.scale;
-    for (int64_t i = 0; i < n; i++) gradient[i] += x[i] * factor;
-    return;
-  }
-  const bool is_even = std::fmod(norm.p, 2) == 0;
-  for (int64_t i = 0; i < n; i++) {
-    sign[i] = is_even ? x[i] : x[i] > 0 ? 1.0 : x[i] < 0 ? -1.0 : x[i];
-    x[i] = is_even ? x[i] * x[i] : std::fabs(x[i]);
-  }
-  power_row(x, n, is_even ? (norm.p - 2) / 2 : norm.p - 1, out, scratch);
   const double factor = norm.weight * norm.p / norm.scale;
-  for (int64_t i = 0; i < n; i++) gradient[i] += out[i] * sign[i] * factor;
+  if (norm.p / 2 == std::floor(norm.p / 2)) {
+    with_power((norm.p - 2) / 2, [=](auto power) {
+      for (int64_t i = 0; i < n; i++) gradient[i] += power(x[i] * x[i]) * x[i] * factor;
+    });
+  } else {
+    with_power(norm.p - 1, [=](auto power) {
+      for (int64_t i = 0; i < n; i++) gradient[i] += power(std::fabs(x[i])) * sign(x[i]) * factor;
+    });
+  }
 }
 
 // The slopes of row y of x, and of as many rows below as the operator has, times what is common to both.
-void slopes(const TotalVariation& tv, const double* x, int64_t row, int64_t width, double* dx, double* dy, double* squared,
-            double* scratch) {
+void slopes(const TotalVariation& tv, const double* x, int64_t row, int64_t width, double* dx, double* dy) {
   const int64_t n = width - tv.size + 1;
   if (tv.size == 2) {
     for (int64_t i = 0; i < n; i++) {
@@ -105,18 +91,15 @@ void slopes(const TotalVariation& tv, const double* x, int64_t row, int64_t widt
       dy[i] /= tv.scale;
     }
   }
-  for (int64_t i = 0; i < n; i++) {
-    const double s = dx[i] * dx[i] + dy[i] * dy[i];
-    squared[i] = s < 1e-3 ? 1e-3 : s;
-  }
-  double* factor = scratch + width;
-  power_row(squared, n, tv.beta / 2 - 1, factor, scratch);
   const double common = tv.weight * tv.beta / tv.scale;
-  for (int64_t i = 0; i < n; i++) {
-    const double f = factor[i] * common;
-    dx[i] *= f;
-    dy[i] *= f;
-  }
+  with_power(tv.beta / 2 - 1, [=](auto power) {
+    for (int64_t i = 0; i < n; i++) {
+      const double squared = dx[i] * dx[i] + dy[i] * dy[i];
+      const double factor = power(squared < 1e-3 ? 1e-3 : squared) * common;
+      dx[i] *= factor;
+      dy[i] *= factor;
+    }
+  });
 }
 
 void add_row(const double* x, int64_t n, double factor, double* out) {
@@ -127,17 +110,17 @@ void add_row(const double* x, int64_t n, double factor, double* out) {
 class VariationRows {
  public:
   VariationRows(const TotalVariation& tv, int64_t height, int64_t width)
-      : tv_(tv), rows_(height - tv.size + 1), w_(width), n_(width - tv.size + 1), memory_(11 * width) {
+      : tv_(tv), rows_(height - tv.size + 1), w_(width), n_(width - tv.size + 1), memory_(8 * width) {
     double* place = memory_.data();
     for (auto** rows : {dx_, dy_}) {
       for (int i = 0; i < 3; i++, place += w_) rows[i] = place;
     }
-    spread_ = place, squared_ = place + w_, sum_ = place + 2 * w_, scratch_ = place + 3 * w_;
+    spread_ = place, sum_ = place + w_;
   }
 
   // Row y; `pixels` is the same row of x.
   const double* next(int64_t y, const double* pixels, int64_t row) {
-    if (y < rows_) slopes(tv_, pixels, row, w_, dx_[y % 3], dy_[y % 3], squared_, scratch_);
+    if (y < rows_) slopes(tv_, pixels, row, w_, dx_[y % 3], dy_[y % 3]);
     std::fill(sum_, sum_ + w_, 0.0);
     if (const double* across = smooth_across(y)) {
       add_row(across, n_, 1, sum_ + tv_.up);
@@ -172,64 +155,70 @@ class VariationRows {
   const TotalVariation tv_;
   const int64_t rows_, w_, n_;  // of the slopes; w_ is the picture's
   std::vector<double> memory_;
-  double *dx_[3], *dy_[3], *spread_, *squared_, *sum_, *scratch_;
+  double *dx_[3], *dy_[3], *spread_, *sum_;
 };
+
+// The sum of |x|, and not a number, or infinite, if an x is.
+double sum_of_sizes(const double* x, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; k++) sums[k] += std::fabs(x[i + k]);
+  }
+  for (; i < n; i++) sums[i % 8] += std::fabs(x[i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
 
 }  // namespace
 
 // x, start (or null) and counts (or null, one channel) are parts of pictures, `row` and `plane` doubles from one row and
-// one channel to the next; descent, cache and step are (3, height, width) without gaps. `numbers` are weight, p and
-// scale of two p-norms, of x - start and of x; weight, beta and scale of total variation; decay and learning rate.
-// `places` tell its operator. A term without weight is left out. Returns 0 if the step overflows: the channel in which
-// it does, and those after it, are left as they were.
-extern "C" int cnn_vis_step_tile(int64_t h, int64_t w, int64_t row, int64_t plane, double* images, const double* starts,
-                                 const float* descents, double* caches, const double* counts, double* steps,
-                                 const double* numbers, const int64_t* places) {
+// one channel to the next; descent and cache are (3, height, width) without gaps. `numbers` are weight, p and scale of
+// two p-norms, of x - start and of x; weight, beta and scale of total variation; decay and learning rate. `places` tell
+// its operator. A term without weight is left out. Returns the mean size of the step; or -1 if it overflows: the channel
+// in which it does, and those after it, are left as they were.
+extern "C" double cnn_vis_step_tile(int64_t h, int64_t w, int64_t row, int64_t plane, double* images, const double* starts,
+                                    const float* descents, double* caches, const double* counts, const double* numbers,
+                                    const int64_t* places) {
   const PNorm p{numbers[0], numbers[1], numbers[2]}, aux{numbers[3], numbers[4], numbers[5]};
   const TotalVariation variation{numbers[6], numbers[7], numbers[8], places[0], places[1], places[2]};
   const double decay = numbers[9], rest = 1 - decay, rate = -numbers[10];
   VariationRows variation_rows(variation, h, w);
-  std::vector<double> memory(4 * w);
-  double *x = memory.data(), *out = x + w, *scratch = out + w, *sign = scratch + w;
+  // The step of a channel, kept by the thread: it stays in the core's own cache.
+  static thread_local std::vector<double> step;
+  step.resize(h * w);
+  std::vector<double> scratch(w), zeros(w);
+  double total = 0;
   for (int channel = 0; channel < 3; channel++) {
     double* image = images + channel * plane;
-    double* step = steps + channel * h * w;
     double* cache = caches + channel * h * w;
     const double* start = starts ? starts + channel * plane : nullptr;
     const float* descent = descents + channel * h * w;
-    bool is_finite = true;
+    double cached = 0;
     for (int64_t y = 0; y < h; y++) {
-      double *g = step + y * w, *c = cache + y * w;
+      double *g = step.data() + y * w, *c = cache + y * w;
       const double* pixels = image + y * row;
       for (int64_t i = 0; i < w; i++) g[i] = descent[y * w + i];
-      if (p.weight) {
-        for (int64_t i = 0; i < w; i++) x[i] = start ? pixels[i] - start[y * row + i] : pixels[i];
-        add_p_norm(p, x, w, g, out, scratch, sign);
-      }
-      if (aux.weight) {
-        for (int64_t i = 0; i < w; i++) x[i] = pixels[i];
-        add_p_norm(aux, x, w, g, out, scratch, sign);
-      }
+      if (p.weight) add_p_norm(p, pixels, start ? start + y * row : zeros.data(), w, g, scratch.data());
+      if (aux.weight) add_p_norm(aux, pixels, zeros.data(), w, g, scratch.data());
       if (variation.weight) {
         const double* tv = variation_rows.next(y, pixels, row);
         for (int64_t i = 0; i < w; i++) g[i] += tv[i];
       }
-      int odd = 0;
       for (int64_t i = 0; i < w; i++) {
         const double square = g[i] * g[i] * rest;
         c[i] = c[i] * decay + square;
         g[i] = g[i] / std::sqrt(c[i] + 1e-8) * rate;
-        odd |= !(g[i] - g[i] == 0) | !(c[i] - c[i] == 0);
       }
-      is_finite = is_finite && !odd;
       if (counts) {
         for (int64_t i = 0; i < w; i++) g[i] /= counts[y * row + i];
       }
+      total += sum_of_sizes(g, w);
+      cached += sum_of_sizes(c, w);
     }
-    if (!is_finite) return 0;
+    if (!std::isfinite(total + cached)) return -1;
     for (int64_t y = 0; y < h; y++) {
       for (int64_t i = 0; i < w; i++) image[y * row + i] += step[y * w + i];
     }
   }
-  return 1;
+  return total / (3 * h * w);
 }
