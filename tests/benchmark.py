@@ -4,7 +4,7 @@ matrix products alone.
 
     python tests/benchmark.py    # everything: about five minutes on two cores, nothing else running
     python tests/benchmark.py --model googlenet_mini --steps 10
-    python tests/benchmark.py --ceiling    # what the main process can do, without networks
+    python tests/benchmark.py --ceiling    # what the main process can do: about a minute
 
 One run prints one table, so its ratios are of one machine in one state. Each row is measured in
 processes of its own. The original's way: the whole network forward, force_backward (so the
@@ -266,39 +266,54 @@ class Instant(cnn_vis.Engine):
         return [(self._memory[ticket, 1].copy(), None)]
 
 
-def ceiling():
-    """Prints how many tiles the parent can feed and step in a second, and where the time goes."""
-    size, seconds = (1080, 1920), {}
+def parent_alone(step_tile):
+    """Runs the parent at 1080x1920 with an Instant engine; (seconds, seconds of CPU, those of its
+    main thread) for each tile, and the Dream."""
     settings = cnn_vis.Settings(
-        **SETTINGS, initial_size="1080x1920", num_steps=12, seed=1, initialization_scale=20.0
+        **SETTINGS, initial_size="1080x1920", num_steps=22, seed=1, initialization_scale=20.0
     )
-    tiles = len(cnn_vis.all_tiles(size, (224, 224)))
-    for name in ("compiled", "NumPy"):
-        dream = cnn_vis.Dream(settings, None, 103, Instant())
-        if name == "NumPy":
-            dream.step_tile = cnn_vis.step_tile
-        begun, cpu = None, None
-        for progress in dream.run():
-            if progress.step == 2:
-                begun, cpu = time.perf_counter(), time.process_time()
-        count = tiles * (settings.num_steps - 2)
-        seconds[name] = (time.perf_counter() - begun) / count
-        cpu = (time.process_time() - cpu) / count
-        print(f"parent alone: {1 / seconds[name]:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
+    dream = cnn_vis.Dream(settings, None, 103, Instant())
+    dream.step_tile = step_tile
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    for progress in dream.run():
+        if progress.step == 2:
+            begun = [clock() for clock in clocks]
+    count = len(dream.cache_index) * (settings.num_steps - 2)
+    return [(clock() - start) / count for clock, start in zip(clocks, begun)], dream
+
+
+def ceiling(args):
+    """Prints how many tiles the parent can feed and step in a second, where the time goes, and what
+    that means for other machines."""
+    compiled, numpys = cnn_vis.compiled_step_tile(), cnn_vis.step_tile
+    for name, step_tile in (("NumPy", numpys), ("compiled", compiled)):
+        (seconds, cpu, main_cpu), dream = parent_alone(step_tile)
+        print(f"parent alone: {1 / seconds:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
     image, region = dream.image, next(iter(dream.cache_index))
-    slot, cut = np.empty((3, 224, 224), np.float32), cnn_vis.cut_tile(image, region)
-    arguments = (cut, None, slot, dream.caches[0], None, dream._regularizers(), 0.9, 1.0)
+    slot, cut = np.ones((3, 224, 224), np.float32), cnn_vis.cut_tile(image, region)
+    step = (cut, None, slot, dream.caches[0], None, dream._regularizers(), 0.9, 1.0)
     parts = {
         "cut and sent: float64 to float32": lambda: np.copyto(slot, cut, casting="same_kind"),
         "received: a copy of the gradient": slot.copy,
-        "step, compiled": lambda: cnn_vis.compiled_step_tile()(*arguments),
-        "step, NumPy": lambda: cnn_vis.step_tile(*arguments),
+        "step, compiled": lambda: compiled(*step),
+        "step, NumPy": lambda: numpys(*step),
     }
-    slot[...] = 1
-    found = {name: milliseconds(part, 50) for name, part in parts.items()}
-    print("\n| for each tile | ms of CPU |\n|---|---|")
-    for name, value in found.items():
-        print(f"| {name} | {value:.2f} |")
+    print("\n| for each tile, arrays in the processor's cache | ms of CPU |\n|---|---|")
+    for name, part in parts.items():
+        print(f"| {name} | {milliseconds(part, 50):.2f} |")
+    print(f"| main thread, amid a run | {1000 * main_cpu:.2f} |")
+
+    network = measured("ours", []) / 1000
+    print(f"\nA worker takes {1000 * network:.1f} ms a tile on one core. From these parts:")
+    print("\n| | network, tiles/s | parent, tiles/s | together |\n|---|---|---|---|")
+    machines = {f"{n} cores": (n, n / network) for n in (2, 8, 32, 128)}
+    machines["16 cores, a GPU of 0.3 ms a tile"] = (16, 1 / 0.3e-3)
+    for name, (cores, rate) in machines.items():
+        threads = min(cores, cnn_vis.MOST_THREADS)
+        parent = min(1 / main_cpu, threads / (cpu - main_cpu), cores / cpu)
+        # On the CPU both share the cores.
+        both = min(parent, rate if "GPU" in name else cores / (network + cpu))
+        print(f"| {name} | {rate:.0f} | {parent:.0f} | {both:.0f} |")
 
 
 def load(args):
@@ -385,14 +400,14 @@ def main():
         "--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)"
     )
     parser.add_argument(
-        "--ceiling", action="store_true", help="only what the main process can do, without networks"
+        "--ceiling", action="store_true", help="only what the main process can do"
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.ceiling:
-        ceiling()
-    elif args.measure:
+    if args.measure:
         one_measurement(args)
+    elif args.ceiling:
+        ceiling(args)
     else:
         report(args)
 
