@@ -900,7 +900,7 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
             batch.append(tile)
         return batch
 
-    while True:
+    while not is_stopping():
         while engine.has_room():
             batch = ready_batch()
             is_full = len(batch) == engine.batch_size
@@ -912,21 +912,18 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
                 unstepped.append(tile)
                 pixels.append(before.get(tile.region, cut_tile(image, tile.region)))
             sent.append((batch, engine.send(pixels, any(tile.measure for tile in batch))))
-        if is_stopping():
-            for batch, ticket in sent:
-                regions = (tile.region for tile in batch if tile.turn == unstepped[0].turn)
-                before.update(zip(regions, engine.tiles_of(ticket)))
-            return
         if not sent and not unsent:
             return
         if not sent:
             steps.wait(unsent[0].region)
             continue
         batch, ticket = sent.popleft()
+        while not engine.is_done(ticket):
+            if is_stopping():
+                return
         for tile, (gradient, loss) in zip(batch, engine.receive(ticket)):
-            for other in itertools.takewhile(
-                lambda other, tile=tile: other.turn == tile.turn, unsent
-            ):
+            left = itertools.chain(itertools.islice(unstepped, 1, None), unsent)
+            for other in itertools.takewhile(lambda o, tile=tile: o.turn == tile.turn, left):
                 if other.region not in before and overlap(other.region, tile.region):
                     steps.wait(other.region)
                     before[other.region] = cut_tile(image, other.region).astype(np.float32)
@@ -2682,13 +2679,14 @@ class Engine:
         ticket. With `measure` the losses too."""
         raise NotImplementedError
 
+    def is_done(self, ticket):
+        """Waits for the tiles of a ticket, a second at most; returns whether `receive` can give
+        them at once."""
+        raise NotImplementedError
+
     def receive(self, ticket):
         """Waits for the tiles of a ticket; returns [(gradient of the objective's loss, float32
         (3, H, W); the loss, None unless measured), ...]."""
-        raise NotImplementedError
-
-    def tiles_of(self, ticket):
-        """The tiles of a ticket that was not received, as they were sent."""
         raise NotImplementedError
 
     def __enter__(self):
@@ -3022,6 +3020,9 @@ class Workers(Engine):
         arguments = (self.spec, self._memory, slot, count, measure)
         self._jobs[slot] = (count, measure, self.processes.submit(compute_slot, *arguments))
 
+    def is_done(self, ticket):
+        return not concurrent.futures.wait([self._jobs[ticket][2]], timeout=1).not_done
+
     def receive(self, ticket):
         while True:
             count, _, future = self._jobs[ticket]
@@ -3036,9 +3037,6 @@ class Workers(Engine):
         del self._jobs[ticket]
         self._free.append(ticket)
         return list(zip(self._slots[ticket, 1, :count].copy(), losses))
-
-    def tiles_of(self, ticket):
-        return self._slots[ticket, 0, : self._jobs[ticket][0]].copy()
 
 
 def choose_gpus(gpus):
