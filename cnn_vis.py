@@ -51,6 +51,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -61,6 +62,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -1078,7 +1080,11 @@ class Dream:
         NotFinite."""
         with np.errstate(all="ignore"):  # overflow is reported in our own words
             step_size = self.step_tile(x, start, descent, *arguments)
-        if step_size is None and (self.size, self.step) == (1, 0) and not np.isfinite(descent).all():
+        if (
+            step_size is None
+            and (self.size, self.step) == (1, 0)
+            and not np.isfinite(descent).all()
+        ):
             raise RunFailed(
                 "the network's gradient of the start picture is not a number; do its files "
                 "belong together?"
@@ -1422,15 +1428,20 @@ def network_options(add):
         help="size of a tile, HxW or N for NxN: for networks without one of their own, and for "
         "more context in layers that take any size (default: the prototxt's)")
     add("--gpu", metavar="N", type=gpu_numbers, free=True,
+        idle=lambda o: o.gpu and o.scheduler and "--scheduler",
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
         help="GPU to run on, numbered from 0, or several: 0,1,2; negative: CPU "
         "(default: GPU 0 if Caffe can use one, else CPU)")
     add("--batch_size", metavar="N", type=number(int, 1), free=True,
+        idle=lambda o: o.scheduler and "--scheduler",
         help="tiles that a GPU computes at once; always 1 on the CPU "
         "(default: as many as fit in GPU memory)")
     add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
-        idle=lambda o: o.gpu and "--gpu",
+        idle=lambda o: o.gpu and "--gpu" or o.scheduler and "--scheduler",
         help="processes that compute on the CPU (default: one for each core)")
+    add("--scheduler", metavar="ADDRESS", type=given, free=True, text=None,
+        help="compute on the workers of a Dask cluster; the address of its scheduler, as in "
+        "tcp://HOST:8786 (default: on this machine)")
 
 
 def target_options(add):
@@ -3072,7 +3083,10 @@ def compiled_step_tile():
         function = ctypes.CDLL(path).cnn_vis_step_tile
     except OSError:  # built for another machine, perhaps
         return None
-    function.argtypes, function.restype = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7, ctypes.c_double
+    function.argtypes, function.restype = (
+        [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7,
+        ctypes.c_double,
+    )
 
     def compiled(x, start, descent, cache, counts, terms, decay, learning_rate):
         p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
@@ -3091,11 +3105,389 @@ def compiled_step_tile():
     return compiled
 
 
+# ---- A cluster --------------------------------------------------------------------------------
+# Workers of a Dask cluster get all they need by content, so they need not share a disk: this script
+# as a module named by its hash (runs with other versions of it may be under way), the network's
+# files once for each machine. Caffe runs in processes below a worker's, which ends with none of
+# them.
+
+
+@functools.cache
+def portable():
+    """This script as a module named by its content, which workers have too: functions and values
+    of that module can be sent to them."""
+    name = f"cnn_vis_{file_hash(__file__, 'sha256').partition(':')[2][:16]}"
+    spec = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_module(module, value):
+    """A value of this script, a dataclass or a simpler one, as one of the script `module`."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = dataclasses.asdict(value)
+    fields = {name: in_module(module, getattr(value, name)) for name in fields}
+    return getattr(module, type(value).__name__)(**fields)
+
+
+NETWORK_FILES = ("deploy", "weights")  # of NetworkFiles, those that workers need
+
+
+def kept_path(sha256):
+    """Where a worker's machine keeps the file with that content."""
+    return os.path.join(cache_folder(), "cluster", sha256)
+
+
+def missing_files(hashes):
+    """In a Dask worker: (what tells its machine and cache from others, those of the files that the
+    cache lacks)."""
+    place = (socket.gethostname(), os.path.realpath(cache_folder()))
+    return place, [sha256 for sha256 in hashes if not os.path.isfile(kept_path(sha256))]
+
+
+def keep_part(sha256, sender, data, is_first, is_last):
+    """In a Dask worker: appends to a file of the cache. Raises OSError."""
+    path, part = kept_path(sha256), f"{kept_path(sha256)}.{sender}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(part, "wb" if is_first else "ab") as file:
+        file.write(data)
+    if is_last:
+        if file_hash(part, "sha256") != f"sha256:{sha256}":
+            os.remove(part)
+            raise OSError("a file was damaged on its way")
+        os.replace(part, path)
+
+
+class Loan:
+    """In a Dask worker: the engine of its machine for one run, with a process for each thread of
+    the worker, which may all call it. It ends with the run, or after five silent minutes."""
+
+    SILENCE = 300
+    lock, made = threading.Lock(), {}  # {run: Loan}
+
+    def __init__(self, run, spec, threads):
+        self._run, self._lock, self.last = run, threading.Lock(), time.monotonic()
+        multiprocessing.current_process().daemon = False  # a daemon could not have processes
+        self._workers = Workers(spec, threads)
+        try:
+            self._workers.describe()
+        except BaseException:
+            self.end()
+            raise
+        threading.Thread(target=self._end_if_silent, daemon=True).start()
+
+    @classmethod
+    def of(cls, run, spec):
+        """The Loan for a run. Raises what Workers.describe raises."""
+        import distributed
+
+        with cls.lock:
+            if run not in cls.made:
+                cls.made[run] = cls(run, spec, distributed.get_worker().state.nthreads)
+            return cls.made[run]
+
+    def examine(self):
+        """What `describe` found; what the network's gradient of one picture hashes to; and what
+        that depends on, in words."""
+        found = {name: getattr(self._workers, name) for name in DESCRIBED}
+        gradient, _ = self.compute(np.random.default_rng(0).normal(0, 50, (3, *found["tile_size"])))
+        cpu = re.search(r"^model name\s*: (.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
+        cpu = cpu[1] if cpu else "unknown processor"
+        made_by = f"pycaffe {versions().get('pycaffe', 'unknown')}, {cpu}"
+        return found, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by
+
+    def compute(self, tile, measure=False):
+        """The gradient of one tile, and its loss."""
+        with self._lock:
+            ticket = self._workers.send([tile], measure)
+        while not self._workers.is_done(ticket):
+            pass
+        with self._lock:
+            self.last = time.monotonic()
+            return self._workers.receive(ticket)[0]
+
+    def _end_if_silent(self):
+        while (left := self.last + self.SILENCE - time.monotonic()) > 0:
+            time.sleep(left)
+        end_loan(self._run)
+
+    def end(self):
+        """Ends the engine at once."""
+        self._workers.__exit__(Stopped)
+
+
+DESCRIBED = ("tile_size", "target_shape", "notices")  # of an Engine, by describe()
+
+
+def end_loan(run):
+    """In a Dask worker: the run is over."""
+    with Loan.lock:
+        loan = Loan.made.pop(run, None)
+    if loan:
+        loan.end()
+
+
+def on_loan(run, task, spec, *arguments):
+    """In a Dask worker: (None, what a method of the run's Loan returns), or (name of an exception
+    of this script, message)."""
+    paths = {name: kept_path(getattr(spec.files, name)) for name in NETWORK_FILES}
+    spec = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **paths))
+    try:
+        return None, getattr(Loan.of(run, spec), task)(*arguments)
+    except (BadRequest, RunFailed) as error:
+        return type(error).__name__, str(error)
+
+
+class Call:
+    """Pickled here, done where it is unpickled: in a worker. The scheduler, which looks into tasks,
+    sees nothing of this script."""
+
+    def __init__(self, function, *arguments):
+        self._call = (function, arguments)
+
+    def __reduce__(self):
+        return self._call
+
+
+@dataclasses.dataclass
+class Job:
+    """A tile on its way: Loan.compute's arguments; the future, the workers that it may go to, and
+    how often it was lost with them; what on_loan returned."""
+
+    arguments: tuple
+    future: object = None
+    workers: frozenset = frozenset()
+    losses: int = 0
+    found: tuple | None = None
+
+
+class Cluster(Engine):
+    """The engine of a Dask cluster. Two tiles for each thread of its workers are under way. Those
+    of workers that are gone are computed again, new workers are used as they come, and while there
+    are none the run waits."""
+
+    PART = 16 << 20  # bytes of a file that are sent at once
+    MAX_LOSSES = 4  # each after the death of several workers, as many as Dask allows
+    batch_size = 1
+
+    def __init__(self, spec, address):
+        self.spec, self.address = spec, address
+        self._module, self._run = portable(), uuid.uuid4().hex
+        hashes = {
+            name: file_hash(getattr(spec.files, name), "sha256").partition(":")[2]
+            for name in NETWORK_FILES
+        }
+        self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
+        by_content = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
+        self._spec = in_module(self._module, by_content)
+        self._client, self._jobs, self._tickets = None, {}, itertools.count()
+        # Of workers, by address: all known; threads of those in use; why others cannot be used.
+        self._known, self._threads, self._unfit = set(), {}, {}
+        self._lock, self._sending = threading.Lock(), collections.defaultdict(threading.Lock)
+        self._found, self._closing = None, threading.Event()
+
+    # -- Workers come and go, in threads of their own --
+
+    def _look_after_workers(self):
+        while not self._closing.wait(0.3):
+            try:
+                present = self._client.nthreads()
+            except Exception:  # the scheduler is away
+                present = {}
+            with self._lock:
+                had_some = bool(self._threads)
+                self._threads = {a: n for a, n in self._threads.items() if a in present}
+                if had_some and not self._threads:
+                    log.warning(f"note: all workers of {self.address} are gone; waiting for others")
+                newcomers = present.keys() - self._known
+                self._known = set(present)
+            for address in newcomers:
+                arguments = (address, present[address])
+                threading.Thread(target=self._welcome, args=arguments, daemon=True).start()
+
+    def _welcome(self, address, threads):
+        """Prepares a new worker, and tries the network there."""
+        try:
+            self._send_files(address)
+            name, found = self._submit("examine", [address]).result()
+            problem = name and self._exception(name, found)
+        except Exception as error:
+            name, problem = "RunFailed", RunFailed(f"worker {address}: {one_line(error)}")
+        with self._lock:
+            if address not in self._known or self._closing.is_set():
+                return
+            is_first = not self._found
+            if name:
+                self._unfit[address] = problem
+                if not is_first:
+                    log.warning(f"note: {address} is not used: {problem}")
+                return
+            self._threads[address] = threads
+            self._found = self._found or found
+        if found[1] != self._found[1]:
+            log.warning(
+                f"note: {address} ({found[2]}) computes slightly other pixels than the first "
+                f"worker ({self._found[2]}): the picture will depend on which tiles go where"
+            )
+
+    def _send_files(self, address):
+        """Sends a worker's machine the files that it lacks."""
+
+        def there(function, *arguments):
+            return self._client.run(function, *arguments, workers=[address])[address]
+
+        for attempt in range(20):
+            try:
+                place, _ = there(self._module.missing_files, list(self._files))
+                break
+            except ModuleNotFoundError as error:  # a new worker gets the script in a moment
+                if attempt == 19 or error.name != self._module.__name__:
+                    raise
+                time.sleep(0.3)
+        with self._sending[place]:  # the other workers of the machine wait, and then find them
+            for sha256 in there(self._module.missing_files, list(self._files))[1]:
+                with open(self._files[sha256], "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    while data := file.read(self.PART):
+                        ends = (file.tell() == len(data), file.tell() == size)
+                        there(self._module.keep_part, sha256, self._run, data, *ends)
+
+    def _submit(self, task, workers, *arguments):
+        """The future of a task, a method of Loan, to be done by one of the workers."""
+        call = Call(self._module.on_loan, self._run, task, self._spec, *arguments)
+        arguments = (pickle.loads, pickle.dumps(call))
+        return self._client.submit(*arguments, workers=list(workers), pure=False)
+
+    def _exception(self, name, message):
+        """What a worker raised, with the names of files here."""
+        for sha256, path in self._files.items():
+            message = re.sub(rf"\S*{sha256}", lambda _, path=path: path, message)
+        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+
+    # -- What an Engine does --
+
+    def describe(self):
+        self._connect()
+        begun, is_told = time.monotonic(), False
+        while True:
+            with self._lock:
+                pending = self._known - self._threads.keys() - self._unfit.keys()
+            if self._found and (not pending or time.monotonic() > begun + 20):
+                break
+            if self._known and not pending and not self._threads:
+                raise next(iter(self._unfit.values()))
+            if not self._known and not is_told and time.monotonic() > begun + 2:
+                log.info(f"note: {self.address} has no workers yet; waiting for them")
+                is_told = True
+            time.sleep(0.05)
+        for name in DESCRIBED:
+            setattr(self, name, self._found[0][name])
+        self.notices = [str(self._exception("", notice)) for notice in self.notices]
+        for address, problem in self._unfit.items():
+            self.notices.append(f"{address} is not used: {problem}")
+        workers, threads = len(self._threads), sum(self._threads.values())
+        many = "s" * (workers > 1), "s" * (threads > 1)
+        self.device = f"{self.address}, {workers} worker{many[0]}, {threads} thread{many[1]}"
+
+    def _connect(self):
+        try:
+            import distributed
+            from distributed.diagnostics.plugin import UploadFile
+        except ModuleNotFoundError as error:
+            remedy = f"pip install -r {HERE}/requirements-cluster.txt"
+            problem = f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
+            raise refusal("scheduler", self.address, problem) from None
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of packages that differ
+                self._client = distributed.Client(self.address, timeout=10, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            problem = f"no scheduler answers there ({one_line(error)}); start one with"
+            raise refusal("scheduler", self.address, f"{problem}: dask scheduler") from None
+        script = UploadFile(__file__, load=False)
+        script.filename = f"{self._module.__name__}.py"
+        self._client.register_plugin(script, name=self._module.__name__)
+        threading.Thread(target=self._look_after_workers, daemon=True).start()
+
+    def has_room(self):
+        return len(self._jobs) < max(1, 2 * sum(self._threads.values()))
+
+    def send(self, tiles_in, measure=True):
+        (tile,), ticket = tiles_in, next(self._tickets)
+        self._jobs[ticket] = Job((np.array(tile, np.float32), measure))
+        self._place_jobs()
+        return ticket
+
+    def _place_jobs(self):
+        """Gives the jobs to workers that are not with any of those in use."""
+        workers = frozenset(self._threads)
+        for job in self._jobs.values():
+            if workers and (job.future is None or job.workers.isdisjoint(workers)):
+                job.workers = workers
+                job.future = self._submit("compute", workers, *job.arguments)
+
+    def is_done(self, ticket):
+        import distributed
+
+        job = self._jobs[ticket]
+        if job.found:
+            return True
+        self._place_jobs()
+        if self._client.status in ("closing", "closed"):
+            raise RunFailed(f"the scheduler {self.address} is gone")
+        if job.future is None:
+            time.sleep(0.3)
+            return False
+        try:
+            job.found = job.future.result(timeout=1)
+        except (TimeoutError, distributed.TimeoutError):
+            pass
+        except distributed.client.FutureCancelledError:
+            job.future = None
+        except distributed.KilledWorker as error:
+            job.future, job.losses = None, job.losses + 1
+            if job.losses == self.MAX_LOSSES:
+                raise RunFailed(f"{self.address}: {one_line(error)}") from None
+        except Exception as error:
+            raise RunFailed(f"{self.address}: {one_line(error)}") from None
+        return job.found is not None
+
+    def receive(self, ticket):
+        while not self.is_done(ticket):
+            pass
+        name, found = self._jobs.pop(ticket).found
+        if name:
+            raise self._exception(name, found)
+        return [found]
+
+    def __exit__(self, kind, *_):
+        self._closing.set()
+        if self._client is None:
+            return
+
+        def end():
+            with contextlib.suppress(Exception):
+                self._client.cancel([job.future for job in self._jobs.values() if job.future])
+                end_loan, workers = self._module.end_loan, list(self._threads)
+                self._client.run(end_loan, self._run, workers=workers, on_error="ignore")
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(3)  # a worker that is cut off answers later, or never
+        self._client.close(timeout=2)
+
+
 def open_engine(options, settings, files):
     """The Engine that the options ask for, not yet entered. Raises BadRequest."""
-    gpus, device = choose_gpus(options.gpu)
     objective = IMAGE_TYPES[settings.image_type](settings)
-    spec = NetworkSpec(files, settings.target_layer, objective, bool(gpus), settings.input_size)
+    place = (files, settings.target_layer, objective)
+    if options.scheduler:
+        return Cluster(NetworkSpec(*place, input_size=settings.input_size), options.scheduler)
+    gpus, device = choose_gpus(options.gpu)
+    spec = NetworkSpec(*place, bool(gpus), settings.input_size)
     engine = Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
     idle = "--workers" if gpus else "--batch_size"
     if options.batch_size and not gpus or options.workers and gpus and not options.gpu:

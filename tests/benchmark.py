@@ -402,9 +402,7 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)"
     )
-    parser.add_argument(
-        "--ceiling", action="store_true", help="only what the main process can do"
-    )
+    parser.add_argument("--ceiling", action="store_true", help="only what the main process can do")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
