@@ -31,6 +31,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
 
 import argparse
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -3165,10 +3166,11 @@ class Loan:
     the worker, which may all call it. It ends with the run, or after five silent minutes."""
 
     SILENCE = 300
-    lock, made = threading.Lock(), {}  # {run: Loan}
+    lock, made = threading.Lock(), {}  # {run: Loan, or None if it has ended}
 
     def __init__(self, run, spec, threads):
-        self._run, self._lock, self.last = run, threading.Lock(), time.monotonic()
+        self._run, self._lock, self._last = run, threading.Lock(), time.monotonic()
+        self._has_ended = False
         multiprocessing.current_process().daemon = False  # a daemon could not have processes
         self._workers = Workers(spec, threads)
         try:
@@ -3180,12 +3182,14 @@ class Loan:
 
     @classmethod
     def of(cls, run, spec):
-        """The Loan for a run. Raises what Workers.describe raises."""
+        """The Loan for a run. Raises what Workers.describe raises, and RunFailed."""
         import distributed
 
         with cls.lock:
             if run not in cls.made:
                 cls.made[run] = cls(run, spec, distributed.get_worker().state.nthreads)
+            if cls.made[run] is None:
+                raise RunFailed("the run has ended")
             return cls.made[run]
 
     def examine(self):
@@ -3205,17 +3209,25 @@ class Loan:
         while not self._workers.is_done(ticket):
             pass
         with self._lock:
-            self.last = time.monotonic()
+            if self._has_ended:
+                raise RunFailed("the run has ended")
+            self._last = time.monotonic()
             return self._workers.receive(ticket)[0]
 
     def _end_if_silent(self):
-        while (left := self.last + self.SILENCE - time.monotonic()) > 0:
+        while (left := self._last + self.SILENCE - time.monotonic()) > 0:
             time.sleep(left)
-        end_loan(self._run)
+        with Loan.lock:  # should the run be heard of again, it gets another
+            if self.made.get(self._run) is self:
+                del self.made[self._run]
+        self.end()
 
     def end(self):
         """Ends the engine at once."""
-        self._workers.__exit__(Stopped)
+        with self._lock:
+            if not self._has_ended:
+                self._has_ended = True
+                self._workers.__exit__(Stopped)
 
 
 DESCRIBED = ("tile_size", "target_shape", "notices")  # of an Engine, by describe()
@@ -3224,7 +3236,7 @@ DESCRIBED = ("tile_size", "target_shape", "notices")  # of an Engine, by describ
 def end_loan(run):
     """In a Dask worker: the run is over."""
     with Loan.lock:
-        loan = Loan.made.pop(run, None)
+        loan, Loan.made[run] = Loan.made.get(run), None
     if loan:
         loan.end()
 
@@ -3312,9 +3324,9 @@ class Cluster(Engine):
         try:
             self._send_files(address)
             name, found = self._submit("examine", [address]).result()
-            problem = name and self._exception(name, found)
+            problem = name and self._exception(name, found, address)
         except Exception as error:
-            name, problem = "RunFailed", RunFailed(f"worker {address}: {one_line(error)}")
+            name, problem = "RunFailed", self._exception("RunFailed", one_line(error), address)
         with self._lock:
             if address not in self._known or self._closing.is_set():
                 return
@@ -3322,7 +3334,7 @@ class Cluster(Engine):
             if name:
                 self._unfit[address] = problem
                 if not is_first:
-                    log.warning(f"note: {address} is not used: {problem}")
+                    log.warning(f"note: {problem}; it is not used")
                 return
             self._threads[address] = threads
             self._found = self._found or found
@@ -3360,11 +3372,16 @@ class Cluster(Engine):
         arguments = (pickle.loads, pickle.dumps(call))
         return self._client.submit(*arguments, workers=list(workers), pure=False)
 
-    def _exception(self, name, message):
-        """What a worker raised, with the names of files here."""
+    def _exception(self, name, message, address):
+        """What a worker raised; with the worker's address unless an option is to blame."""
+        message = self._with_files_here(message)
+        message = message if message.startswith("--") else f"worker {address}: {message}"
+        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+
+    def _with_files_here(self, message):
         for sha256, path in self._files.items():
             message = re.sub(rf"\S*{sha256}", lambda _, path=path: path, message)
-        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+        return message
 
     # -- What an Engine does --
 
@@ -3384,9 +3401,8 @@ class Cluster(Engine):
             time.sleep(0.05)
         for name in DESCRIBED:
             setattr(self, name, self._found[0][name])
-        self.notices = [str(self._exception("", notice)) for notice in self.notices]
-        for address, problem in self._unfit.items():
-            self.notices.append(f"{address} is not used: {problem}")
+        self.notices = [*map(self._with_files_here, self.notices)]
+        self.notices += [f"{problem}; it is not used" for problem in self._unfit.values()]
         workers, threads = len(self._threads), sum(self._threads.values())
         many = "s" * (workers > 1), "s" * (threads > 1)
         self.device = f"{self.address}, {workers} worker{many[0]}, {threads} thread{many[1]}"
@@ -3399,18 +3415,34 @@ class Cluster(Engine):
             remedy = f"pip install -r {HERE}/requirements-cluster.txt"
             problem = f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
             raise refusal("scheduler", self.address, problem) from None
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of packages that differ
-                self._client = distributed.Client(self.address, timeout=10, set_as_default=False)
-        except (OSError, ValueError, TypeError) as error:
-            problem = f"no scheduler answers there ({one_line(error)}); start one with"
-            raise refusal("scheduler", self.address, f"{problem}: dask scheduler") from None
+        for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is told in our words
+        self._greet(distributed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that differ
+            self._client = distributed.Client(self.address, set_as_default=False)
         script = UploadFile(__file__, load=False)
         script.filename = f"{self._module.__name__}.py"
         self._client.register_plugin(script, name=self._module.__name__)
         threading.Thread(target=self._look_after_workers, daemon=True).start()
+
+    def _greet(self, distributed):
+        """Raises BadRequest unless a scheduler answers in five seconds. (A Client waits for ever if
+        something else takes the connection.)"""
+
+        async def identity():
+            arguments = distributed.Security().get_connection_args("client")
+            async with distributed.rpc(self.address, connection_args=arguments) as there:
+                return await asyncio.wait_for(there.identity(), 5)
+
+        try:
+            kind = asyncio.run(identity())["type"]
+            problem = f"a {kind} answers there" if kind != "Scheduler" else None
+        except Exception as error:  # whatever may answer
+            problem = f"no scheduler answers there ({one_line(error)})"
+        if problem:
+            remedy = "start one with: dask scheduler"
+            raise refusal("scheduler", self.address, f"{problem}; {remedy}") from None
 
     def has_room(self):
         return len(self._jobs) < max(1, 2 * sum(self._threads.values()))
@@ -3460,7 +3492,7 @@ class Cluster(Engine):
             pass
         name, found = self._jobs.pop(ticket).found
         if name:
-            raise self._exception(name, found)
+            raise self._exception(name, found, self.address)
         return [found]
 
     def __exit__(self, kind, *_):

@@ -1,7 +1,9 @@
 """What the tests share: where things lie, and the command line run as a user runs it."""
 
 import contextlib
+import glob
 import io
+import json
 import os
 import pathlib
 import re
@@ -167,8 +169,9 @@ def under_way(*arguments, cwd):
 def descendants(pid):
     """The pids of all processes below `pid`."""
     children = []
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = list(map(int, file.read().split()))
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):  # of each thread
+        with contextlib.suppress(OSError), open(path) as file:
+            children += map(int, file.read().split())
     return children + [pid for child in children for pid in descendants(child)]
 
 
@@ -274,3 +277,48 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def picture(tmp_path):
     return shutil.copy(GOLDEN / "input.png", tmp_path / "in.png")
+
+
+class DaskCluster:
+    """A Dask scheduler and workers, started as its documentation says."""
+
+    def __init__(self, folder, **environment):
+        self.folder, self.workers = folder, []
+        self.environment = environment | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
+        file = folder / "scheduler.json"
+        words = ["--host=127.0.0.1", "--port=0", "--no-dashboard", f"--scheduler-file={file}"]
+        self.scheduler = self._start("scheduler", *words)
+        wait_for(lambda: file.exists() and file.read_text().endswith("}"))
+        self.address = json.loads(file.read_text())["address"]
+
+    def _start(self, *words, **environment):
+        number = len(STARTED)
+        with open(self.folder / f"{words[0]}{number}.log", "wb") as log:
+            running = subprocess.Popen(
+                [sys.executable, "-m", "dask", *words],
+                cwd=self.folder,
+                env=os.environ | self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        STARTED.append(running)
+        return running
+
+    def add_worker(self, threads=1, *words, **environment):
+        """Starts a worker; one machine's workers share a cache, as CNN_VIS_MODELS says."""
+        environment = {"CNN_VIS_MODELS": str(self.folder / "cache")} | environment
+        folder = f"--local-directory={self.folder}/worker{len(self.workers)}"
+        words = [self.address, f"--nthreads={threads}", "--no-dashboard", folder, *words]
+        self.workers.append(self._start("worker", *words, **environment))
+        return self.workers[-1]
+
+    def logs(self):
+        """All that the scheduler and workers have said."""
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
+
+
+@pytest.fixture
+def dask_cluster(tmp_path_factory):
+    return DaskCluster(tmp_path_factory.mktemp("dask"))

@@ -1,6 +1,10 @@
 """Engines: where tiles are computed must not show in the picture, nor that a process was killed."""
 
+import contextlib
+import dataclasses
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import (
     CHECKPOINT,
+    GOLDEN,
     ONE,
     QUICK,
     ROOT,
@@ -21,10 +26,146 @@ from conftest import (
     session,
     under_way,
     wait_for,
+    workers,
 )
 from PIL import Image
 
 import cnn_vis
+
+FILES = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+SPEC = cnn_vis.NetworkSpec(FILES, "inception_a/output", cnn_vis.AmplifyLayer())
+
+
+class Local:
+    """Makes engines of this machine."""
+
+    def engine(self, spec):
+        return cnn_vis.Workers(spec, 2)
+
+    def processes(self):
+        """The pids of what computes tiles."""
+        return workers(os.getpid())
+
+
+class OnDask:
+    """Makes engines of a cluster."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        for _ in range(2):
+            cluster.add_worker()
+        wait_for(lambda: cluster.logs().count("Registered to") == 2)
+
+    def engine(self, spec):
+        return cnn_vis.Cluster(spec, self.cluster.address)
+
+    def processes(self):
+        servers = [pid for nanny in self.cluster.workers for pid in workers(nanny.pid)]
+        return [pid for server in servers for pid in workers(server)]
+
+
+@pytest.fixture(params=["local", "cluster"])
+def kind(request):
+    """Every engine keeps the tests below that take this."""
+    if request.param == "local":
+        return Local()
+    return OnDask(request.getfixturevalue("dask_cluster"))
+
+
+def some_tiles(count):
+    return np.random.default_rng(1).normal(0, 50, (count, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of each of some_tiles: (gradient, loss)."""
+    network = cnn_vis.Network(SPEC)
+    found = []
+    for tile in some_tiles(40):
+        gradients, (loss,) = network.gradients(tile[np.newaxis])
+        found.append((gradients[0].copy(), loss))
+    return found
+
+
+def test_an_engine_gives_each_ticket_its_own_tile(kind, expected):
+    """Whatever the order in which they are asked for; losses where they are wanted."""
+    with kind.engine(SPEC) as engine:
+        engine.describe()
+        assert (engine.tile_size, engine.target_shape) == ((32, 32), (18, 16, 16))
+        assert engine.device
+        left = list(enumerate(zip(some_tiles(40), expected)))
+        while left:
+            sent = {}
+            while engine.has_room() and left:
+                number, (tile, result) = left.pop()
+                sent[engine.send([tile], number % 2 == 0)] = number, result
+            assert len(sent) >= min(4, len(sent) + len(left))  # what two processes need
+            for ticket in sorted(sent, key=str, reverse=len(left) % 2):
+                number, (gradient, loss) = sent[ticket]
+                while not engine.is_done(ticket):
+                    pass
+                ((its_gradient, its_loss),) = engine.receive(ticket)
+                assert its_gradient.dtype == np.float32
+                assert its_gradient.tobytes() == gradient.tobytes()
+                assert its_loss == (loss if number % 2 == 0 else None)
+
+
+def test_an_engine_makes_up_for_processes_that_are_killed(kind, expected):
+    with kind.engine(SPEC) as engine:
+        engine.describe()
+        for _ in range(2):
+            tickets = {}
+            for tile, result in zip(some_tiles(40), expected):
+                if engine.has_room():
+                    tickets[engine.send([tile])] = result
+            for pid in wait_for(kind.processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for ticket, (gradient, loss) in tickets.items():
+                ((its_gradient, its_loss),) = engine.receive(ticket)
+                assert its_gradient.tobytes() == gradient.tobytes()
+                assert its_loss == loss
+
+
+WRONG = {
+    "target_neuron 99": {"objective": cnn_vis.AmplifyNeuron(99)},
+    "layer nosuch": {"target": "nosuch"},
+    "layer data": {"target": "data"},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_an_engine_says_what_is_wrong_with_a_request(kind, said):
+    wrong = dataclasses.replace(SPEC, **WRONG[said])
+    with pytest.raises(cnn_vis.BadRequest, match=said), kind.engine(wrong) as engine:
+        engine.describe()
+
+
+def test_an_engine_tells_why_caffe_stopped(kind, tmp_path):
+    """In one message that names this machine's files."""
+    deploy = tmp_path / "deploy.prototxt"
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    deploy.write_text(text.replace("kernel_size: 3", "kernel_size: 0", 1))
+    spec = dataclasses.replace(SPEC, files=dataclasses.replace(FILES, deploy=str(deploy)))
+    with pytest.raises(cnn_vis.RunFailed) as raised, kind.engine(spec) as engine:
+        engine.describe()
+    assert "Caffe stopped: " in str(raised.value)
+    assert f"{deploy} and {FILES.weights}" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [None, cnn_vis.RunFailed, cnn_vis.Stopped])
+def test_an_engine_leaves_nothing_behind(kind, error):
+    """However it ends, with tiles under way."""
+    assert not kind.processes()
+    with contextlib.suppress(cnn_vis.RunFailed, cnn_vis.Stopped), kind.engine(SPEC) as engine:
+        engine.describe()
+        for tile in some_tiles(4):
+            engine.send([tile])
+        assert kind.processes()
+        if error:
+            raise error(2)
+    wait_for(lambda: not kind.processes())
 
 
 @pytest.mark.parametrize("options", [["--workers=1"], ["--workers=3", "--batch_size=2"]])

@@ -1,0 +1,166 @@
+"""--scheduler: runs on a Dask cluster of real processes. See also test_engines.py."""
+
+import os
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from conftest import (
+    CHECKPOINT,
+    GOLDEN,
+    ONE,
+    QUICK,
+    RUN,
+    assert_one_line,
+    assert_same_run,
+    psnr,
+    run_cli,
+    start,
+    under_way,
+    wait_for,
+)
+
+LONG = [*RUN, "--num_steps=100000", "--checkpoint_iter=1", "--iter_behavior=none"]
+
+
+def end_hard(process):
+    """Kills all processes of a session at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_cluster_gives_this_machines_pixels(dask_cluster, picture, tmp_path):
+    """Each machine gets the network's files once, by content."""
+    for _ in range(2):
+        dask_cluster.add_worker(threads=2)
+    common = [*QUICK, f"--image={picture}", "--initial_size=100x130", "--iter_behavior=none"]
+    assert run_cli(*common, "--output=a.png", cwd=tmp_path).returncode == 0
+    cluster = f"--scheduler={dask_cluster.address}"
+    done = run_cli(*common, cluster, "--workers=3", "--output=b.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--workers has no effect with --scheduler" in done.stderr
+    assert dask_cluster.address in done.stderr
+    assert psnr(tmp_path / "a.png", tmp_path / "b.png") == np.inf
+    kept = sorted(path.read_bytes() for path in (dask_cluster.folder / "cache/cluster").iterdir())
+    files = [GOLDEN / "deploy.prototxt", GOLDEN / "tiny_inception.caffemodel"]
+    assert kept == sorted(path.read_bytes() for path in files)
+    assert dask_cluster.logs().count("'keep_part'") == 2
+    assert not [line for line in dask_cluster.logs().splitlines() if "ERROR" in line]
+
+
+def test_workers_come_and_go(dask_cluster, whole, tmp_path):
+    """Killed amid the run, with others in their place: the same run."""
+    first, second = dask_cluster.add_worker(), dask_cluster.add_worker()
+    cluster = f"--scheduler={dask_cluster.address}"
+    running = under_way(*RUN, "--checkpoint_iter=1", cluster, cwd=tmp_path)
+    end_hard(first)
+    dask_cluster.add_worker(threads=2)
+    time.sleep(2)
+    end_hard(second)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 0, said
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_without_workers_a_run_waits(dask_cluster, whole, tmp_path):
+    """From here to the cluster and back, with a stop while all workers are gone."""
+    running = under_way(*RUN, "--checkpoint_iter=1", cwd=tmp_path)
+    running.send_signal(signal.SIGINT)
+    assert running.wait() == 128 + signal.SIGINT
+
+    cluster = ["--resume", CHECKPOINT, f"--scheduler={dask_cluster.address}"]
+    running = start(*cluster, cwd=tmp_path)
+    assert "has no workers yet; waiting" in running.stderr.readline()
+    worker = dask_cluster.add_worker()
+    while dask_cluster.address not in running.stderr.readline():
+        pass
+    time.sleep(0.5)
+    end_hard(worker)
+    while f"all workers of {dask_cluster.address} are gone" not in running.stderr.readline():
+        pass
+    running.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    said = running.communicate(timeout=20)[1]
+    assert time.monotonic() - begun < 5
+    assert running.returncode == 128 + signal.SIGINT, said
+    assert f"--resume {CHECKPOINT}" in said
+
+    done = run_cli("--resume", CHECKPOINT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert dask_cluster.address not in done.stderr
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_scheduler_that_is_killed_loses_nothing(dask_cluster, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "3s")  # until it gives up
+    dask_cluster.add_worker()
+    cluster = f"--scheduler={dask_cluster.address}"
+    running = under_way(*RUN, "--checkpoint_iter=1", cluster, "--quiet", cwd=tmp_path)
+    end_hard(dask_cluster.scheduler)
+    said = running.communicate(timeout=100)[1]
+    assert running.returncode == 1
+    (line,) = said.splitlines()
+    assert f"the scheduler {dask_cluster.address} is gone" in line
+    assert f"--resume {CHECKPOINT}" in line
+    assert run_cli("--resume", CHECKPOINT, cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path, whole[0])
+
+
+@pytest.fixture
+def silent_port():
+    """The address of something that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://1:2", "127.0.0.1", "silent"])
+def test_without_a_scheduler_there_is_one_line(address, silent_port, tmp_path):
+    address = silent_port if address == "silent" else address
+    done = run_cli(*ONE, "--scheduler", address, cwd=tmp_path)
+    assert_one_line(done, 2, f"--scheduler {address}", "dask scheduler")
+    assert not os.listdir(tmp_path)
+
+
+def test_without_dask_there_is_one_line(tmp_path):
+    (tmp_path / "distributed.py").write_text("import nosuch_package")
+    done = run_cli(*ONE, "--scheduler=tcp://h:1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert_one_line(done, 2, "lacks nosuch_package", "requirements-cluster.txt")
+
+
+def test_a_worker_without_caffe_is_not_used(dask_cluster, tmp_path):
+    """Alone it is an error; beside another, a notice."""
+    broken = tmp_path / "broken"
+    shutil.copytree(GOLDEN, broken / "caffe")
+    (broken / "caffe" / "__init__.py").write_text("1 / 0")
+    dask_cluster.add_worker(PYTHONPATH=str(broken))
+    cluster = f"--scheduler={dask_cluster.address}"
+    done = run_cli(*ONE, cluster, cwd=tmp_path)
+    assert_one_line(done, 2, "tcp://", "Caffe cannot be imported", "division by zero")
+    dask_cluster.add_worker()
+    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    done = run_cli(*[word for word in ONE if word != "--quiet"], cluster, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Caffe cannot be imported" in done.stderr
+    assert "; it is not used" in done.stderr
+    assert "1 worker, 1 thread" in done.stderr
+
+
+def test_a_worker_with_other_pixels_is_told_of(dask_cluster, tmp_path):
+    """Here one that is made to use other matrix products."""
+    for core in ("Haswell", "Prescott"):
+        dask_cluster.add_worker(OPENBLAS_CORETYPE=core)
+    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    words = [word for word in ONE if word != "--quiet"]
+    done = run_cli(*words, f"--scheduler={dask_cluster.address}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("computes slightly other pixels") == 1
+    assert "pycaffe 1.0" in done.stderr
+
+
+def test_a_bad_request_is_one_line(dask_cluster, tmp_path):
+    dask_cluster.add_worker()
+    words = [*ONE, "--layer=inception_b/outpt", f"--scheduler={dask_cluster.address}"]
+    assert_one_line(run_cli(*words, cwd=tmp_path), 2, "--layer inception_b/outpt", "did you mean")
