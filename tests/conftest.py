@@ -282,20 +282,20 @@ def picture(tmp_path):
 class DaskCluster:
     """A Dask scheduler and workers, started as its documentation says."""
 
-    def __init__(self, folder, **environment):
+    def __init__(self, folder, host="127.0.0.1", **environment):
         self.folder, self.workers = folder, []
         self.environment = environment | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
         file = folder / "scheduler.json"
-        words = ["--host=127.0.0.1", "--port=0", "--no-dashboard", f"--scheduler-file={file}"]
+        words = [f"--host={host}", "--port=0", "--no-dashboard", f"--scheduler-file={file}"]
         self.scheduler = self._start("scheduler", *words)
         wait_for(lambda: file.exists() and file.read_text().endswith("}"))
         self.address = json.loads(file.read_text())["address"]
 
-    def _start(self, *words, **environment):
+    def _start(self, *words, within=(), **environment):
         number = len(STARTED)
         with open(self.folder / f"{words[0]}{number}.log", "wb") as log:
             running = subprocess.Popen(
-                [sys.executable, "-m", "dask", *words],
+                [*within, sys.executable, "-m", "dask", *words],
                 cwd=self.folder,
                 env=os.environ | self.environment | environment,
                 stdin=subprocess.DEVNULL,
@@ -307,7 +307,8 @@ class DaskCluster:
         return running
 
     def add_worker(self, threads=1, *words, **environment):
-        """Starts a worker; one machine's workers share a cache, as CNN_VIS_MODELS says."""
+        """Starts a worker, `within` a command if one is given; one machine's workers share a cache,
+        as CNN_VIS_MODELS says."""
         environment = {"CNN_VIS_MODELS": str(self.folder / "cache")} | environment
         folder = f"--local-directory={self.folder}/worker{len(self.workers)}"
         words = [self.address, f"--nthreads={threads}", "--no-dashboard", folder, *words]

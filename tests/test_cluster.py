@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import (
     ONE,
     QUICK,
     RUN,
+    DaskCluster,
     assert_one_line,
     assert_same_run,
     psnr,
@@ -164,3 +166,66 @@ def test_a_bad_request_is_one_line(dask_cluster, tmp_path):
     dask_cluster.add_worker()
     words = [*ONE, "--layer=inception_b/outpt", f"--scheduler={dask_cluster.address}"]
     assert_one_line(run_cli(*words, cwd=tmp_path), 2, "--layer inception_b/outpt", "did you mean")
+
+
+@pytest.fixture
+def namespaces():
+    """Two network namespaces, behind a bridge that has the address 10.203.7.1."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces take root, and iproute2's ip")
+
+    def ip(words):
+        subprocess.run(["ip", *words.split()], check=True)
+
+    ip("link add cnnvis type bridge")
+    ip("addr add 10.203.7.1/24 dev cnnvis")
+    ip("link set cnnvis up")
+    names = ["cnnvis1", "cnnvis2"]
+    for number, name in enumerate(names, 2):
+        ip(f"netns add {name}")
+        ip(f"link add {name} type veth peer name eth0 netns {name}")
+        ip(f"link set {name} master cnnvis up")
+        ip(f"-n {name} addr add 10.203.7.{number}/24 dev eth0")
+        ip(f"-n {name} link set eth0 up")
+        ip(f"-n {name} link set lo up")
+    yield names
+    for name in names:
+        ip(f"netns del {name}")
+    ip("link del cnnvis")
+
+
+def test_a_machine_that_is_cut_off_does_not_matter(namespaces, whole, tmp_path):
+    """Its cable is pulled amid the run: its tiles are computed elsewhere."""
+    cluster = DaskCluster(tmp_path, "10.203.7.1")
+    for number, name in enumerate(namespaces):
+        where = {"CNN_VIS_MODELS": str(tmp_path / name)}  # no shared disk
+        cluster.add_worker(2, within=["ip", "netns", "exec", name], **where)
+        wait_for(lambda count=number + 1: cluster.logs().count("Registered to") == count)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    scheduler = f"--scheduler={cluster.address}"
+    running = under_way(*RUN, "--checkpoint_iter=1", scheduler, cwd=folder)
+    assert all(len(os.listdir(tmp_path / name / "cluster")) == 2 for name in namespaces)
+    subprocess.run(["ip", "link", "set", namespaces[1], "down"], check=True)
+    said = running.communicate(timeout=90)[1]
+    assert running.returncode == 0, said
+    assert_same_run(folder, whole[0])
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes certificates with openssl")
+def test_encryption_is_dasks_configuration(tmp_path, monkeypatch):
+    words = "req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=cnn"
+    subprocess.run(["openssl", *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    tls = "DASK_DISTRIBUTED__COMM__TLS"
+    configuration = {"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True"}
+    configuration[f"{tls}__CA_FILE"] = str(tmp_path / "cert.pem")
+    for who in ("SCHEDULER", "WORKER", "CLIENT"):
+        configuration[f"{tls}__{who}__CERT"] = str(tmp_path / "cert.pem")
+        configuration[f"{tls}__{who}__KEY"] = str(tmp_path / "key.pem")
+    (tmp_path / "dask").mkdir()
+    cluster = DaskCluster(tmp_path / "dask", "tls://127.0.0.1", **configuration)
+    cluster.add_worker()
+    assert cluster.address.startswith("tls://")
+    words = [*ONE, f"--scheduler={cluster.address}"]
+    assert run_cli(*words, cwd=tmp_path, **configuration).returncode == 0
+    assert_one_line(run_cli(*words, cwd=tmp_path), 2, "no scheduler answers", "TLS")
