@@ -434,21 +434,33 @@ def to_uint8(image, mean, rescale=False):
     stretched to the full range instead of clipped."""
     picture = np.empty((*image.shape[2:], 3), np.uint8)
     low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
-    for channel, plane in enumerate(image[0, ::-1]):  # one at a time, to save memory
-        plane = GAIN * plane
-        plane += mean
+    for rows in strips(image.shape[2]):
+        strip = GAIN * image[0, ::-1, rows]
+        strip += mean
         if rescale:
-            plane -= low
-            plane *= 255
-            plane /= (high - low) or 1
-        picture[:, :, channel] = np.clip(plane, 0, 255, out=plane)
+            strip -= low
+            strip *= 255
+            strip /= (high - low) or 1
+        picture[rows] = np.clip(strip, 0, 255, out=strip).transpose(1, 2, 0)
     return picture
 
 
-def from_uint8(picture, mean):
-    """The image (1, 3, H, W) of a picture. No gain, so this is not the inverse of to_uint8."""
-    image = picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis]
-    image = np.array(image, dtype=np.float64, order="C")
+def strips(height, rows=64):
+    """Slices of so many rows, from the top to the bottom: what is computed strip by strip takes no
+    memory to speak of."""
+    return [slice(y, y + rows) for y in range(0, height, rows)]
+
+
+def planes(picture):
+    """The picture as an image's planes: uint8 (1, 3, H, W), blue first."""
+    return np.ascontiguousarray(picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis])
+
+
+def from_uint8(picture, mean, out=None):
+    """The image (1, 3, H, W) of a picture, written to `out` if it is given. No gain, so this is not
+    the inverse of to_uint8."""
+    image = np.empty((1, 3, *picture.shape[:2])) if out is None else out
+    image[0] = picture[:, :, ::-1].transpose(2, 0, 1)
     image -= mean
     return image
 
@@ -461,13 +473,31 @@ def resize(picture, size, bilinear=False):
     return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), method))
 
 
-def noise(size, scale, blur, mean, seed=None):
-    """An image of noise to start from. The blur is the original's: on 8-bit pixels, and across
+def noise(image, scale, blur, mean, seed=None):
+    """Makes `image` noise to start from. The blur is the original's: on 8-bit pixels, and across
     channels too."""
     from scipy.ndimage import gaussian_filter
 
-    image = scale * np.random.RandomState(seed).randn(1, 3, *size)
-    return from_uint8(gaussian_filter(to_uint8(image, mean), sigma=blur), mean)
+    random = np.random.RandomState(seed)
+    for plane in image[0]:
+        for rows in strips(len(plane)):
+            plane[rows] = scale * random.randn(*plane[rows].shape)
+    from_uint8(gaussian_filter(to_uint8(image, mean), sigma=blur), mean, image)
+
+
+def zeros(shape, folder=None, dtype=np.float64):
+    """An array of zeros, in memory or in a file in `folder` that has no name, so that it goes with
+    the process however that ends. Raises RunFailed if the file does not fit there."""
+    if folder is None:
+        return np.zeros(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process
+            memory = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise RunFailed(f"--scratch {folder}: {error.strerror}") from None
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 # ---- Sizes and tiles --------------------------------------------------------------------------
@@ -475,7 +505,8 @@ def noise(size, scale, blur, mean, seed=None):
 
 MAX_SIDE = 1_000_000
 LEAST_SIDE = 16  # of a tile; a smaller input is no picture, or is to be set at run time
-BYTES_A_PIXEL = 130  # of a run: images, caches of overlapping tiles, and what enlarging takes
+BYTES_A_PIXEL = 24  # of an image, and of a tile's cache
+BYTES_BESIDES = 24  # a pixel of 8-bit pictures: start, and what enlarging and writing take
 
 
 def parse_size(text, base):
@@ -549,9 +580,9 @@ def overlap(a, b):
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
-def plan_sizes(settings, base, tile_size):
+def plan_sizes(settings, base, tile_size, scratch=None):
     """The sizes of a run, a list; `base` is the size that factors refer to. Raises BadRequest if
-    one is below the network's input or too large for the memory."""
+    one is below the network's input, or too large for the memory or the folder `scratch`."""
 
     def refuse(name, problem):
         return refusal(name, getattr(settings, name) or "unset", problem)
@@ -571,12 +602,25 @@ def plan_sizes(settings, base, tile_size):
             least = f"{tile_size[0]}x{tile_size[1]}; use x{factor:g} or more"
             raise refuse(name, f"{size[0]}x{size[1]} is smaller than the network's input, {least}")
     largest = max(sizes, key=math.prod)
-    needed, free = BYTES_A_PIXEL * math.prod(largest), free_memory()
-    if needed > free:
-        name = "final_size" if len(sizes) > 1 and largest == sizes[-1] else "initial_size"
-        amounts = f"{needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB is free"
-        raise refuse(name, f"{largest[0]}x{largest[1]} needs {amounts}; use a smaller size")
+    arrays, besides = memory_needed(largest, tile_size)
+    needs = [(arrays + besides, free_memory(), "memory", "use --scratch, or a smaller size")]
+    if scratch:
+        where, free = f"disk space in --scratch {scratch}", shutil.disk_usage(scratch).free
+        needs = [(besides, free_memory(), "memory", "use a smaller size")]
+        needs += [(arrays, free, where, "use another folder, or a smaller size")]
+    for needed, free, what, remedy in needs:
+        if needed > free:
+            name = "final_size" if len(sizes) > 1 and largest == sizes[-1] else "initial_size"
+            amounts = f"{needed / 1e9:.1f} GB of {what}, but only {free / 1e9:.1f} GB is free"
+            raise refuse(name, f"{largest[0]}x{largest[1]} needs {amounts}; {remedy}")
     return sizes
+
+
+def memory_needed(size, tile_size):
+    """Bytes that a run takes at a size: (image and caches, which --scratch keeps in files; all
+    else)."""
+    tiles = len(all_tiles(size, tile_size)) * math.prod(tile_size)
+    return BYTES_A_PIXEL * (math.prod(size) + tiles), BYTES_BESIDES * math.prod(size)
 
 
 # ---- Objective, regularizers, step ------------------------------------------------------------
@@ -972,15 +1016,17 @@ class Dream:
     """One run: the image as it stands and all that the next step depends on.
 
     `settings` are the Settings, `picture` is the start picture or None for noise, `mean` is the
-    number subtracted from its pixels, and `engine` is an Engine that has described its network.
+    number subtracted from its pixels, `engine` is an Engine that has described its network, and
+    `scratch` is a folder for arrays that do not fit in memory, or None.
     `size` counts from 1, `step` is the number of steps done at this size, `tile` that of tiles done
     of the next step. Raises BadRequest for impossible sizes.
     """
 
-    def __init__(self, settings, picture, mean, engine):
+    def __init__(self, settings, picture, mean, engine, scratch=None):
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
+        self.scratch = scratch
         base = engine.tile_size if picture is None else picture.shape[:2]
-        self.sizes = plan_sizes(settings, base, engine.tile_size)
+        self.sizes = plan_sizes(settings, base, engine.tile_size, scratch)
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
         self.image, self.before, self.gauge, self.is_silent = None, {}, None, False
@@ -1009,22 +1055,25 @@ class Dream:
         self.cache_index = {region: i for i, region in enumerate(all_tiles(size, tile_size))}
         self.start = None
         if self.picture is not None:
-            self.start = from_uint8(resize(self.picture, size, bilinear=True), self.mean)
+            self.start = planes(resize(self.picture, size, bilinear=True))  # tiles lose the mean
         has_own_rates = self.settings.use_pixel_learning_rates
         self.counts = tile_counts(size, tile_size) if has_own_rates else None
 
     def begin_size(self):
         """Brings the image to the size that was laid out; caches and schedules start over."""
-        s, size = self.settings, self.sizes[self.size - 1]
+        s, size, picture = self.settings, self.sizes[self.size - 1], None
         if self.image is not None:
             picture = resize(to_uint8(self.image, self.mean), size)
-            self.image = from_uint8(picture, self.mean)
         elif self.start is not None:
-            self.image = self.start.copy()
+            picture = self.start[0, ::-1].transpose(1, 2, 0)
+        self.image = self.caches = None  # makes room
+        image = zeros((1, 3, *size), self.scratch)
+        if picture is None:
+            noise(image, s.initialization_scale, s.initialization_blur, self.mean, s.seed)
         else:
-            scale, blur = s.initialization_scale, s.initialization_blur
-            self.image = noise(size, scale, blur, self.mean, s.seed)
-        self.caches = np.zeros((len(self.cache_index), 3, *self.engine.tile_size))
+            from_uint8(picture, self.mean, image)
+        self.caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
+        self.image = image
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
     def _steps(self, steps, wants_stats, is_stopping):
@@ -1059,28 +1108,34 @@ class Dream:
 
     def _step_tile(self, steps, region, descent, loss, terms):
         """Has the step of a tile taken, and measured if that is wanted."""
+        self.is_silent = self.is_silent and not descent.any()
+        if self.gauge is None:
+            steps.take(region, self._take_step, region, descent, terms)
+        else:
+            steps.wait()
+            x, start = cut_tile(self.image, region), self._start_of(region, terms)
+            self.gauge.add_tile(loss, x, start, descent, terms)
+            self.gauge.add(step_size=self._take_step(region, descent, terms))
+
+    def _start_of(self, region, terms):
+        """The region of the start image, float64 (3, H, W), or None if there is none or no term
+        asks for it."""
+        if self.start is None or "p" not in terms:
+            return None
+        start = cut_tile(self.start, region).astype(np.float64)
+        start -= self.mean
+        return start
+
+    def _take_step(self, region, descent, terms):
+        """Takes the step of a tile; returns its mean absolute value. Raises RunFailed,
+        NotFinite."""
         y0, y1, x0, x1 = region
-        x, start = (
-            image if image is None else cut_tile(image, region)
-            for image in (self.image, self.start)
-        )
+        x, start = cut_tile(self.image, region), self._start_of(region, terms)
         cache = self.caches[self.cache_index[region]]
         counts = None if self.counts is None else self.counts[y0:y1, x0:x1]
         rates = (self.settings.decay_rate, self.learning_rate)
-        arguments = (x, start, descent, cache, counts, terms, *rates)
-        self.is_silent = self.is_silent and not descent.any()
-        if self.gauge is None:
-            steps.take(region, self._take_step, *arguments)
-        else:
-            steps.wait()
-            self.gauge.add_tile(loss, x, start, descent, terms)
-            self.gauge.add(step_size=self._take_step(*arguments))
-
-    def _take_step(self, x, start, descent, *arguments):
-        """Takes the step of a tile; returns its mean absolute value. Raises RunFailed,
-        NotFinite."""
         with np.errstate(all="ignore"):  # overflow is reported in our own words
-            step_size = self.step_tile(x, start, descent, *arguments)
+            step_size = self.step_tile(x, start, descent, cache, counts, terms, *rates)
         if (
             step_size is None
             and (self.size, self.step) == (1, 0)
@@ -1213,8 +1268,16 @@ class Gauge:
         return {name: self._sums[name] / self._sums["tiles"] for name in STATS} | {
             "step_to_value": self._sums["step_size"] / (self._sums["value"] or 1),
             "image_mean": float(image.mean()),
-            "image_std": float(image.std()),
+            "image_std": deviation(image),
         }
+
+
+def deviation(image):
+    """The standard deviation of an image's values."""
+    mean, squares = image.mean(), 0.0
+    for rows in strips(image.shape[2]):
+        squares += float(np.square(image[:, :, rows] - mean).sum())
+    return math.sqrt(squares / image.size)
 
 
 def mean_size(array):
@@ -1338,6 +1401,15 @@ def file_name(text):
 def output_name(text):
     """A type for argparse: a file to write, by that very name if its folder exists."""
     return expanded(text, os.path.isdir(os.path.dirname(given(text)) or "."))
+
+
+def scratch_folder(text):
+    """A type for argparse: a folder that files can be made in."""
+    path = os.path.abspath(expanded(text, os.path.isdir(given(text))))
+    if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        kind = "cannot be written to" if os.path.isdir(path) else "is not a folder"
+        raise argparse.ArgumentTypeError(f"{path} {kind}; name one on a disk with room")
+    return path
 
 
 def gpu_numbers(text):
@@ -1490,6 +1562,9 @@ def size_options(add):
         help="number of sizes; 1: only the first")
     add("--resize_type", choices=("geometric", "linear"), default="geometric",
         idle=when("num_sizes", 1), help="how the sizes between are spaced")
+    add("--scratch", metavar="FOLDER", type=scratch_folder, free=True, text=None,
+        help="where to keep, in unnamed files, what a large picture takes most memory for "
+        "(default: in memory)")
 
 
 def step_options(add):
@@ -3084,10 +3159,8 @@ def compiled_step_tile():
         function = ctypes.CDLL(path).cnn_vis_step_tile
     except OSError:  # built for another machine, perhaps
         return None
-    function.argtypes, function.restype = (
-        [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7,
-        ctypes.c_double,
-    )
+    function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
+    function.restype = ctypes.c_double
 
     def compiled(x, start, descent, cache, counts, terms, decay, learning_rate):
         p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
@@ -3097,6 +3170,7 @@ def compiled_step_tile():
         numbers = np.array([*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate], float)
         places = np.array([difference.index(1), difference.index(-1), len(difference)], np.int64)
         descent = np.ascontiguousarray(descent, np.float32)
+        start = None if start is None else np.ascontiguousarray(start)
         arrays = (x, start, descent, cache, counts, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])
@@ -3842,8 +3916,9 @@ class Checkpoint:
             np.savez(file, header=text, **self.arrays)
 
     @classmethod
-    def read(cls, path):
-        """The Checkpoint in `path`; all is of the kinds that it should be. Raises BadRequest.
+    def read(cls, path, scratch=None):
+        """The Checkpoint in `path`, with its arrays in the folder `scratch` if there is one; all is
+        of the kinds that it should be. Raises BadRequest, RunFailed.
 
         Every array's bytes are read, and so checked against their CRC, before anything in them is
         believed. No pickles.
@@ -3853,10 +3928,8 @@ class Checkpoint:
                 if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
                     raise ValueError("it claims to hold more than it does")
                 arrays = {
-                    os.path.splitext(name)[0]: np.load(
-                        io.BytesIO(file.read(name)), allow_pickle=False
-                    )
-                    for name in file.namelist()
+                    os.path.splitext(entry.filename)[0]: read_array(file, entry, scratch)
+                    for entry in file.infolist()
                 }
             header = json.loads(arrays.pop("header").tobytes())
             if "command" in header:
@@ -3867,6 +3940,8 @@ class Checkpoint:
             check_record(header["record"])
             cls._check_arrays(arrays)
             return cls(**header, arrays=arrays)
+        except RunFailed:
+            raise
         except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
             raise unusable(path, f"not a readable checkpoint ({one_line(error)})") from None
 
@@ -3880,6 +3955,27 @@ class Checkpoint:
             fits = array.dtype == dtype and array.ndim == len(shape)
             if not fits or any(n not in (None, side) for n, side in zip(shape, array.shape)):
                 raise ValueError(f"its {name} is of another kind")
+
+
+def read_array(file, entry, scratch=None):
+    """An array of NumPy's .npy format in the open ZipFile; in the folder `scratch` if it is large.
+    Raises ValueError if it is of another size than it says, and as zipfile and NumPy do."""
+    with file.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
+        shape, is_fortran, dtype = getattr(np.lib.format, header)(stream)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError("it holds a pickle")
+        if is_fortran or size != entry.file_size - stream.tell():
+            raise ValueError(f"its {entry.filename} is not as long as it says")
+        array = zeros(shape, scratch if size > 1 << 20 else None, dtype)
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        while count := stream.readinto(left[: 1 << 24]):
+            left = left[count:]
+        if stream.read(1) or left:  # at its end zipfile has checked the sum
+            raise ValueError(f"its {entry.filename} is not as long as it says")
+    return array
 
 
 def unusable(path, problem):
@@ -4412,10 +4508,10 @@ def saved_options(path, checkpoint):
     return saved
 
 
-def resume(path, argv):
+def resume(path, argv, scratch=None):
     """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with what `argv`
     changes. Raises BadRequest."""
-    checkpoint = Checkpoint.read(existing_file("resume", path))
+    checkpoint = Checkpoint.read(existing_file("resume", path), scratch)
     saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
     for action in PARSER.options:
@@ -4498,7 +4594,7 @@ def make_picture(options, signals, checkpoint=None):
         if checkpoint is not None:
             check_same_network(options.resume, checkpoint.record, network)
         engine.describe()
-        dream = Dream(settings, picture, network.mean, engine)
+        dream = Dream(settings, picture, network.mean, engine, options.scratch)
         record = make_record(options, settings, network, dream.sizes)
         kept = {}
         if checkpoint is not None:
@@ -4678,7 +4774,7 @@ def dream(image=None, **options):
         engine.describe()
         for line in [*without_effect(parsed), *remarks, *engine.notices]:
             log.info(line)
-        yield from Dream(settings, image, network.mean, engine).run()
+        yield from Dream(settings, image, network.mean, engine, parsed.scratch).run()
 
 
 # ---- Commands ---------------------------------------------------------------------------------
@@ -4824,7 +4920,7 @@ def command_line(argv, signals):
             return command(options)
     checkpoint = None
     if options.resume:
-        options, checkpoint = resume(options.resume, argv)
+        options, checkpoint = resume(options.resume, argv, options.scratch)
     return make_picture(options, signals, checkpoint)
 
 

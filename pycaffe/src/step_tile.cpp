@@ -171,8 +171,8 @@ double sum_of_sizes(const double* x, int64_t n) {
 
 }  // namespace
 
-// x, start (or null) and counts (or null, one channel) are parts of pictures, `row` and `plane` doubles from one row and
-// one channel to the next; descent and cache are (3, height, width) without gaps. `numbers` are weight, p and scale of
+// x and counts (or null, one channel) are parts of pictures, `row` and `plane` doubles from one row and one channel to the
+// next; start (or null), descent and cache are (3, height, width) without gaps. `numbers` are weight, p and scale of
 // two p-norms, of x - start and of x; weight, beta and scale of total variation; decay and learning rate. `places` tell
 // its operator. A term without weight is left out. Returns the mean size of the step; or -1 if it overflows: the channel
 // in which it does, and those after it, are left as they were.
@@ -191,14 +191,14 @@ extern "C" double cnn_vis_step_tile(int64_t h, int64_t w, int64_t row, int64_t p
   for (int channel = 0; channel < 3; channel++) {
     double* image = images + channel * plane;
     double* cache = caches + channel * h * w;
-    const double* start = starts ? starts + channel * plane : nullptr;
+    const double* start = starts ? starts + channel * h * w : nullptr;
     const float* descent = descents + channel * h * w;
     double cached = 0;
     for (int64_t y = 0; y < h; y++) {
       double *g = step.data() + y * w, *c = cache + y * w;
       const double* pixels = image + y * row;
       for (int64_t i = 0; i < w; i++) g[i] = descent[y * w + i];
-      if (p.weight) add_p_norm(p, pixels, start ? start + y * row : zeros.data(), w, g, scratch.data());
+      if (p.weight) add_p_norm(p, pixels, start ? start + y * w : zeros.data(), w, g, scratch.data());
       if (aux.weight) add_p_norm(aux, pixels, zeros.data(), w, g, scratch.data());
       if (variation.weight) {
         const double* tv = variation_rows.next(y, pixels, row);

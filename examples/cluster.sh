@@ -1,0 +1,55 @@
+#!/bin/bash
+#SBATCH --job-name=cnn-vis
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=01:00:00
+#SBATCH --output=%x-%j.log
+# One picture on several machines: starts a Dask scheduler here and a worker on each machine, makes the picture with them, and
+# ends them.
+# Usage over ssh:     MACHINES=host1,host2 cluster.sh OPTIONS OF cnn_vis.py        (":" is this machine)
+# Usage under Slurm:  sbatch --nodes=4 examples/cluster.sh OPTIONS OF cnn_vis.py   (in the folder of cnn_vis.py, or with
+#                     CNN_VIS_ROOT set to it)
+# The machines need this program at the same path, set up with requirements-cluster.txt too, but share no disk. They must reach
+# this one at PORT (default 8786), and this one them. Dask's settings, such as those for TLS, are its own: DASK_... variables.
+set -eu
+CNN_VIS_ROOT=${CNN_VIS_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}} # Slurm runs a copy of this file, which lies elsewhere
+# shellcheck source=common.sh
+. "$CNN_VIS_ROOT/examples/common.sh"
+[ $# -gt 0 ] || usage 'OPTIONS OF cnn_vis.py'
+
+folder=$(mktemp -d)
+end() {
+    [ -z "${scheduler:-}" ] || kill "$scheduler" 2> /dev/null || true # it tells the workers to end
+    wait
+    rm -r "$folder"
+}
+trap end EXIT
+trap 'exit 130' INT
+trap 'kill -TERM "${run:-}" 2> /dev/null' TERM # a picture that is stopped can be continued
+
+"$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
+    > "$folder/scheduler.log" 2>&1 &
+scheduler=$!
+until [ -s "$folder/scheduler.json" ]; do
+    kill -0 "$scheduler" 2> /dev/null || { tail -n 1 "$folder/scheduler.log" >&2 && exit 1; }
+    sleep 0.1
+done
+address=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["address"])' "$folder/scheduler.json")
+
+worker=("$python" -m dask worker "$address" --no-dashboard --death-timeout 60)
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    srun "${worker[@]}" --local-directory "${TMPDIR:-/tmp}" > "$folder/workers.log" 2>&1 &
+else
+    IFS=, read -ra machines <<< "${MACHINES:-:}"
+    for machine in "${machines[@]}"; do
+        there=()
+        [ "$machine" = : ] || there=(ssh -n -o BatchMode=yes "$machine")
+        "${there[@]}" "${worker[@]}" --local-directory /tmp > "$folder/$machine.log" 2>&1 ||
+            tail -n 1 "$folder/$machine.log" | sed "s/^/$machine: /" >&2 &
+    done
+fi
+
+"$python" "$cnn_vis" --scheduler "$address" "$@" &
+run=$!
+wait "$run" || wait "$run" # the first one ends with a signal, the second when all is saved
