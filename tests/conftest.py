@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,6 +219,12 @@ def wait_for(condition, seconds=20):
             return value
         time.sleep(0.01)
     raise AssertionError("waited in vain")
+
+
+def free_port():
+    """A port that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def shared_memory(pid):

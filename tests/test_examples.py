@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 
 EXAMPLES = ROOT / "examples"
@@ -106,6 +106,7 @@ def test_scripts_can_be_run():
         ("video.sh", []),
         ("video.sh", ["in.mp4", "--gpu=-1"]),
         ("parallel.sh", ["a", "b"]),
+        ("cluster.sh", []),
     ],
 )
 def test_what_is_missing_is_told_in_one_line(script, arguments, tmp_path):
@@ -565,6 +566,39 @@ def test_parallel(cat):
     before = [path.stat().st_mtime_ns for path in pictures]
     run("parallel.sh", *arguments, cwd=cat.parent)
     assert [path.stat().st_mtime_ns for path in pictures] == before
+
+
+@pytest.mark.parametrize("way", ["ssh", "slurm"])
+def test_cluster(way, cat):
+    """One picture on two machines, with stand-ins for ssh and srun that run things here."""
+    programs = cat.parent / "bin"
+    programs.mkdir()
+    reactions = {"ssh": 'echo "$4" >> machines; shift 4; exec "$@"', "srun": 'exec "$@"'}
+    for name, reaction in reactions.items():
+        (programs / name).write_text(f"#!/bin/sh\n{reaction}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "PORT": str(free_port())}
+    environment["CNN_VIS_MODELS"] = str(cat.parent / "cache")
+    script = "cluster.sh"
+    if way == "ssh":
+        environment["MACHINES"] = "alpha,beta"
+    else:
+        script = shutil.copy(EXAMPLES / script, cat.parent / "slurm_script")
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    said = run(script, *FAST, f"--image={cat.name}", cwd=cat.parent, **environment)
+    assert "out.png: done" in said
+    if way == "ssh":
+        assert sorted((cat.parent / "machines").read_text().split()) == ["alpha", "beta"]
+    assert Image.open(cat.parent / "out.png").size == (300, 226)
+
+
+def test_cluster_tells_what_does_not_answer(cat):
+    """A machine without ssh is told of; one that is there does the work."""
+    environment = {"MACHINES": "nosuch.invalid,:", "PORT": str(free_port())}
+    environment["CNN_VIS_MODELS"] = str(cat.parent / "cache")
+    said = run("cluster.sh", *FAST, f"--image={cat.name}", cwd=cat.parent, **environment)
+    assert "nosuch.invalid: " in said
+    assert "out.png: done" in said
 
 
 def test_slurm(cat):

@@ -4,12 +4,13 @@ comes along."""
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, run_cli, run_script
+from conftest import ROOT, free_port, run_cli, run_script, wait_for
 from PIL import Image
 from test_prototxts import KNOWN, random_weights
 
@@ -27,8 +28,11 @@ REPRODUCE = "python cnn_vis.py --reproduce out.png"
 PROGRAM = [
     line
     for line in COMMANDS
-    if line.startswith("python cnn_vis.py") and line not in (DOWNLOAD, GO_ON, REPRODUCE)
+    if line.startswith("python cnn_vis.py")
+    and line not in (DOWNLOAD, GO_ON, REPRODUCE)
+    and "--scheduler" not in line
 ]
+CLUSTER = [line for line in COMMANDS if "dask" in line or "cluster" in line or "8786" in line]
 SCRIPTS = [line for line in COMMANDS if line.startswith("examples/")]
 SMALL = [
     "--model=googlenet_mini",
@@ -42,7 +46,8 @@ def test_the_set_up_commands_are_two():
     """What is not a run of the program is set-up: the two commands, one of which runs these very
     tests, the environment, and the download, which test_models.py runs against a server of its
     own."""
-    others = [line for line in COMMANDS if line not in PROGRAM + SCRIPTS + [GO_ON, REPRODUCE]]
+    known = PROGRAM + SCRIPTS + CLUSTER + [GO_ON, REPRODUCE]
+    others = [line for line in COMMANDS if line not in known]
     assert others == ["make example", "make test", ". .venv/bin/activate", DOWNLOAD]
 
 
@@ -89,6 +94,34 @@ def test_go_on_and_reproduce(tmp_path):
     done = run_cli(*shlex.split(REPRODUCE)[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--num_steps=60" in done.stdout
+
+
+def test_the_four_commands_of_a_cluster(photographs, tmp_path):
+    """The first has been done for these tests."""
+    install, *commands = CLUSTER
+    assert install == f"pip install -r {(ROOT / 'requirements-cluster.txt').name}"
+    (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    port = free_port()
+    commands = [line.replace("HOST:8786", f"127.0.0.1:{port}") for line in commands]
+    commands[0] += f" --port={port}"
+    *servers, command = [shlex.split(line) for line in commands]
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    environment["CNN_VIS_MODELS"] = str(tmp_path)  # the worker's cache
+    running = []
+    try:
+        for words in servers:
+            words.append("--no-dashboard")
+            running.append(
+                subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+            )
+            wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        done = run_cli(*command[2:], *SMALL, "--num_steps=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"tcp://127.0.0.1:{port}, 1 worker" in done.stderr
+    finally:
+        for process in reversed(running):
+            process.terminate()
+            process.wait()
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
