@@ -506,7 +506,7 @@ def zeros(shape, folder=None, dtype=np.float64):
 MAX_SIDE = 1_000_000
 LEAST_SIDE = 16  # of a tile; a smaller input is no picture, or is to be set at run time
 BYTES_A_PIXEL = 24  # of an image, and of a tile's cache
-BYTES_BESIDES = 24  # a pixel of 8-bit pictures: start, and what enlarging and writing take
+BYTES_BESIDES = 16  # a pixel of 8-bit pictures: start, and what enlarging and writing take
 
 
 def parse_size(text, base):

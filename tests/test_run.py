@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 from conftest import (
     CHECKPOINT,
     GOLDEN,
+    ONE,
     QUICK,
     ROOT,
     RUN,
@@ -429,3 +431,40 @@ def test_a_step_begun_with_statistics_goes_on_without(tmp_path):
     assert running.returncode == 143
     done = run_cli(f"--resume={CHECKPOINT}", "--iter_behavior=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# ---- --scratch --------------------------------------------------------------------------------
+
+
+def test_scratch_changes_nothing(whole, tmp_path):
+    """Nor does a stop, and nothing is left in the folder."""
+    scratch, folder = tmp_path / "scratch", tmp_path / "run"
+    scratch.mkdir()
+    folder.mkdir()
+    running = under_way(*RUN, "--checkpoint_iter=1", f"--scratch={scratch}", cwd=folder)
+    maps = pathlib.Path(f"/proc/{running.pid}/maps").read_text()
+    assert maps.count(str(scratch)) >= 2  # image and caches
+    assert not os.listdir(scratch)
+    running.kill()
+    running.wait()
+    done = run_cli("--resume", CHECKPOINT, f"--scratch={scratch}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, whole[0])
+    assert not os.listdir(scratch)
+
+
+def test_a_scratch_folder_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("nosuch", "file"):
+        done = run_cli(*ONE, f"--scratch={name}", cwd=tmp_path)
+        assert_one_line(done, 2, "--scratch", f"{tmp_path}/{name} is not a folder")
+    too_large = [*ONE, "--initial_size=200000x200000", f"--scratch={tmp_path}"]
+    assert_one_line(run_cli(*too_large, cwd=tmp_path), 2, "--initial_size", "GB")
+
+
+def test_a_scratch_folder_that_is_full_is_one_line(tmp_path):
+    """Here because files may not be as large as the caches would be."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
+    words = ["bash", "-c", f"ulimit -f 300; {command} --initial_size=300x300 --scratch ."]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert_one_line(done, 1, f"--scratch {tmp_path}", "File too large")
