@@ -2690,7 +2690,8 @@ class Network:
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
         cut(net, target, {name: len(shapes) for name, shapes in weights.items()})
-        use_fast_layers(net)
+        if not spec.use_gpu:  # for which they have no code
+            use_fast_layers(net)
         self._spec, self._net = spec, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
@@ -2924,9 +2925,9 @@ def start_worker(output, gpus, memory):
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    elif math.isfinite(memory):
+    # A Caffe built with CUDA takes some hundred MB of the first GPU that it sees, on the CPU too.
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get() if gpus is not None else ""
+    if gpus is None and math.isfinite(memory):
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = int(memory) if hard == resource.RLIM_INFINITY else min(int(memory), hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -2936,11 +2937,28 @@ class CaffeStopped(RunFailed):
     """Caffe ended its process; the message says why."""
 
 
+class GpuFailed(RunFailed):
+    """A GPU or its driver does not do its work; the message says what to do."""
+
+
+GPU_ERRORS = {  # by CUDA's number
+    2: "its memory is full; use a smaller --batch_size, another --gpu, or --gpu -1 for the CPU",
+    35: "its driver is older than Caffe's CUDA; update the driver, or use --gpu -1 for the CPU",
+    209: "Caffe was built for others; build it again with PYCAFFE_CUDA_ARCH=native, or use --gpu "
+    "-1 for the CPU",
+}
+
+
 def check_log(text):
-    """Raises CaffeStopped or OutOfMemory if a worker's log shows that Caffe ended it."""
+    """Raises CaffeStopped, GpuFailed or OutOfMemory if a worker's log shows that Caffe ended it."""
     if "std::bad_alloc" in text:
         raise OutOfMemory("Caffe stopped: ")
     fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", text, re.MULTILINE)
+    cuda = fatal and re.search(r"cudaSuccess \((\d+) vs\. 0\) (.*)|.*(CU\w+_STATUS_\w+)", fatal[1])
+    if cuda:
+        number = 2 if cuda[3] and "ALLOC" in cuda[3] else int(cuda[1] or 0)
+        other = f"{one_line(cuda[2] or cuda[3])}; if it does so again, use --gpu -1 for the CPU"
+        raise GpuFailed(f"the GPU failed: {GPU_ERRORS.get(number, other)}")
     if fatal:
         raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
 
@@ -3016,9 +3034,9 @@ class CaffeProcesses:
         check_log(text.decode(errors="replace"))
         self._restarts += 1
         if self._restarts > self.MAX_RESTARTS:
+            remedy = "use smaller sizes" if self.gpus else "use fewer --workers, or smaller sizes"
             raise RunFailed(
-                f"workers were killed {self._restarts} times, possibly out of memory; "
-                "use fewer --workers, or smaller sizes"
+                f"workers were killed {self._restarts} times, possibly out of memory; {remedy}"
             )
         self.end()
         self.start()
@@ -3041,23 +3059,40 @@ def in_a_worker(task, *arguments):
 
 class Workers(Engine):
     """The engine of this machine: one process for each GPU in `gpus`, or `number` on the CPU. A
-    worker that is killed from outside is replaced, and its tiles are computed again."""
+    worker that is killed from outside is replaced, and its tiles are computed again. With
+    `or_cpu`, `number` processes on the CPU take the place of GPUs that fail at first."""
 
-    def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU"):
-        self.spec, self.gpus, self.batch_size = spec, gpus, batch_size
-        self.processes = CaffeProcesses(number, gpus)
-        many = "s" * (self.processes.number > 1)
-        self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
-        self.notices = []
+    def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
+        self.spec, self.batch_size, self.notices = spec, batch_size, []
+        self._number, self._or_cpu = number, or_cpu
+        self._set_out(gpus, device)
         with system_limits():
             self._memory_file = os.memfd_create("cnn_vis")
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
+
+    def _set_out(self, gpus, device):
+        self.gpus = gpus
+        self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
+        self.processes = CaffeProcesses(self._number, gpus)
+        many = "s" * (self.processes.number > 1)
+        self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
 
     def __exit__(self, kind, *_):
         self.processes.__exit__(kind)
         os.close(self._memory_file)
 
     def describe(self):
+        try:
+            self._try_network()
+        except GpuFailed as error:
+            if not (self.gpus and self._or_cpu):
+                raise
+            self.processes.__exit__(None)
+            self._set_out((), f"CPU ({str(error).partition(';')[0]})")
+            self._try_network()
+        self._map_slots()
+
+    def _try_network(self):
         others = [
             self.processes.submit(describe, self.spec) for _ in range(self.processes.number - 1)
         ]
@@ -3082,12 +3117,14 @@ class Workers(Engine):
             self.batch_size = suits
         if not self.gpus:  # more would not help, and a sum might depend on the tiles beside it
             self.batch_size = 1
-        self._map_slots()
 
     def _map_slots(self):
         """Two batches for each worker, one to compute and one to begin with next, and one more."""
         slots = 2 * self.processes.number + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
+        if 4 * math.prod(shape) > free_memory():
+            problem = f"needs {4 * math.prod(shape) / 1e9:.1f} GB of memory for tiles on their way"
+            raise refusal("batch_size", self.batch_size, f"{problem}; use a smaller one")
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
         self._slots = map_memory(*self._memory)
@@ -3143,6 +3180,8 @@ def choose_gpus(gpus):
         raise refusal("gpu", asked, f"Caffe was built without CUDA; {remedy}")
     if max(gpus) >= present:
         found = f"{present} found, numbered from 0" if present else "none found"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found += f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
         remedy = "use another number, or -1 for the CPU"
         raise refusal("gpu", asked, f"no such GPU ({found}); {remedy}")
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
@@ -3594,7 +3633,8 @@ def open_engine(options, settings, files):
         return Cluster(NetworkSpec(*place, input_size=settings.input_size), options.scheduler)
     gpus, device = choose_gpus(options.gpu)
     spec = NetworkSpec(*place, bool(gpus), settings.input_size)
-    engine = Workers(spec, options.workers or count_cores(), gpus, options.batch_size, device)
+    number, batch_size = options.workers or count_cores(), options.batch_size
+    engine = Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
     idle = "--workers" if gpus else "--batch_size"
     if options.batch_size and not gpus or options.workers and gpus and not options.gpu:
         engine.notices.append(f"{idle} has no effect on {'a GPU' if gpus else 'the CPU'}")

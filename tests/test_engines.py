@@ -237,3 +237,31 @@ def test_too_little_memory_to_start_in_is_one_line(limit, tmp_path):
 def test_too_few_descriptors_are_one_line(number, tmp_path):
     done = run_limited(f"-n {number}", *ONE, "--workers=40", cwd=tmp_path)
     assert_one_line(done, 1, "Too many open files", "ulimit -n")
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("Check failed: error == cudaSuccess (2 vs. 0) out of memory", "--batch_size"),
+        ("Check failed: error == cudaSuccess (35 vs. 0) CUDA driver version", "driver"),
+        ("Check failed: error == cudaSuccess (209 vs. 0) no kernel image", "PYCAFFE_CUDA_ARCH"),
+        ("Check failed: error == cudaSuccess (719 vs. 0) launch failure", "launch failure"),
+        (
+            "Check failed: status == CUBLAS_STATUS_SUCCESS (3 vs. 0)  CUBLAS_STATUS_ALLOC_FAILED",
+            "memory",
+        ),
+    ],
+)
+def test_what_a_gpu_fails_with_is_told_with_its_remedy(log, words):
+    with pytest.raises(cnn_vis.GpuFailed, match=words) as raised:
+        cnn_vis.check_log(f"F1125 12:00:00.000000 1 syncedmem.cpp:71] {log}\n*** Check failure")
+    assert "--gpu" in str(raised.value)
+    assert "belong together" not in str(raised.value)
+
+
+def test_a_batch_beyond_all_memory_is_a_bad_request():
+    with cnn_vis.Workers(SPEC) as engine:
+        engine.describe()
+        engine.batch_size = 10**13
+        with pytest.raises(cnn_vis.BadRequest, match="--batch_size 10000000000000: needs"):
+            engine._map_slots()
