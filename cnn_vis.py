@@ -580,9 +580,9 @@ def overlap(a, b):
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
-def plan_sizes(settings, base, tile_size, scratch=None):
+def plan_sizes(settings, base, tile_size):
     """The sizes of a run, a list; `base` is the size that factors refer to. Raises BadRequest if
-    one is below the network's input, or too large for the memory or the folder `scratch`."""
+    one is below the network's input."""
 
     def refuse(name, problem):
         return refusal(name, getattr(settings, name) or "unset", problem)
@@ -601,26 +601,38 @@ def plan_sizes(settings, base, tile_size, scratch=None):
             factor = max(math.ceil(100 * t / b) / 100 for t, b in zip(tile_size, base))
             least = f"{tile_size[0]}x{tile_size[1]}; use x{factor:g} or more"
             raise refuse(name, f"{size[0]}x{size[1]} is smaller than the network's input, {least}")
-    largest = max(sizes, key=math.prod)
-    arrays, besides = memory_needed(largest, tile_size)
-    needs = [(arrays + besides, free_memory(), "memory", "use --scratch, or a smaller size")]
-    if scratch:
-        where, free = f"disk space in --scratch {scratch}", shutil.disk_usage(scratch).free
-        needs = [(besides, free_memory(), "memory", "use a smaller size")]
-        needs += [(arrays, free, where, "use another folder, or a smaller size")]
-    for needed, free, what, remedy in needs:
-        if needed > free:
-            name = "final_size" if len(sizes) > 1 and largest == sizes[-1] else "initial_size"
-            amounts = f"{needed / 1e9:.1f} GB of {what}, but only {free / 1e9:.1f} GB is free"
-            raise refuse(name, f"{largest[0]}x{largest[1]} needs {amounts}; {remedy}")
     return sizes
 
 
-def memory_needed(size, tile_size):
-    """Bytes that a run takes at a size: (image and caches, which --scratch keeps in files; all
-    else)."""
-    tiles = len(all_tiles(size, tile_size)) * math.prod(tile_size)
-    return BYTES_A_PIXEL * (math.prod(size) + tiles), BYTES_BESIDES * math.prod(size)
+def check_room(settings, sizes, tile_size, scratch=None, held=0):
+    """Raises BadRequest if the sizes of a run are too large for the memory, or for the folder
+    `scratch`. So many bytes of what it takes are `held` already."""
+    needs = [memory_needed(*pair, tile_size) for pair in zip(sizes, [(0, 0), *sizes])]
+    largest = max(range(len(sizes)), key=lambda i: sum(needs[i]))
+    arrays, besides = needs[largest]
+    besides += 8 * math.prod(sizes[largest]) * settings.use_pixel_learning_rates
+    checks = [
+        (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
+    ]
+    if scratch:
+        room = shutil.disk_usage(scratch).free + held
+        checks = [(besides, free_memory(), "memory", "use a smaller size")]
+        remedy = "use another folder, or a smaller size"
+        checks += [(arrays, room, f"disk space in --scratch {scratch}", remedy)]
+    for needed, free, what, remedy in checks:
+        if needed > free:
+            name = "final_size" if largest else "initial_size"
+            amounts = f"{needed / 1e9:.2f} GB of {what}, but only {free / 1e9:.2f} GB is free"
+            problem = f"{'x'.join(map(str, sizes[largest]))} needs {amounts}; {remedy}"
+            raise refusal(name, getattr(settings, name) or "unset", problem)
+
+
+def memory_needed(size, smaller, tile_size):
+    """Bytes that a run takes at a size, while it comes from the one before: (images and caches,
+    which --scratch keeps in files; all else)."""
+    tiles = math.prod(len(tile_starts(n, tile)) for n, tile in zip(size, tile_size))
+    pixels = math.prod(size) + math.prod(smaller) + tiles * math.prod(tile_size)
+    return BYTES_A_PIXEL * pixels, BYTES_BESIDES * math.prod(size)
 
 
 # ---- Objective, regularizers, step ------------------------------------------------------------
@@ -1026,7 +1038,7 @@ class Dream:
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
         self.scratch = scratch
         base = engine.tile_size if picture is None else picture.shape[:2]
-        self.sizes = plan_sizes(settings, base, engine.tile_size, scratch)
+        self.sizes = plan_sizes(settings, base, engine.tile_size)
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
         self.image, self.before, self.gauge, self.is_silent = None, {}, None, False
@@ -1066,14 +1078,14 @@ class Dream:
             picture = resize(to_uint8(self.image, self.mean), size)
         elif self.start is not None:
             picture = self.start[0, ::-1].transpose(1, 2, 0)
-        self.image = self.caches = None  # makes room
+        self.caches = None  # makes room; the image stays until all is there that follows it
+        caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
         image = zeros((1, 3, *size), self.scratch)
         if picture is None:
             noise(image, s.initialization_scale, s.initialization_blur, self.mean, s.seed)
         else:
             from_uint8(picture, self.mean, image)
-        self.caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
-        self.image = image
+        self.image, self.caches = image, caches
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
     def _steps(self, steps, wants_stats, is_stopping):
@@ -3187,6 +3199,9 @@ def choose_gpus(gpus):
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 
+# ---- The compiled step ------------------------------------------------------------------------
+
+
 @functools.cache
 def compiled_step_tile():
     """step_tile as the library that comes with this program's Caffe has it, four times as fast and
@@ -3195,8 +3210,8 @@ def compiled_step_tile():
     if path is None:
         return None
     try:
-        function = ctypes.CDLL(path).cnn_vis_step_tile
-    except OSError:  # built for another machine, perhaps
+        function = ctypes.CDLL(path).cnn_vis_step_tile_2  # the second signature
+    except (OSError, AttributeError):  # built for another machine, or long ago
         return None
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
     function.restype = ctypes.c_double
@@ -3222,8 +3237,8 @@ def compiled_step_tile():
 # ---- A cluster --------------------------------------------------------------------------------
 # Workers of a Dask cluster get all they need by content, so they need not share a disk: this script
 # as a module named by its hash (runs with other versions of it may be under way), the network's
-# files once for each machine. Caffe runs in processes below a worker's, which ends with none of
-# them.
+# files once for each machine. Caffe runs in child processes, so a crash of Caffe does not end the
+# Dask worker.
 
 
 @functools.cache
@@ -3241,8 +3256,7 @@ def in_module(module, value):
     """A value of this script, a dataclass or a simpler one, as one of the script `module`."""
     if not dataclasses.is_dataclass(value):
         return value
-    fields = dataclasses.asdict(value)
-    fields = {name: in_module(module, getattr(value, name)) for name in fields}
+    fields = {f.name: in_module(module, getattr(value, f.name)) for f in dataclasses.fields(value)}
     return getattr(module, type(value).__name__)(**fields)
 
 
@@ -3254,19 +3268,30 @@ def kept_path(sha256):
     return os.path.join(cache_folder(), "cluster", sha256)
 
 
+def cache_place():
+    """In a Dask worker: what tells its machine and cache from others."""
+    return socket.gethostname(), os.path.realpath(cache_folder())
+
+
 def missing_files(hashes):
-    """In a Dask worker: (what tells its machine and cache from others, those of the files that the
-    cache lacks)."""
-    place = (socket.gethostname(), os.path.realpath(cache_folder()))
-    return place, [sha256 for sha256 in hashes if not os.path.isfile(kept_path(sha256))]
+    """In a Dask worker: those of the files that the cache lacks, or has damaged."""
+    paths = {sha256: kept_path(sha256) for sha256 in hashes}
+    return [
+        sha256
+        for sha256, path in paths.items()
+        if not os.path.isfile(path) or file_hash(path, "sha256") != f"sha256:{sha256}"
+    ]
 
 
 def keep_part(sha256, sender, data, is_first, is_last):
     """In a Dask worker: appends to a file of the cache. Raises OSError."""
-    path, part = kept_path(sha256), f"{kept_path(sha256)}.{sender}"
+    path = kept_path(sha256)
+    part = f"{path}.{socket.gethostname()}.{sender}"  # machines may share a cache
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(part, "wb" if is_first else "ab") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     if is_last:
         if file_hash(part, "sha256") != f"sha256:{sha256}":
             os.remove(part)
@@ -3276,14 +3301,14 @@ def keep_part(sha256, sender, data, is_first, is_last):
 
 class Loan:
     """In a Dask worker: the engine of its machine for one run, with a process for each thread of
-    the worker, which may all call it. It ends with the run, or after five silent minutes."""
+    the worker; all of those threads use it. It ends with the run, or after five silent minutes."""
 
     SILENCE = 300
-    lock, made = threading.Lock(), {}  # {run: Loan, or None if it has ended}
+    lock, made = threading.Lock(), {}  # {run: Loan, or None if the run has ended}
 
     def __init__(self, run, spec, threads):
-        self._run, self._lock, self._last = run, threading.Lock(), time.monotonic()
-        self._has_ended = False
+        self._run, self._lock, self._has_ended = run, threading.Lock(), False
+        self._users, self._last = 0, time.monotonic()
         multiprocessing.current_process().daemon = False  # a daemon could not have processes
         self._workers = Workers(spec, threads)
         try:
@@ -3294,16 +3319,24 @@ class Loan:
         threading.Thread(target=self._end_if_silent, daemon=True).start()
 
     @classmethod
+    @contextlib.contextmanager
     def of(cls, run, spec):
-        """The Loan for a run. Raises what Workers.describe raises, and RunFailed."""
+        """The Loan for a run, for as long as this lasts. Raises what Workers.describe raises, and
+        RunFailed."""
         import distributed
 
         with cls.lock:
             if run not in cls.made:
                 cls.made[run] = cls(run, spec, distributed.get_worker().state.nthreads)
-            if cls.made[run] is None:
+            loan = cls.made[run]
+            if loan is None:
                 raise RunFailed("the run has ended")
-            return cls.made[run]
+            loan._users += 1
+        try:
+            yield loan
+        finally:
+            with cls.lock:
+                loan._users, loan._last = loan._users - 1, time.monotonic()
 
     def examine(self):
         """What `describe` found; what the network's gradient of one picture hashes to; and what
@@ -3317,22 +3350,30 @@ class Loan:
 
     def compute(self, tile, measure=False):
         """The gradient of one tile, and its loss."""
-        with self._lock:
+        with self._while_it_lasts():
             ticket = self._workers.send([tile], measure)
         while not self._workers.is_done(ticket):
             pass
+        with self._while_it_lasts():
+            return self._workers.receive(ticket)[0]
+
+    @contextlib.contextmanager
+    def _while_it_lasts(self):
         with self._lock:
             if self._has_ended:
                 raise RunFailed("the run has ended")
-            self._last = time.monotonic()
-            return self._workers.receive(ticket)[0]
+            yield
 
     def _end_if_silent(self):
-        while (left := self._last + self.SILENCE - time.monotonic()) > 0:
-            time.sleep(left)
-        with Loan.lock:  # should the run be heard of again, it gets another
-            if self.made.get(self._run) is self:
-                del self.made[self._run]
+        is_silent = False
+        while not is_silent:
+            time.sleep(min(5, self.SILENCE / 10))
+            with Loan.lock:
+                if self.made.get(self._run) is not self:
+                    return
+                is_silent = not self._users and time.monotonic() > self._last + self.SILENCE
+                if is_silent:  # should the run be heard of again, it gets another
+                    del self.made[self._run]
         self.end()
 
     def end(self):
@@ -3347,11 +3388,16 @@ DESCRIBED = ("tile_size", "target_shape", "notices")  # of an Engine, by describ
 
 
 def end_loan(run):
-    """In a Dask worker: the run is over."""
-    with Loan.lock:
-        loan, Loan.made[run] = Loan.made.get(run), None
-    if loan:
-        loan.end()
+    """In a Dask worker: the run is over. Returns at once, as this is called in Dask's event
+    loop."""
+
+    def end():
+        with Loan.lock:
+            loan, Loan.made[run] = Loan.made.get(run), None
+        if loan:
+            loan.end()
+
+    threading.Thread(target=end).start()
 
 
 def on_loan(run, task, spec, *arguments):
@@ -3360,7 +3406,8 @@ def on_loan(run, task, spec, *arguments):
     paths = {name: kept_path(getattr(spec.files, name)) for name in NETWORK_FILES}
     spec = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **paths))
     try:
-        return None, getattr(Loan.of(run, spec), task)(*arguments)
+        with Loan.of(run, spec) as loan:
+            return None, getattr(loan, task)(*arguments)
     except (BadRequest, RunFailed) as error:
         return type(error).__name__, str(error)
 
@@ -3411,7 +3458,8 @@ class Cluster(Engine):
         # Of workers, by address: all known; threads of those in use; why others cannot be used.
         self._known, self._threads, self._unfit = set(), {}, {}
         self._lock, self._sending = threading.Lock(), collections.defaultdict(threading.Lock)
-        self._found, self._closing = None, threading.Event()
+        self._found, self._is_described, self._examining = None, False, []
+        self._closing = threading.Event()
 
     # -- Workers come and go, in threads of their own --
 
@@ -3421,10 +3469,14 @@ class Cluster(Engine):
                 present = self._client.nthreads()
             except Exception:  # the scheduler is away
                 present = {}
+            if self._closing.is_set():
+                return
             with self._lock:
-                had_some = bool(self._threads)
-                self._threads = {a: n for a, n in self._threads.items() if a in present}
-                if had_some and not self._threads:
+                before = self._threads
+                self._threads = {a: n for a, n in before.items() if a in present}
+                for address in before.keys() - self._threads.keys() if self._threads else ():
+                    log.warning(f"note: worker {address} is gone; {len(self._threads)} left")
+                if before and not self._threads:
                     log.warning(f"note: all workers of {self.address} are gone; waiting for others")
                 newcomers = present.keys() - self._known
                 self._known = set(present)
@@ -3436,20 +3488,21 @@ class Cluster(Engine):
         """Prepares a new worker, and tries the network there."""
         try:
             self._send_files(address)
-            name, found = self._submit("examine", [address]).result()
+            future = self._submit("examine", [address])
+            self._examining.append(future)
+            name, found = future.result()
             problem = name and self._exception(name, found, address)
         except Exception as error:
             name, problem = "RunFailed", self._exception("RunFailed", one_line(error), address)
         with self._lock:
             if address not in self._known or self._closing.is_set():
                 return
-            is_first = not self._found
             if name:
-                self._unfit[address] = problem
-                if not is_first:
+                self._unfit = self._unfit | {address: problem}
+                if self._is_described:
                     log.warning(f"note: {problem}; it is not used")
                 return
-            self._threads[address] = threads
+            self._threads = self._threads | {address: threads}
             self._found = self._found or found
         if found[1] != self._found[1]:
             log.warning(
@@ -3465,19 +3518,29 @@ class Cluster(Engine):
 
         for attempt in range(20):
             try:
-                place, _ = there(self._module.missing_files, list(self._files))
+                place = there(self._module.cache_place)
                 break
-            except ModuleNotFoundError as error:  # a new worker gets the script in a moment
-                if attempt == 19 or error.name != self._module.__name__:
+            except Exception as error:  # which one depends on where Dask misses the script
+                if attempt == 19 or self._module.__name__ not in str(error):
                     raise
+                self._send_script()  # perhaps the scheduler is another one
                 time.sleep(0.3)
         with self._sending[place]:  # the other workers of the machine wait, and then find them
-            for sha256 in there(self._module.missing_files, list(self._files))[1]:
+            for sha256 in there(self._module.missing_files, list(self._files)):
                 with open(self._files[sha256], "rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    while data := file.read(self.PART):
-                        ends = (file.tell() == len(data), file.tell() == size)
+                    size, ends = os.fstat(file.fileno()).st_size, (True, False)
+                    while not ends[1]:
+                        data = file.read(self.PART)
+                        ends = (file.tell() == len(data), file.tell() >= size or not data)
                         there(self._module.keep_part, sha256, self._run, data, *ends)
+
+    def _send_script(self):
+        """Has every worker, those to come too, given this script."""
+        from distributed.diagnostics.plugin import UploadFile
+
+        script = UploadFile(__file__, load=False)
+        script.filename = f"{self._module.__name__}.py"
+        self._client.register_plugin(script, name=self._module.__name__)
 
     def _submit(self, task, workers, *arguments):
         """The future of a task, a method of Loan, to be done by one of the workers."""
@@ -3501,14 +3564,15 @@ class Cluster(Engine):
     def describe(self):
         self._connect()
         begun, is_told = time.monotonic(), False
-        while True:
+        while not self._is_described:
+            waited = time.monotonic() - begun
             with self._lock:
                 pending = self._known - self._threads.keys() - self._unfit.keys()
-            if self._found and (not pending or time.monotonic() > begun + 20):
-                break
-            if self._known and not pending and not self._threads:
-                raise next(iter(self._unfit.values()))
-            if not self._known and not is_told and time.monotonic() > begun + 2:
+                self._is_described = bool(self._found) and (not pending or waited > 20)
+                if self._known and not pending and not self._found:
+                    raise next(iter(self._unfit.values()))
+                is_alone = not self._known
+            if is_alone and not is_told and waited > 2:
                 log.info(f"note: {self.address} has no workers yet; waiting for them")
                 is_told = True
             time.sleep(0.05)
@@ -3522,21 +3586,20 @@ class Cluster(Engine):
 
     def _connect(self):
         try:
+            import dask
             import distributed
-            from distributed.diagnostics.plugin import UploadFile
         except ModuleNotFoundError as error:
             remedy = f"pip install -r {HERE}/requirements-cluster.txt"
             problem = f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
             raise refusal("scheduler", self.address, problem) from None
         for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is told in our words
+        dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})  # for tiles
         self._greet(distributed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that differ
             self._client = distributed.Client(self.address, set_as_default=False)
-        script = UploadFile(__file__, load=False)
-        script.filename = f"{self._module.__name__}.py"
-        self._client.register_plugin(script, name=self._module.__name__)
+        self._send_script()
         threading.Thread(target=self._look_after_workers, daemon=True).start()
 
     def _greet(self, distributed):
@@ -3549,7 +3612,8 @@ class Cluster(Engine):
                 return await asyncio.wait_for(there.identity(), 5)
 
         try:
-            kind = asyncio.run(identity())["type"]
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # here a loop may be running
+                kind = pool.submit(asyncio.run, identity()).result()["type"]
             problem = f"a {kind} answers there" if kind != "Scheduler" else None
         except Exception as error:  # whatever may answer
             problem = f"no scheduler answers there ({one_line(error)})"
@@ -3567,7 +3631,7 @@ class Cluster(Engine):
         return ticket
 
     def _place_jobs(self):
-        """Gives the jobs to workers that are not with any of those in use."""
+        """Submits the jobs that no worker in use has."""
         workers = frozenset(self._threads)
         for job in self._jobs.values():
             if workers and (job.future is None or job.workers.isdisjoint(workers)):
@@ -3590,7 +3654,7 @@ class Cluster(Engine):
             job.found = job.future.result(timeout=1)
         except (TimeoutError, distributed.TimeoutError):
             pass
-        except distributed.client.FutureCancelledError:
+        except distributed.CancelledError:
             job.future = None
         except distributed.KilledWorker as error:
             job.future, job.losses = None, job.losses + 1
@@ -3615,8 +3679,9 @@ class Cluster(Engine):
 
         def end():
             with contextlib.suppress(Exception):
-                self._client.cancel([job.future for job in self._jobs.values() if job.future])
-                end_loan, workers = self._module.end_loan, list(self._threads)
+                futures = [job.future for job in self._jobs.values() if job.future]
+                self._client.cancel(futures + self._examining)
+                end_loan, workers = self._module.end_loan, list(self._known)
                 self._client.run(end_loan, self._run, workers=workers, on_error="ignore")
 
         ending = threading.Thread(target=end, daemon=True)
@@ -4635,6 +4700,9 @@ def make_picture(options, signals, checkpoint=None):
             check_same_network(options.resume, checkpoint.record, network)
         engine.describe()
         dream = Dream(settings, picture, network.mean, engine, options.scratch)
+        arrays = {} if checkpoint is None else checkpoint.arrays
+        held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
+        check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
         record = make_record(options, settings, network, dream.sizes)
         kept = {}
         if checkpoint is not None:
@@ -4814,7 +4882,9 @@ def dream(image=None, **options):
         engine.describe()
         for line in [*without_effect(parsed), *remarks, *engine.notices]:
             log.info(line)
-        yield from Dream(settings, image, network.mean, engine, parsed.scratch).run()
+        run = Dream(settings, image, network.mean, engine, parsed.scratch)
+        check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
+        yield from run.run()
 
 
 # ---- Commands ---------------------------------------------------------------------------------

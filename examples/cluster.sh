@@ -18,17 +18,18 @@ CNN_VIS_ROOT=${CNN_VIS_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}} # Slurm ru
 . "$CNN_VIS_ROOT/examples/common.sh"
 [ $# -gt 0 ] || usage 'OPTIONS OF cnn_vis.py'
 
-folder=$(mktemp -d)
+folder=$(mktemp -d) run=
+# shellcheck disable=SC2329
 end() {
     [ -z "${scheduler:-}" ] || kill "$scheduler" 2> /dev/null || true # it tells the workers to end
     wait
     rm -r "$folder"
 }
 trap end EXIT
-trap 'exit 130' INT
-trap 'kill -TERM "${run:-}" 2> /dev/null' TERM # a picture that is stopped can be continued
+trap : INT # Ctrl-C reaches the run too, and what is in a session of its own not
+trap '[ -z "$run" ] || kill -TERM "$run"' TERM
 
-"$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
+setsid "$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
     > "$folder/scheduler.log" 2>&1 &
 scheduler=$!
 until [ -s "$folder/scheduler.json" ]; do
@@ -37,19 +38,32 @@ until [ -s "$folder/scheduler.json" ]; do
 done
 address=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["address"])' "$folder/scheduler.json")
 
-worker=("$python" -m dask worker "$address" --no-dashboard --death-timeout 60)
-if [ -n "${SLURM_JOB_ID:-}" ]; then
-    srun "${worker[@]}" --local-directory "${TMPDIR:-/tmp}" > "$folder/workers.log" 2>&1 &
-else
-    IFS=, read -ra machines <<< "${MACHINES:-:}"
-    for machine in "${machines[@]}"; do
-        there=()
-        [ "$machine" = : ] || there=(ssh -n -o BatchMode=yes "$machine")
-        "${there[@]}" "${worker[@]}" --local-directory /tmp > "$folder/$machine.log" 2>&1 ||
-            tail -n 1 "$folder/$machine.log" | sed "s/^/$machine: /" >&2 &
-    done
-fi
-
-"$python" "$cnn_vis" --scheduler "$address" "$@" &
+env --default-signal=INT "$python" "$cnn_vis" --scheduler "$address" "$@" &
 run=$!
-wait "$run" || wait "$run" # the first one ends with a signal, the second when all is saved
+
+# work MACHINE COMMAND...: runs a worker there until the scheduler ends it; tells what it said last if it ends before.
+work() {
+    machine=$1
+    shift
+    setsid "$@" "$python" -m dask worker "$address" --no-dashboard --death-timeout 60 --local-directory /tmp \
+        > "$folder/$machine.log" 2>&1 || ! kill -0 "$run" 2> /dev/null ||
+        tail -n 1 "$folder/$machine.log" | sed "s/^/cluster.sh: $machine: /" >&2
+}
+(
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        work srun srun &
+    else
+        IFS=, read -ra machines <<< "${MACHINES:-:}"
+        for machine in "${machines[@]}"; do
+            if [ "$machine" = : ]; then work "this machine" env & else work "$machine" ssh -n -o BatchMode=yes "$machine" & fi
+        done
+    fi
+    wait
+    kill -TERM "$run" 2> /dev/null && echo 'cluster.sh: all workers have ended; stopping the run' >&2
+) &
+
+status=0
+while kill -0 "$run" 2> /dev/null; do # a signal ends the wait, and the run when it has saved all
+    wait "$run" && status=0 || status=$?
+done
+exit "$status"

@@ -292,9 +292,15 @@ class DaskCluster:
     def __init__(self, folder, host="127.0.0.1", **environment):
         self.folder, self.workers = folder, []
         self.environment = environment | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
-        file = folder / "scheduler.json"
-        words = [f"--host={host}", "--port=0", "--no-dashboard", f"--scheduler-file={file}"]
-        self.scheduler = self._start("scheduler", *words)
+        self.host = host
+        self.start_scheduler()
+
+    def start_scheduler(self, port=0):
+        """Starts the scheduler; `address` is its address."""
+        file = self.folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        words = [f"--host={self.host}", f"--port={port}", "--no-dashboard"]
+        self.scheduler = self._start("scheduler", *words, f"--scheduler-file={file}")
         wait_for(lambda: file.exists() and file.read_text().endswith("}"))
         self.address = json.loads(file.read_text())["address"]
 

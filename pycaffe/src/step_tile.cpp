@@ -176,9 +176,9 @@ double sum_of_sizes(const double* x, int64_t n) {
 // two p-norms, of x - start and of x; weight, beta and scale of total variation; decay and learning rate. `places` tell
 // its operator. A term without weight is left out. Returns the mean size of the step; or -1 if it overflows: the channel
 // in which it does, and those after it, are left as they were.
-extern "C" double cnn_vis_step_tile(int64_t h, int64_t w, int64_t row, int64_t plane, double* images, const double* starts,
-                                    const float* descents, double* caches, const double* counts, const double* numbers,
-                                    const int64_t* places) {
+extern "C" double cnn_vis_step_tile_2(int64_t h, int64_t w, int64_t row, int64_t plane, double* images,
+                                      const double* starts, const float* descents, double* caches, const double* counts,
+                                      const double* numbers, const int64_t* places) {
   const PNorm p{numbers[0], numbers[1], numbers[2]}, aux{numbers[3], numbers[4], numbers[5]};
   const TotalVariation variation{numbers[6], numbers[7], numbers[8], places[0], places[1], places[2]};
   const double decay = numbers[9], rest = 1 - decay, rate = -numbers[10];
