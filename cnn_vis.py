@@ -496,7 +496,8 @@ def zeros(shape, folder=None, dtype=np.float64):
             os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process
             memory = mmap.mmap(file.fileno(), size)
     except OSError as error:
-        raise RunFailed(f"--scratch {folder}: {error.strerror}") from None
+        remedy = "name a folder on a disk with room"
+        raise RunFailed(f"--scratch {folder}: {error.strerror}; {remedy}") from None
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
@@ -1041,7 +1042,8 @@ class Dream:
         self.sizes = plan_sizes(settings, base, engine.tile_size)
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
-        self.image, self.before, self.gauge, self.is_silent = None, {}, None, False
+        self.image, self.caches, self.before = None, None, {}
+        self.gauge, self.is_silent = None, False
         self.step_tile = compiled_step_tile() or step_tile
 
     def run(self, wants_stats=lambda step: False, is_stopping=lambda: False):
@@ -1195,6 +1197,11 @@ class Dream:
         """Whether all steps have been done."""
         return self.size == len(self.sizes) and self.step == self.settings.num_steps
 
+    def is_laid_out(self):
+        """Whether there is a state to continue from; not while a size is being prepared."""
+        size = tuple(self.sizes[self.size - 1])
+        return self.caches is not None and self.image.shape[2:] == size
+
     def state(self):
         """All that the next step depends on besides settings, picture and network: ({name:
         number}, {name: array})."""
@@ -1229,7 +1236,9 @@ class Dream:
         for name, (dtype, *shape) in shapes.items():
             array = arrays[name]
             is_right = array.shape == tuple(shape) and array.dtype == dtype
-            if not (is_right and np.isfinite(array.sum())):
+            with np.errstate(all="ignore"):
+                is_right = is_right and np.isfinite(array.sum())
+            if not is_right:
                 raise ValueError(f"its {name} does not fit the run")
         for name in NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
@@ -3205,7 +3214,8 @@ def choose_gpus(gpus):
 @functools.cache
 def compiled_step_tile():
     """step_tile as the library that comes with this program's Caffe has it, four times as fast and
-    the same to the last bit, but for powers that are not quarters; None without that library."""
+    the same to the last bit where `power` has square roots and products, else nearly so; None
+    without that library."""
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
@@ -3284,19 +3294,27 @@ def missing_files(hashes):
 
 
 def keep_part(sha256, sender, data, is_first, is_last):
-    """In a Dask worker: appends to a file of the cache. Raises OSError."""
+    """In a Dask worker: appends to a file of the cache. Raises RunFailed."""
     path = kept_path(sha256)
     part = f"{path}.{socket.gethostname()}.{sender}"  # machines may share a cache
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(part, "wb" if is_first else "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if is_last:
-        if file_hash(part, "sha256") != f"sha256:{sha256}":
+    if is_first:  # those of senders that were killed
+        for other in glob.glob(f"{glob.escape(path)}.*"):
+            if time.time() - os.path.getmtime(other) > 3600:
+                os.remove(other)
+    try:
+        with open(part, "wb" if is_first else "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_last and file_hash(part, "sha256") != f"sha256:{sha256}":
+            raise OSError("it was damaged on its way")
+        if is_last:
+            os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
             os.remove(part)
-            raise OSError("a file was damaged on its way")
-        os.replace(part, path)
+        raise RunFailed(f"{path} cannot be written ({one_line(error.strerror or error)})") from None
 
 
 class Loan:
@@ -3353,7 +3371,8 @@ class Loan:
         with self._while_it_lasts():
             ticket = self._workers.send([tile], measure)
         while not self._workers.is_done(ticket):
-            pass
+            with self._while_it_lasts():
+                pass
         with self._while_it_lasts():
             return self._workers.receive(ticket)[0]
 
@@ -3493,6 +3512,9 @@ class Cluster(Engine):
             name, found = future.result()
             problem = name and self._exception(name, found, address)
         except Exception as error:
+            with contextlib.suppress(Exception):
+                if address not in self._client.nthreads():
+                    return  # it has gone; should it come back, it is new
             name, problem = "RunFailed", self._exception("RunFailed", one_line(error), address)
         with self._lock:
             if address not in self._known or self._closing.is_set():
@@ -3540,7 +3562,8 @@ class Cluster(Engine):
 
         script = UploadFile(__file__, load=False)
         script.filename = f"{self._module.__name__}.py"
-        self._client.register_plugin(script, name=self._module.__name__)
+        with contextlib.suppress(Exception):  # of one worker; it will be found to lack the script
+            self._client.register_plugin(script, name=self._module.__name__)
 
     def _submit(self, task, workers, *arguments):
         """The future of a task, a method of Loan, to be done by one of the workers."""
@@ -3591,6 +3614,9 @@ class Cluster(Engine):
         except ModuleNotFoundError as error:
             remedy = f"pip install -r {HERE}/requirements-cluster.txt"
             problem = f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
+            raise refusal("scheduler", self.address, problem) from None
+        except Exception as error:  # as of a configuration that cannot be read
+            problem = f"Dask cannot be imported ({one_line(error)}); see its configuration"
             raise refusal("scheduler", self.address, problem) from None
         for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is told in our words
@@ -3654,7 +3680,7 @@ class Cluster(Engine):
             job.found = job.future.result(timeout=1)
         except (TimeoutError, distributed.TimeoutError):
             pass
-        except distributed.CancelledError:
+        except (distributed.CancelledError, OSError):  # lost with the scheduler, or on its way
             job.future = None
         except distributed.KilledWorker as error:
             job.future, job.losses = None, job.losses + 1
@@ -3669,7 +3695,7 @@ class Cluster(Engine):
             pass
         name, found = self._jobs.pop(ticket).found
         if name:
-            raise self._exception(name, found, self.address)
+            raise self._exception(name, found, f"of {self.address}")
         return [found]
 
     def __exit__(self, kind, *_):
@@ -4068,7 +4094,9 @@ def read_array(file, entry, scratch=None):
     with file.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
-        shape, is_fortran, dtype = getattr(np.lib.format, header)(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python 2's headers
+            shape, is_fortran, dtype = getattr(np.lib.format, header)(stream)
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject:
             raise ValueError("it holds a pickle")
@@ -4815,6 +4843,10 @@ def salvage(run, error):
     error = OutOfMemory() if isinstance(error, MemoryError) else error
     if run.dream.image is None:
         return str(error)
+    is_sound = not isinstance(error, (NotFinite, OutOfMemory)) and run.dream.is_laid_out()
+    if is_sound and run.options.checkpoint_iter != 0:
+        with contextlib.suppress(RunFailed):
+            run.checkpoint().write(run.files.checkpoint)
     hint = "" if isinstance(error, NotFinite) else run.files.hint()
     try:
         finish(run)

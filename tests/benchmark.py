@@ -242,7 +242,7 @@ def measured(what, arguments, threads=1, copies=1):
     return results[0] if copies == 1 else float(np.mean(results)) / copies
 
 
-# ---- Command line -----------------------------------------------------------------------------
+# ---- The main process alone -------------------------------------------------------------------
 
 
 class Instant(cnn_vis.Engine):
@@ -289,6 +289,8 @@ def ceiling(args):
     """Prints how many tiles the parent can feed and step in a second, where the time goes, and what
     that means for other machines."""
     compiled, numpys = cnn_vis.compiled_step_tile(), cnn_vis.step_tile
+    if compiled is None:
+        sys.exit("this Caffe is not the one that comes with cnn_vis.py: there is no compiled step")
     for name, step_tile in (("NumPy", numpys), ("compiled", compiled)):
         (seconds, cpu, main_cpu), dream = parent_alone(step_tile)
         print(f"parent alone: {1 / seconds:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
@@ -317,6 +319,9 @@ def ceiling(args):
         # On the CPU both share the cores.
         both = min(parent, rate if "GPU" in name else cores / (network + cpu))
         print(f"| {name} | {rate:.0f} | {parent:.0f} | {both:.0f} |")
+
+
+# ---- Command line -----------------------------------------------------------------------------
 
 
 def load(args):

@@ -110,11 +110,14 @@ def test_a_scheduler_that_is_killed_loses_nothing(dask_cluster, whole, tmp_path,
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "3s")  # until it gives up
     dask_cluster.add_worker()
     cluster = f"--scheduler={dask_cluster.address}"
-    running = under_way(*RUN, "--checkpoint_iter=1", cluster, "--quiet", cwd=tmp_path)
+    running = start(*RUN, "--checkpoint_iter=100000", cluster, cwd=tmp_path)
+    while dask_cluster.address not in running.stderr.readline():
+        pass
+    time.sleep(0.5)
     end_hard(dask_cluster.scheduler)
     said = running.communicate(timeout=100)[1]
     assert running.returncode == 1
-    (line,) = said.splitlines()
+    line = said.splitlines()[-1]
     assert f"the scheduler {dask_cluster.address} is gone" in line
     assert f"--resume {CHECKPOINT}" in line
     assert run_cli("--resume", CHECKPOINT, cwd=tmp_path).returncode == 0
@@ -320,3 +323,15 @@ def test_a_silent_loan_ends_and_another_follows(dask_cluster):
         ((gradient, _),) = engine.receive(engine.send([tile]))
         assert gradient.tobytes() == first[0][0].tobytes()
         assert workers(server)
+
+
+def test_a_worker_that_cannot_keep_files_is_not_used(dask_cluster, tmp_path):
+    dask_cluster.add_worker(within=["bash", "-c", 'ulimit -f 20; exec "$@"', "bash"])
+    cluster = f"--scheduler={dask_cluster.address}"
+    done = run_cli(*ONE, cluster, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.splitlines()) == 1
+    assert "worker tcp://" in done.stderr
+    dask_cluster.add_worker()
+    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    assert run_cli(*ONE, cluster, cwd=tmp_path).returncode == 0
