@@ -3234,7 +3234,7 @@ def compiled_step_tile():
         numbers = np.array([*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate], float)
         places = np.array([difference.index(1), difference.index(-1), len(difference)], np.int64)
         descent = np.ascontiguousarray(descent, np.float32)
-        start = None if start is None else np.ascontiguousarray(start)
+        start = None if start is None else np.ascontiguousarray(start, np.float64)
         arrays = (x, start, descent, cache, counts, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])

@@ -211,11 +211,12 @@ def measure_maths(_, tile):
         dream.begin_size()
         dream.image += 3
         terms = dream._regularizers()
+        start = dream._start_of((0, tile.shape[2], 0, tile.shape[3]), terms)
         for way in (cnn_vis.step_tile, cnn_vis.compiled_step_tile()):
             if way is None:
                 continue
             step = functools.partial(
-                way, dream.image[0], dream.start[0], cnn, dream.caches[0], None, terms, 0.9, 1.0
+                way, dream.image[0], start, cnn, dream.caches[0], None, terms, 0.9, 1.0
             )
             way_name = "NumPy" if way is cnn_vis.step_tile else "compiled"
             results[f"{name}, {way_name}"] = milliseconds(step, 30)
