@@ -939,16 +939,21 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
     sent = collections.deque()  # batches on their way: (tiles, ticket)
     unstepped = collections.deque()  # all tiles in them
     before = {} if before is None else before
+    most = 1  # tiles in a batch
 
     def ready_batch():
-        """The tiles that can be sent next, as many as the engine takes at once."""
+        """The tiles that can be sent next, as many as go into a batch."""
+        nonlocal most
         batch = []
-        while len(batch) < engine.batch_size:
+        while len(batch) < most:
             if len(batch) == len(unsent):
                 turn, (regions, measure) = next(turns, (None, ((), False)))
                 unsent.extend(Tile(turn, region, measure) for region in regions)
                 if not regions:
                     break
+                # Four batches of a turn for each process: none waits for one that has all tiles.
+                share = math.ceil(len(regions) / (4 * engine.number))
+                most = min(engine.batch_size, max(share, most if batch else 1))
             tile = unsent[len(batch)]
             earlier = (
                 other for other in itertools.chain(unstepped, batch) if other.turn < tile.turn
@@ -963,7 +968,7 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
     while not is_stopping():
         while engine.has_room():
             batch = ready_batch()
-            is_full = len(batch) == engine.batch_size
+            is_full = len(batch) == most
             if not batch or (not is_full and sent and len(batch) < len(unsent)):
                 break  # more tiles come free when those on their way have been stepped
             pixels = []
@@ -2767,9 +2772,10 @@ class Network:
 class Engine:
     """What computes the gradients of tiles, as the loop sees it; a context manager.
 
-    `device` tells where it runs, in words; `notices` is a list of lines for the user. After
-    `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of a tile's
-    activations; batch_size, how many tiles `send` takes at most.
+    `spec` is its NetworkSpec; `device` tells where it runs, in words; `notices` is a list of lines
+    for the user. After `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of
+    a tile's activations; batch_size, how many tiles `send` takes at most; number, how many batches
+    are computed at the same time.
 
     Which tile is computed where and with which others must not change its gradient. A failure that
     the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
@@ -3085,18 +3091,22 @@ class Workers(Engine):
 
     def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
         self.spec, self.batch_size, self.notices = spec, batch_size, []
-        self._number, self._or_cpu = number, or_cpu
+        self._cpu_number, self._or_cpu = number, or_cpu
         self._set_out(gpus, device)
         with system_limits():
             self._memory_file = os.memfd_create("cnn_vis")
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
+    @property
+    def number(self):
+        return self.processes.number
+
     def _set_out(self, gpus, device):
         self.gpus = gpus
         self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
-        self.processes = CaffeProcesses(self._number, gpus)
-        many = "s" * (self.processes.number > 1)
-        self.device = device if gpus else f"{device}, {self.processes.number} worker{many}"
+        self.processes = CaffeProcesses(self._cpu_number, gpus)
+        many = "s" * (self.number > 1)
+        self.device = device if gpus else f"{device}, {self.number} worker{many}"
 
     def __exit__(self, kind, *_):
         self.processes.__exit__(kind)
@@ -3114,9 +3124,7 @@ class Workers(Engine):
         self._map_slots()
 
     def _try_network(self):
-        others = [
-            self.processes.submit(describe, self.spec) for _ in range(self.processes.number - 1)
-        ]
+        others = [self.processes.submit(describe, self.spec) for _ in range(self.number - 1)]
         try:
             found = self.processes.call(describe, self.spec)
         except CaffeStopped as error:
@@ -3141,7 +3149,7 @@ class Workers(Engine):
 
     def _map_slots(self):
         """Two batches for each worker, one to compute and one to begin with next, and one more."""
-        slots = 2 * self.processes.number + 1
+        slots = 2 * self.number + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         if 4 * math.prod(shape) > free_memory():
             problem = f"needs {4 * math.prod(shape) / 1e9:.1f} GB of memory for tiles on their way"
@@ -3463,6 +3471,10 @@ class Cluster(Engine):
     MAX_LOSSES = 4  # each after the death of several workers, as many as Dask allows
     batch_size = 1
 
+    @property
+    def number(self):
+        return max(1, sum(self._threads.values()))
+
     def __init__(self, spec, address):
         self.spec, self.address = spec, address
         self._module, self._run = portable(), uuid.uuid4().hex
@@ -3648,7 +3660,7 @@ class Cluster(Engine):
             raise refusal("scheduler", self.address, f"{problem}; {remedy}") from None
 
     def has_room(self):
-        return len(self._jobs) < max(1, 2 * sum(self._threads.values()))
+        return len(self._jobs) < 2 * self.number
 
     def send(self, tiles_in, measure=True):
         (tile,), ticket = tiles_in, next(self._tickets)
@@ -4732,9 +4744,14 @@ def make_picture(options, signals, checkpoint=None):
         held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
         check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
         record = make_record(options, settings, network, dream.sizes)
+        record["device"] = "GPU" if engine.spec.use_gpu else "CPU"
         kept = {}
         if checkpoint is not None:
             record["seconds"], kept = checkpoint.record["seconds"], checkpoint.arrays
+            begun_on = checkpoint.record.get("device", record["device"])
+            if begun_on != record["device"]:
+                rounding = f"the rounding of a {record['device']} differs from its"
+                engine.notices.append(f"this run was begun on a {begun_on}; {rounding}")
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
         announce(options, network, dream, remarks)

@@ -250,7 +250,7 @@ class Instant(cnn_vis.Engine):
     """Answers at once, with what it was sent."""
 
     def __init__(self, slots=9, tile_size=(224, 224)):
-        self.tile_size, self.batch_size = tile_size, 1
+        self.tile_size, self.batch_size, self.number = tile_size, 1, 1
         self._memory = np.ones((slots, 2, 3, *tile_size), np.float32)
         self._free = list(range(slots))
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 
 import numpy as np
+import pytest
 from conftest import GOLDEN, ONE, TINY, assert_one_line, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,8 +36,8 @@ class PretendedEngine:
     """As cnn_vis.Engine, with `slots` places; tells when it is given more than it can hold, or
     asked for too much."""
 
-    def __init__(self, slots, batch_size):
-        self.slots, self.batch_size = slots, batch_size
+    def __init__(self, slots, batch_size, number=1):
+        self.slots, self.batch_size, self.number = slots, batch_size, number
         self.held, self.batches, self.is_asked_again = {}, [], True
 
     def has_room(self):
@@ -146,7 +147,36 @@ def test_the_engine_is_kept_busy():
     engine = PretendedEngine(slots=3, batch_size=5)
     for _ in cnn_vis.tile_gradients(engine, image, turns, cnn_vis.Steps()):
         pass
-    assert np.mean(engine.batches) > 4
+    assert np.mean(engine.batches) > 3  # of colours of 11 to 15 tiles
+
+
+class Clockwork(PretendedEngine):
+    """GPUs that take 20 ms a tile, in pretended time."""
+
+    def __init__(self, number):
+        super().__init__(2 * number + 1, 32, number)
+        self.now, self.free, self.ends = 0, [0] * number, {}
+
+    def send(self, tiles_in, measure):
+        ticket = super().send(tiles_in, measure)
+        gpu = self.free.index(min(self.free))
+        self.free[gpu] = self.ends[ticket] = max(self.now, self.free[gpu]) + 20 * len(tiles_in)
+        return ticket
+
+    def receive(self, ticket):
+        self.now = max(self.now, self.ends.pop(ticket))
+        return super().receive(ticket)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_gpus_share_the_tiles_of_a_turn(number):
+    """However large a batch may be: none of them waits for one that has them all."""
+    size = (1080, 1920)
+    turns = [(colour, False) for colour in cnn_vis.tiles(size, (224, 224))] * 4
+    engine = Clockwork(number)
+    for _ in cnn_vis.tile_gradients(engine, np.zeros((1, 3, *size)), turns, cnn_vis.Steps()):
+        pass
+    assert engine.now / sum(len(colour) for colour, _ in turns) < 1.06 * 20 / number
 
 
 SILENT = """
