@@ -1533,7 +1533,7 @@ def network_options(add):
         "(default: GPU 0 if Caffe can use one, else CPU)")
     add("--batch_size", metavar="N", type=number(int, 1), free=True,
         idle=lambda o: o.scheduler and "--scheduler",
-        help="tiles that a GPU computes at once; always 1 on the CPU "
+        help="most tiles that a GPU computes at once; always 1 on the CPU "
         "(default: as many as fit in GPU memory)")
     add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
         idle=lambda o: o.gpu and "--gpu" or o.scheduler and "--scheduler",
@@ -3450,33 +3450,20 @@ class Call:
         return self._call
 
 
-@dataclasses.dataclass
-class Job:
-    """A tile on its way: Loan.compute's arguments; the future, the workers that it may go to, and
-    how often it was lost with them; what on_loan returned."""
+class Crew:
+    """The workers of a Dask cluster, as they come and go. Each is sent what it lacks, and tried, in
+    a thread of its own before it is used.
 
-    arguments: tuple
-    future: object = None
-    workers: frozenset = frozenset()
-    losses: int = 0
-    found: tuple | None = None
-
-
-class Cluster(Engine):
-    """The engine of a Dask cluster. Two tiles for each thread of its workers are under way. Those
-    of workers that are gone are computed again, new workers are used as they come, and while there
-    are none the run waits."""
+    `known` are the addresses of all; `threads`, {address: number}, tells those in use; `unfit`,
+    {address: exception}, why others are not; `found` is what Loan.examine found at the first.
+    """
 
     PART = 16 << 20  # bytes of a file that are sent at once
-    MAX_LOSSES = 4  # each after the death of several workers, as many as Dask allows
-    batch_size = 1
 
-    @property
-    def number(self):
-        return max(1, sum(self._threads.values()))
-
-    def __init__(self, spec, address):
-        self.spec, self.address = spec, address
+    def __init__(self, client, address, spec):
+        self.client, self.address = client, address
+        self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
+        self.is_announced = False  # what happens from then on is told as it happens
         self._module, self._run = portable(), uuid.uuid4().hex
         hashes = {
             name: file_hash(getattr(spec.files, name), "sha256").partition(":")[2]
@@ -3485,32 +3472,69 @@ class Cluster(Engine):
         self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
         by_content = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
         self._spec = in_module(self._module, by_content)
-        self._client, self._jobs, self._tickets = None, {}, itertools.count()
-        # Of workers, by address: all known; threads of those in use; why others cannot be used.
-        self._known, self._threads, self._unfit = set(), {}, {}
         self._lock, self._sending = threading.Lock(), collections.defaultdict(threading.Lock)
-        self._found, self._is_described, self._examining = None, False, []
-        self._closing = threading.Event()
+        self._trials, self._closing = [], threading.Event()
 
-    # -- Workers come and go, in threads of their own --
+    def start(self):
+        """Begins to look after the workers."""
+        self._send_script()
+        threading.Thread(target=self._look_after, daemon=True).start()
 
-    def _look_after_workers(self):
+    def pending(self):
+        """The addresses of workers that are being prepared."""
+        with self._lock:
+            return self.known - self.threads.keys() - self.unfit.keys()
+
+    def end(self, futures):
+        """Cancels futures and ends what the run has on the workers. Takes three seconds at most: a
+        worker that is cut off answers later, or never."""
+        self._closing.set()
+
+        def end():
+            with contextlib.suppress(Exception):
+                self.client.cancel(futures + self._trials)
+                end_loan, workers = self._module.end_loan, list(self.known)
+                self.client.run(end_loan, self._run, workers=workers, on_error="ignore")
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(3)
+
+    def submit(self, task, workers, *arguments):
+        """The future of a task, a method of Loan, to be done by one of the workers."""
+        call = Call(self._module.on_loan, self._run, task, self._spec, *arguments)
+        arguments = (pickle.loads, pickle.dumps(call))
+        return self.client.submit(*arguments, workers=list(workers), pure=False)
+
+    def exception(self, name, message, address):
+        """What a worker raised; with the worker's address unless an option is to blame."""
+        message = self.with_files_here(message)
+        message = message if message.startswith("--") else f"worker {address}: {message}"
+        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+
+    def with_files_here(self, message):
+        """A message of a worker, with the names of files here."""
+        for sha256, path in self._files.items():
+            message = re.sub(rf"\S*{sha256}", lambda _, path=path: path, message)
+        return message
+
+    def _look_after(self):
         while not self._closing.wait(0.3):
             try:
-                present = self._client.nthreads()
+                present = self.client.nthreads()
             except Exception:  # the scheduler is away
                 present = {}
             if self._closing.is_set():
                 return
             with self._lock:
-                before = self._threads
-                self._threads = {a: n for a, n in before.items() if a in present}
-                for address in before.keys() - self._threads.keys() if self._threads else ():
-                    log.warning(f"note: worker {address} is gone; {len(self._threads)} left")
-                if before and not self._threads:
+                before = self.threads
+                self.threads = {a: n for a, n in before.items() if a in present}
+                for address in before.keys() - self.threads.keys() if self.threads else ():
+                    log.warning(f"note: worker {address} is gone; {len(self.threads)} left")
+                if before and not self.threads:
                     log.warning(f"note: all workers of {self.address} are gone; waiting for others")
-                newcomers = present.keys() - self._known
-                self._known = set(present)
+                newcomers = present.keys() - self.known
+                self.known = set(present)
             for address in newcomers:
                 arguments = (address, present[address])
                 threading.Thread(target=self._welcome, args=arguments, daemon=True).start()
@@ -3519,36 +3543,36 @@ class Cluster(Engine):
         """Prepares a new worker, and tries the network there."""
         try:
             self._send_files(address)
-            future = self._submit("examine", [address])
-            self._examining.append(future)
+            future = self.submit("examine", [address])
+            self._trials.append(future)
             name, found = future.result()
-            problem = name and self._exception(name, found, address)
+            problem = name and self.exception(name, found, address)
         except Exception as error:
             with contextlib.suppress(Exception):
-                if address not in self._client.nthreads():
+                if address not in self.client.nthreads():
                     return  # it has gone; should it come back, it is new
-            name, problem = "RunFailed", self._exception("RunFailed", one_line(error), address)
+            name, problem = "RunFailed", self.exception("RunFailed", one_line(error), address)
         with self._lock:
-            if address not in self._known or self._closing.is_set():
+            if address not in self.known or self._closing.is_set():
                 return
             if name:
-                self._unfit = self._unfit | {address: problem}
-                if self._is_described:
+                self.unfit = self.unfit | {address: problem}
+                if self.is_announced:
                     log.warning(f"note: {problem}; it is not used")
                 return
-            self._threads = self._threads | {address: threads}
-            self._found = self._found or found
-        if found[1] != self._found[1]:
+            self.threads = self.threads | {address: threads}
+            self.found = self.found or found
+        if found[1] != self.found[1]:
             log.warning(
                 f"note: {address} ({found[2]}) computes slightly other pixels than the first "
-                f"worker ({self._found[2]}): the picture will depend on which tiles go where"
+                f"worker ({self.found[2]}): the picture will depend on which tiles go where"
             )
 
     def _send_files(self, address):
         """Sends a worker's machine the files that it lacks."""
 
         def there(function, *arguments):
-            return self._client.run(function, *arguments, workers=[address])[address]
+            return self.client.run(function, *arguments, workers=[address])[address]
 
         for attempt in range(20):
             try:
@@ -3575,51 +3599,63 @@ class Cluster(Engine):
         script = UploadFile(__file__, load=False)
         script.filename = f"{self._module.__name__}.py"
         with contextlib.suppress(Exception):  # of one worker; it will be found to lack the script
-            self._client.register_plugin(script, name=self._module.__name__)
+            self.client.register_plugin(script, name=self._module.__name__)
 
-    def _submit(self, task, workers, *arguments):
-        """The future of a task, a method of Loan, to be done by one of the workers."""
-        call = Call(self._module.on_loan, self._run, task, self._spec, *arguments)
-        arguments = (pickle.loads, pickle.dumps(call))
-        return self._client.submit(*arguments, workers=list(workers), pure=False)
 
-    def _exception(self, name, message, address):
-        """What a worker raised; with the worker's address unless an option is to blame."""
-        message = self._with_files_here(message)
-        message = message if message.startswith("--") else f"worker {address}: {message}"
-        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+@dataclasses.dataclass
+class Job:
+    """A tile on its way: Loan.compute's arguments; the future, the workers that it may go to, and
+    how often it was lost with them; what on_loan returned."""
 
-    def _with_files_here(self, message):
-        for sha256, path in self._files.items():
-            message = re.sub(rf"\S*{sha256}", lambda _, path=path: path, message)
-        return message
+    arguments: tuple
+    future: object = None
+    workers: frozenset = frozenset()
+    losses: int = 0
+    found: tuple | None = None
 
-    # -- What an Engine does --
+
+class Cluster(Engine):
+    """The engine of a Dask cluster. Two tiles for each thread of its workers are under way. Those
+    of workers that are gone are computed again, new workers are used as they come, and while there
+    are none the run waits."""
+
+    MAX_LOSSES = 4  # each after the death of several workers, as many as Dask allows
+    batch_size = 1
+
+    def __init__(self, spec, address):
+        self.spec, self.address = spec, address
+        self._crew, self._jobs, self._tickets = None, {}, itertools.count()
+
+    @property
+    def number(self):
+        return max(1, sum(self._crew.threads.values()))
 
     def describe(self):
-        self._connect()
+        client = self._connect()
+        crew = self._crew = Crew(client, self.address, self.spec)
+        crew.start()
         begun, is_told = time.monotonic(), False
-        while not self._is_described:
-            waited = time.monotonic() - begun
-            with self._lock:
-                pending = self._known - self._threads.keys() - self._unfit.keys()
-                self._is_described = bool(self._found) and (not pending or waited > 20)
-                if self._known and not pending and not self._found:
-                    raise next(iter(self._unfit.values()))
-                is_alone = not self._known
-            if is_alone and not is_told and waited > 2:
+        while True:
+            waited, pending = time.monotonic() - begun, crew.pending()
+            if crew.found and (not pending or waited > 20):
+                break
+            if crew.unfit and not pending and not crew.found:
+                raise next(iter(crew.unfit.values()))
+            if not crew.known and not is_told and waited > 2:
                 log.info(f"note: {self.address} has no workers yet; waiting for them")
                 is_told = True
             time.sleep(0.05)
         for name in DESCRIBED:
-            setattr(self, name, self._found[0][name])
-        self.notices = [*map(self._with_files_here, self.notices)]
-        self.notices += [f"{problem}; it is not used" for problem in self._unfit.values()]
-        workers, threads = len(self._threads), sum(self._threads.values())
+            setattr(self, name, crew.found[0][name])
+        self.notices = [*map(crew.with_files_here, self.notices)]
+        self.notices += [f"{problem}; it is not used" for problem in crew.unfit.values()]
+        crew.is_announced = True
+        workers, threads = len(crew.threads), sum(crew.threads.values())
         many = "s" * (workers > 1), "s" * (threads > 1)
         self.device = f"{self.address}, {workers} worker{many[0]}, {threads} thread{many[1]}"
 
     def _connect(self):
+        """The Client of the scheduler. Raises BadRequest."""
         try:
             import dask
             import distributed
@@ -3636,9 +3672,7 @@ class Cluster(Engine):
         self._greet(distributed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that differ
-            self._client = distributed.Client(self.address, set_as_default=False)
-        self._send_script()
-        threading.Thread(target=self._look_after_workers, daemon=True).start()
+            return distributed.Client(self.address, set_as_default=False)
 
     def _greet(self, distributed):
         """Raises BadRequest unless a scheduler answers in five seconds. (A Client waits for ever if
@@ -3670,11 +3704,11 @@ class Cluster(Engine):
 
     def _place_jobs(self):
         """Submits the jobs that no worker in use has."""
-        workers = frozenset(self._threads)
+        workers = frozenset(self._crew.threads)
         for job in self._jobs.values():
             if workers and (job.future is None or job.workers.isdisjoint(workers)):
                 job.workers = workers
-                job.future = self._submit("compute", workers, *job.arguments)
+                job.future = self._crew.submit("compute", workers, *job.arguments)
 
     def is_done(self, ticket):
         import distributed
@@ -3683,7 +3717,7 @@ class Cluster(Engine):
         if job.found:
             return True
         self._place_jobs()
-        if self._client.status in ("closing", "closed"):
+        if self._crew.client.status in ("closing", "closed"):
             raise RunFailed(f"the scheduler {self.address} is gone")
         if job.future is None:
             time.sleep(0.3)
@@ -3707,25 +3741,13 @@ class Cluster(Engine):
             pass
         name, found = self._jobs.pop(ticket).found
         if name:
-            raise self._exception(name, found, f"of {self.address}")
+            raise self._crew.exception(name, found, f"of {self.address}")
         return [found]
 
     def __exit__(self, kind, *_):
-        self._closing.set()
-        if self._client is None:
-            return
-
-        def end():
-            with contextlib.suppress(Exception):
-                futures = [job.future for job in self._jobs.values() if job.future]
-                self._client.cancel(futures + self._examining)
-                end_loan, workers = self._module.end_loan, list(self._known)
-                self._client.run(end_loan, self._run, workers=workers, on_error="ignore")
-
-        ending = threading.Thread(target=end, daemon=True)
-        ending.start()
-        ending.join(3)  # a worker that is cut off answers later, or never
-        self._client.close(timeout=2)
+        if self._crew is not None:
+            self._crew.end([job.future for job in self._jobs.values() if job.future])
+            self._crew.client.close(timeout=2)
 
 
 def open_engine(options, settings, files):

@@ -267,7 +267,7 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     dask_cluster.add_worker()
     dask_cluster.add_worker(within=name)
     wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
-    monkeypatch.setattr(cnn_vis.Cluster, "PART", 2048)
+    monkeypatch.setattr(cnn_vis.Crew, "PART", 2048)
     with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
         engine.describe()
         assert not engine.notices
@@ -315,8 +315,8 @@ def test_a_silent_loan_ends_and_another_follows(dask_cluster):
     with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
         engine.describe()
         (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
-        shorten = f"import {engine._module.__name__} as m; m.Loan.SILENCE = 0.5"
-        engine._client.run(exec, shorten)
+        shorten = f"import {engine._crew._module.__name__} as m; m.Loan.SILENCE = 0.5"
+        engine._crew.client.run(exec, shorten)
         tile = np.zeros((3, 32, 32), np.float32)
         first = engine.receive(engine.send([tile]))
         wait_for(lambda: not workers(server), 60)
