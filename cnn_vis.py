@@ -31,7 +31,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
 
 import argparse
-import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -63,7 +62,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -3464,7 +3462,7 @@ class Crew:
         self.client, self.address = client, address
         self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
         self.is_announced = False  # what happens from then on is told as it happens
-        self._module, self._run = portable(), uuid.uuid4().hex
+        self._module, self._run = portable(), os.urandom(16).hex()
         hashes = {
             name: file_hash(getattr(spec.files, name), "sha256").partition(":")[2]
             for name in NETWORK_FILES
@@ -3677,6 +3675,7 @@ class Cluster(Engine):
     def _greet(self, distributed):
         """Raises BadRequest unless a scheduler answers in five seconds. (A Client waits for ever if
         something else takes the connection.)"""
+        import asyncio
 
         async def identity():
             arguments = distributed.Security().get_connection_args("client")

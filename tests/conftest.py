@@ -305,8 +305,8 @@ class DaskCluster:
         self.address = json.loads(file.read_text())["address"]
 
     def _start(self, *words, within=(), **environment):
-        number = len(STARTED)
-        with open(self.folder / f"{words[0]}{number}.log", "wb") as log:
+        path = self.folder / f"{words[0]}{len(STARTED)}.log"
+        with open(path, "wb") as log:
             running = subprocess.Popen(
                 [*within, sys.executable, "-m", "dask", *words],
                 cwd=self.folder,
@@ -317,7 +317,16 @@ class DaskCluster:
                 start_new_session=True,
             )
         STARTED.append(running)
+        running.log = path
         return running
+
+    def wait_for_workers(self, number):
+        """Waits until the scheduler has known so many."""
+
+        def registered():
+            return sum("Registered to" in worker.log.read_text() for worker in self.workers)
+
+        wait_for(lambda: registered() == number, 60)
 
     def add_worker(self, threads=1, *words, **environment):
         """Starts a worker, `within` a command if one is given; one machine's workers share a cache,

@@ -69,7 +69,7 @@ def test_workers_come_and_go(dask_cluster, whole, tmp_path):
     while "is gone; 1 left" not in running.stderr.readline():
         pass
     dask_cluster.add_worker(threads=2)
-    wait_for(lambda: dask_cluster.logs().count("Registered to") == 3)
+    dask_cluster.wait_for_workers(3)
     assert running.poll() is None
     end_hard(second)
     said = running.communicate(timeout=60)[1]
@@ -155,7 +155,7 @@ def test_a_worker_without_caffe_is_not_used(dask_cluster, tmp_path):
     done = run_cli(*ONE, cluster, cwd=tmp_path)
     assert_one_line(done, 2, "tcp://", "Caffe cannot be imported", "division by zero")
     dask_cluster.add_worker()
-    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    dask_cluster.wait_for_workers(2)
     done = run_cli(*[word for word in ONE if word != "--quiet"], cluster, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Caffe cannot be imported" in done.stderr
@@ -169,7 +169,7 @@ def test_a_worker_with_other_pixels_is_told_of(dask_cluster, tmp_path):
         pytest.skip("the matrix products named here are for x86")
     for core in ("Haswell", "Prescott"):
         dask_cluster.add_worker(OPENBLAS_CORETYPE=core)
-    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    dask_cluster.wait_for_workers(2)
     words = [word for word in ONE if word != "--quiet"]
     done = run_cli(*words, f"--scheduler={dask_cluster.address}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def test_a_machine_that_is_cut_off_does_not_matter(namespaces, whole, tmp_path):
     for number, name in enumerate(namespaces):
         where = {"CNN_VIS_MODELS": str(tmp_path / name)}  # no shared disk
         cluster.add_worker(2, within=["ip", "netns", "exec", name], **where)
-        wait_for(lambda count=number + 1: cluster.logs().count("Registered to") == count)
+        cluster.wait_for_workers(number + 1)
     folder = tmp_path / "run"
     folder.mkdir()
     scheduler = f"--scheduler={cluster.address}"
@@ -266,7 +266,7 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     name = ["unshare", "--uts", "sh", "-c", 'hostname other; exec "$@"', "sh"]
     dask_cluster.add_worker()
     dask_cluster.add_worker(within=name)
-    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    dask_cluster.wait_for_workers(2)
     monkeypatch.setattr(cnn_vis.Crew, "PART", 2048)
     with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
         engine.describe()
@@ -333,5 +333,5 @@ def test_a_worker_that_cannot_keep_files_is_not_used(dask_cluster, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert "worker tcp://" in done.stderr
     dask_cluster.add_worker()
-    wait_for(lambda: dask_cluster.logs().count("Registered to") == 2)
+    dask_cluster.wait_for_workers(2)
     assert run_cli(*ONE, cluster, cwd=tmp_path).returncode == 0

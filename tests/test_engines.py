@@ -57,7 +57,7 @@ class OnDask:
         self.cluster = cluster
         for _ in range(2):
             cluster.add_worker()
-        wait_for(lambda: cluster.logs().count("Registered to") == 2)
+        cluster.wait_for_workers(2)
 
     def engine(self, spec):
         return cnn_vis.Cluster(spec, self.cluster.address)
@@ -168,7 +168,7 @@ def test_an_engine_leaves_nothing_behind(kind, error):
         assert kind.processes()
         if error:
             raise error(2)
-    wait_for(lambda: not kind.processes())
+    wait_for(lambda: not kind.processes(), 60)
 
 
 @pytest.mark.parametrize("options", [["--workers=1"], ["--workers=3", "--batch_size=2"]])
