@@ -1108,9 +1108,10 @@ class Dream:
                 self.gauge = Gauge()
             self.is_silent = self.is_still = is_whole
             terms = self._regularizers()
-            for region, gradient, loss in itertools.islice(gradients, count - self.tile):
-                self._step_tile(steps, region, gradient, loss, terms)
-                self.tile += 1
+            with np.errstate(over="ignore"):  # of what is sent: the step will find it
+                for region, gradient, loss in itertools.islice(gradients, count - self.tile):
+                    self._step_tile(steps, region, gradient, loss, terms)
+                    self.tile += 1
             steps.wait()
             if self.tile < count:
                 return
@@ -1153,16 +1154,13 @@ class Dream:
         rates = (self.settings.decay_rate, self.learning_rate)
         with np.errstate(all="ignore"):  # overflow is reported in our own words
             step_size = self.step_tile(x, start, descent, cache, counts, terms, *rates)
-        if (
-            step_size is None
-            and (self.size, self.step) == (1, 0)
-            and not np.isfinite(descent).all()
-        ):
-            raise RunFailed(
-                "the network's gradient of the start picture is not a number; do its files "
-                "belong together?"
-            )
         if step_size is None:
+            is_first = (self.size, self.step) == (1, 0) and np.abs(x).max() < 1e6
+            if is_first and not np.isfinite(descent).all():  # no step drove the picture there
+                raise NotFinite(
+                    "the network's gradient of the start picture is not a number; if --l1_weight "
+                    "and --l2_weight are not huge, do the network's files belong together?"
+                )
             raise NotFinite(
                 f"the picture overflowed at step {self.step + 1} of size {self.size}; lower "
                 "--learning_rate, the weights (--l1_weight, --l2_weight, --p_reg, --p_reg_aux, "

@@ -244,5 +244,18 @@ def test_overflow_ends_the_run_and_keeps_the_last_good_picture(tmp_path):
     Image.open(tmp_path / "out.png").verify()
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--learning_rate=1e39", "overflowed"), ("--l1_weight=1e38", "gradient of the start picture")],
+)
+def test_absurd_values_are_one_line(option, words, tmp_path):
+    """With tiles that overlap: what one has driven up, the next one is sent with."""
+    words_of_one = [word for word in ONE if "size" not in word]
+    options = [*words_of_one, "--num_steps=3", "--initial_size=64x96", option]
+    done = run_cli(*options, "--initialization_scale=20", cwd=tmp_path)
+    assert_one_line(done, 1, words, "--l1_weight", "out.png")
+    assert not (tmp_path / "out.png.checkpoint").exists()
+
+
 def test_final_size_is_not_looked_at_with_one_size(tmp_path):
     assert run_cli(*ONE, "--final_size=0x0", cwd=tmp_path).returncode == 0
