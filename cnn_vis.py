@@ -1921,6 +1921,16 @@ def file_hash(path, algorithm):
     return f"{algorithm}:{digest.hexdigest()}"
 
 
+def sha256_of(path):
+    """The SHA-256 of a file, in hex."""
+    return file_hash(path, "sha256").partition(":")[2]
+
+
+def content_of(network):
+    """What tells the NetworkFiles from others wherever they lie: {field: SHA-256}."""
+    return {name: sha256_of(getattr(network, name)) for name in ("weights", "deploy")}
+
+
 def has_known_hash(path, model):
     """Whether the file has one of the model's known hashes."""
     return any(file_hash(path, known.partition(":")[0]) == known for known in model.hashes)
@@ -3259,7 +3269,7 @@ def compiled_step_tile():
 def portable():
     """This script as a module named by its content, which workers have too: functions and values
     of that module can be sent to them."""
-    name = f"cnn_vis_{file_hash(__file__, 'sha256').partition(':')[2][:16]}"
+    name = f"cnn_vis_{sha256_of(__file__)[:16]}"
     spec = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -3272,9 +3282,6 @@ def in_module(module, value):
         return value
     fields = {f.name: in_module(module, getattr(value, f.name)) for f in dataclasses.fields(value)}
     return getattr(module, type(value).__name__)(**fields)
-
-
-NETWORK_FILES = ("deploy", "weights")  # of NetworkFiles, those that workers need
 
 
 def kept_path(sha256):
@@ -3293,7 +3300,7 @@ def missing_files(hashes):
     return [
         sha256
         for sha256, path in paths.items()
-        if not os.path.isfile(path) or file_hash(path, "sha256") != f"sha256:{sha256}"
+        if not os.path.isfile(path) or sha256_of(path) != sha256
     ]
 
 
@@ -3311,7 +3318,7 @@ def keep_part(sha256, sender, data, is_first, is_last):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if is_last and file_hash(part, "sha256") != f"sha256:{sha256}":
+        if is_last and sha256_of(part) != sha256:
             raise OSError("it was damaged on its way")
         if is_last:
             os.replace(part, path)
@@ -3426,8 +3433,11 @@ def end_loan(run):
 def on_loan(run, task, spec, *arguments):
     """In a Dask worker: (None, what a method of the run's Loan returns), or (name of an exception
     of this script, message)."""
-    paths = {name: kept_path(getattr(spec.files, name)) for name in NETWORK_FILES}
-    spec = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **paths))
+    files = spec.files  # by content, see Crew
+    files = dataclasses.replace(
+        files, deploy=kept_path(files.deploy), weights=kept_path(files.weights)
+    )
+    spec = dataclasses.replace(spec, files=files)
     try:
         with Loan.of(run, spec) as loan:
             return None, getattr(loan, task)(*arguments)
@@ -3461,10 +3471,7 @@ class Crew:
         self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
         self.is_announced = False  # what happens from then on is told as it happens
         self._module, self._run = portable(), os.urandom(16).hex()
-        hashes = {
-            name: file_hash(getattr(spec.files, name), "sha256").partition(":")[2]
-            for name in NETWORK_FILES
-        }
+        hashes = content_of(spec.files)
         self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
         by_content = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
         self._spec = in_module(self._module, by_content)
@@ -3999,10 +4006,7 @@ def make_record(options, settings, network, sizes):
 
 def identify(network):
     """What tells one network from others, as a dict."""
-    hashes = {
-        f"{name}_sha256": file_hash(getattr(network, name), "sha256").partition(":")[2]
-        for name in ("weights", "deploy")
-    }
+    hashes = {f"{name}_sha256": sha256 for name, sha256 in content_of(network).items()}
     return hashes | {"mean": float(network.mean)}
 
 
