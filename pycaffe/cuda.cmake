@@ -35,8 +35,8 @@ file(GLOB kernels CONFIGURE_DEPENDS ${source}/layers/*.cu ${source}/solvers/*.cu
 target_sources(caffe PRIVATE ${kernels})
 target_compile_options(caffe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-w>)
 set_target_properties(caffe PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_ARCHITECTURES "${PYCAFFE_CUDA_ARCH}")
-target_include_directories(caffe SYSTEM PUBLIC ${CUDAToolkit_INCLUDE_DIRS} ${cublas_include} ${curand_include})
-target_link_libraries(caffe PUBLIC CUDA::cudart_static ${cublas_library} ${curand_library})
+target_include_directories(caffe_headers SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS} ${cublas_include} ${curand_include})
+target_link_libraries(caffe_headers INTERFACE CUDA::cudart_static ${cublas_library} ${curand_library})
 
 # CUDA 13 dropped three fields of cudaDeviceProp, which Caffe only prints: build common.cpp without those lines.
 if(CUDAToolkit_VERSION_MAJOR GREATER_EQUAL 13)

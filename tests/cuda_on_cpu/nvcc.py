@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Stands before the C++ compiler: `nvcc.py g++ ... -c x.cu -o x.o` compiles x.cu as C++, and runs everything else as it is.
+A file that includes .cu files, as CMake's unity builds do, is one too.
+
+In what the preprocessor makes of a .cu file only the launches are no C++: KERNEL<<<CONFIGURATION>>>(ARGUMENTS) becomes
+the call of what cuda_on_cpu::launch (cuda_runtime.h) makes of kernel and configuration. Line numbers stay.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+LAUNCH = re.compile(r"([A-Za-z_]\w*(?:\s*<[^<>;{}]*>)?)(\s*)<<\s?<(.*?)>>\s?>", re.DOTALL)
+
+
+def translated(text):
+    """Preprocessed CUDA as C++."""
+    return LAUNCH.sub(r"::cuda_on_cpu::launch([](const auto&... a) { \1(a...); },\2 \3)", text)
+
+
+def without_dependencies(command):
+    """The words of a compiler's command but for those that ask it to write a dependency file."""
+    words = iter(command)
+    for word in words:
+        if word in ("-MF", "-MT", "-MQ"):
+            next(words)
+        elif word not in ("-MD", "-MMD"):
+            yield word
+
+
+def is_cuda(word):
+    """Whether a word of a compiler's command is the path of a file with CUDA in it."""
+    if word.endswith(".cxx"):
+        with open(word) as file:
+            return '.cu"' in file.read()
+    return word.endswith(".cu")
+
+
+def main():
+    command = sys.argv[1:]
+    sources = [word for word in command if is_cuda(word)]
+    if not sources:
+        os.execvp(command[0], command)
+    (source,) = sources
+    target = command[command.index("-o") + 1]
+    with tempfile.TemporaryDirectory() as folder:
+        read, written = (os.path.join(folder, f"{name}.ii") for name in ("read", "written"))
+        instead = {"-c": "-E", target: read}
+        first, *others = [instead.get(word, word) if before not in ("-MF", "-MT", "-MQ") else word
+                          for before, word in zip(["", *command], command)]  # fmt: skip
+        subprocess.run([first, "-include", "cuda_runtime.h", *others], check=True)
+        with open(read) as file, open(written, "w") as other:
+            other.write(translated(file.read()))
+        words = without_dependencies(command)
+        subprocess.run([written if word == source else word for word in words], check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
