@@ -1531,8 +1531,11 @@ def network_options(add):
         idle=lambda o: o.scheduler and "--scheduler",
         help="most tiles that a GPU computes at once; always 1 on the CPU "
         "(default: as many as fit in GPU memory)")
+    add("--tf32", action="store_true",
+        idle=lambda o: o.scheduler and "--scheduler",
+        help="let cuDNN multiply with 10 bits on GPUs that can: faster, and another picture")
     add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
-        idle=lambda o: o.gpu and "--gpu" or o.scheduler and "--scheduler",
+        idle=lambda o: o.scheduler and "--scheduler",
         help="processes that compute on the CPU (default: one for each core)")
     add("--scheduler", metavar="ADDRESS", type=given, free=True, text=None,
         help="compute on the workers of a Dask cluster; the address of its scheduler, as in "
@@ -2674,28 +2677,53 @@ def cut(net, target, blob_counts):
 
 
 # Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in
-# less time.
-FAST_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
+# less time: on the CPU, on a GPU with cuDNN, and there with products of less precision.
+CPU_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
+GPU_LAYERS = {"Convolution": "CudnnConvolution"}
+TF32_LAYERS = {"Convolution": "CudnnTF32Convolution"}
 
 
-def use_fast_layers(net):
-    """Changes the NetParameter `net` to use those of FAST_LAYERS that this Caffe has."""
+def use_fast_layers(net, fast):
+    """Changes the NetParameter `net` to use those of the layers `fast`, {Caffe's type: ours}, that
+    this Caffe has."""
     known = set(import_caffe().layer_type_list())
     for layer in net.layer:
-        if FAST_LAYERS.get(layer.type) in known:
-            layer.type = FAST_LAYERS[layer.type]
+        if fast.get(layer.type) in known:
+            layer.type = fast[layer.type]
+
+
+def end_in_objective(net, target, objective):
+    """Appends the objective to the NetParameter `net`, cut at the target, if this Caffe has it as a
+    layer, and returns whether it has. The forward pass then writes the gradient of the loss where
+    backward takes it up: on a GPU the activations need not leave it."""
+    kind = type(objective).__name__
+    if kind not in import_caffe().layer_type_list():
+        return False
+    net.layer[-1].ClearField("loss_weight")  # that backward is wanted, the objective tells now
+    layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[target], loss_weight=[1])
+    layer.top[:] = [layer.name]
+    layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(objective)))
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSpec:
     """All that a worker needs to load the network: its files; the target layer; the objective, of a
-    kind in IMAGE_TYPES; the (height, width) of its input, if that is not the prototxt's."""
+    kind in IMAGE_TYPES; whether it runs on a GPU; the (height, width) of its input, if that is not
+    the prototxt's; whether a GPU may multiply in TF32."""
 
     files: NetworkFiles
     target: str
     objective: object
     use_gpu: bool = False
     input_size: tuple | None = None
+    tf32: bool = False
+
+    def fast_layers(self):
+        """The layers to use instead of Caffe's own, for use_fast_layers."""
+        if not self.use_gpu:
+            return CPU_LAYERS
+        return TF32_LAYERS if self.tf32 else GPU_LAYERS
 
 
 class Network:
@@ -2712,6 +2740,9 @@ class Network:
         os.environ.update(threads)
         caffe = import_caffe()
         if spec.use_gpu:
+            if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
+                remedy = "leave it out, or build it with cuDNN (pip install './pycaffe[cuda]')"
+                raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}")
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees
         else:
@@ -2722,15 +2753,15 @@ class Network:
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
         cut(net, target, {name: len(shapes) for name, shapes in weights.items()})
-        if not spec.use_gpu:  # for which they have no code
-            use_fast_layers(net)
+        use_fast_layers(net, spec.fast_layers())
+        self._has_objective = end_in_objective(net, target, spec.objective)
         self._spec, self._net = spec, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
         self.notices = description.notices + check_values(spec, self._net)
         (name,) = self._net.inputs
         self._input, self._target = self._net.blobs[name], self._net.blobs[target]
-        self._start = description.starts[target]
+        self._start = list(self._net._layer_names).index(description.starts[target])
         self.tile_size, self.target_shape = tuple(self._input.shape)[2:], self._target_shape()
 
     def _target_shape(self):
@@ -2742,9 +2773,9 @@ class Network:
         spec.objective.check(spec.target, shape[0])
         return shape
 
-    def batch_for_memory(self):
-        """How many tiles at once the free memory of the GPU holds, at most 32; 1 on the CPU, where
-        more would not help."""
+    def batch_for_memory(self, share):
+        """How many tiles at once fit in this process's share of the GPU's free memory, if so many
+        processes share it; at most 32. 1 on the CPU, where more would not help."""
         if not self._spec.use_gpu:
             return 1
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -2752,7 +2783,7 @@ class Network:
         driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
         blobs = self._net.blobs.values()
         tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in blobs)  # data, diff
-        return min(32, max(1, int(0.7 * free.value) // tile))
+        return min(32, max(1, int(0.7 * free.value / share) // tile))
 
     def gradients(self, batch, measure=True):
         """The gradient of the objective's loss with respect to the tiles `batch`, float32
@@ -2762,14 +2793,25 @@ class Network:
             self._net.reshape()
         self._input.data[...] = batch
         self._net.forward()
-        objective, activations = self._spec.objective, self._target.data
-        self._target.diff[...] = objective.gradient(activations)
+        objective = self._spec.objective
+        if not self._has_objective:
+            self._target.diff[...] = objective.gradient(self._target.data)
         # From the layer that makes the target: an in-place ReLU after it has shaped the activations
         # but is not passed backward.
-        self._net.backward(start=self._start)
-        parts = activations[np.newaxis] if len(batch) == 1 else activations[:, np.newaxis]
-        losses = [objective.loss(a) if measure else None for a in parts]
-        return self._input.diff, losses
+        self._net._backward(self._start, 0)
+        losses = [None] * len(batch)
+        if measure:
+            activations = read_only(self._target, "data")
+            parts = activations[np.newaxis] if len(batch) == 1 else activations[:, np.newaxis]
+            losses = [objective.loss(a) for a in parts]
+        return read_only(self._input, "diff"), losses
+
+
+def read_only(blob, kind):
+    """The "data" or "diff" of a caffe.Blob, not to be changed: a Caffe with our patches then need
+    not copy it to a GPU again."""
+    array = getattr(blob, f"cpu_{kind}", None)
+    return getattr(blob, kind) if array is None else array
 
 
 # ---- Engines ----------------------------------------------------------------------------------
@@ -2839,13 +2881,24 @@ def map_memory(pid, descriptor, shape):
 attach = functools.cache(map_memory)  # in a worker, which has one memory for life
 
 
-def describe(spec):
+def describe(spec, share=1):
     """Task: (tile_size, target_shape, batch size that suits the device, notices) of the network,
-    after a first trial of it."""
-    network = load_network(spec)
-    # Takes the memory it needs, and fails now if it ever does.
-    network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
-    return network.tile_size, network.target_shape, network.batch_for_memory(), network.notices
+    after a first trial of it. `share` processes share a GPU."""
+    try:
+        network = load_network(spec)
+        # Takes the memory it needs, and fails now if it ever does.
+        network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
+    except BaseException:
+        if all_loaded is not None:
+            all_loaded.abort()
+        raise
+    if all_loaded is not None:
+        all_loaded.wait()
+    suits = network.batch_for_memory(share)
+    return network.tile_size, network.target_shape, suits, network.notices
+
+
+all_loaded = None  # in a worker of a GPU: a barrier, behind which every worker has its network
 
 
 def compute_slot(spec, memory, slot, count, measure):
@@ -2951,9 +3004,11 @@ def end_with_parent():
     os._exit(1)
 
 
-def start_worker(output, gpus, memory):
+def start_worker(output, gpus, barrier, memory):
     """Makes a fresh process a worker: its messages go to the pipe `output`, Ctrl-C is the parent's,
     it sees one GPU, and on the CPU a bad file cannot make it take more than `memory` bytes."""
+    global all_loaded
+    all_loaded = barrier
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(output.fileno(), 1)
@@ -2977,6 +3032,8 @@ class GpuFailed(RunFailed):
 GPU_ERRORS = {  # by CUDA's number
     2: "its memory is full; use a smaller --batch_size, another --gpu, or --gpu -1 for the CPU",
     35: "its driver is older than Caffe's CUDA; update the driver, or use --gpu -1 for the CPU",
+    46: "another program has it for itself alone; wait for that, use another --gpu, or --gpu -1 "
+    "for the CPU",
     209: "Caffe was built for others; build it again with PYCAFFE_CUDA_ARCH=native, or use --gpu "
     "-1 for the CPU",
 }
@@ -3008,7 +3065,8 @@ def system_limits():
 
 class CaffeProcesses:
     """Processes with a Caffe of their own, for tasks that need one; a context manager. One for
-    each GPU in `gpus`, or `number` on the CPU. If one is killed from outside, all are restarted."""
+    each GPU in `gpus`, which may name one twice, or `number` on the CPU. If one is killed from
+    outside, all are restarted."""
 
     MAX_RESTARTS = 3
 
@@ -3028,7 +3086,8 @@ class CaffeProcesses:
             gpus = self._context.SimpleQueue() if self.gpus else None
             for gpu in self.gpus:
                 gpus.put(visible_gpu(gpu))
-            arguments = (self._log_end, gpus, free_memory())
+            barrier = self._context.Barrier(self.number) if self.gpus else None
+            arguments = (self._log_end, gpus, barrier, free_memory())
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 self.number, self._context, start_worker, arguments
             )
@@ -3083,6 +3142,19 @@ class CaffeProcesses:
             except concurrent.futures.BrokenExecutor:
                 self.restart()
 
+    def call_in_each(self, task, *arguments):
+        """The results of a task that waits, by `all_loaded`, until every process has begun it."""
+        while True:
+            futures = [self.submit(task, *arguments) for _ in range(self.number)]
+            errors = [future.exception() for future in futures]
+            if any(isinstance(error, concurrent.futures.BrokenExecutor) for error in errors):
+                self.restart()
+                continue
+            for error in errors:
+                if error and not isinstance(error, threading.BrokenBarrierError):
+                    raise error
+            return [future.result() for future in futures]
+
 
 def in_a_worker(task, *arguments):
     """Runs a task that needs Caffe in a process of its own."""
@@ -3091,14 +3163,16 @@ def in_a_worker(task, *arguments):
 
 
 class Workers(Engine):
-    """The engine of this machine: one process for each GPU in `gpus`, or `number` on the CPU. A
-    worker that is killed from outside is replaced, and its tiles are computed again. With
-    `or_cpu`, `number` processes on the CPU take the place of GPUs that fail at first."""
+    """The engine of this machine: processes on the GPUs in `gpus`, or `number` on the CPU. A worker
+    that is killed from outside is replaced, and its tiles are computed again. With `or_cpu`, the
+    CPU takes the place of GPUs that fail at first."""
+
+    EACH = 2  # processes of a GPU, of which one computes while the other gets and gives its tiles
 
     def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
         self.spec, self.batch_size, self.notices = spec, batch_size, []
         self._cpu_number, self._or_cpu = number, or_cpu
-        self._set_out(gpus, device)
+        self._set_out(gpus, self.EACH, device)
         with system_limits():
             self._memory_file = os.memfd_create("cnn_vis")
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
@@ -3107,10 +3181,10 @@ class Workers(Engine):
     def number(self):
         return self.processes.number
 
-    def _set_out(self, gpus, device):
-        self.gpus = gpus
+    def _set_out(self, gpus, each, device):
+        self.gpus, self._each = gpus, each
         self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
-        self.processes = CaffeProcesses(self._cpu_number, gpus)
+        self.processes = CaffeProcesses(self._cpu_number, list(gpus) * each)
         many = "s" * (self.number > 1)
         self.device = device if gpus else f"{device}, {self.number} worker{many}"
 
@@ -3119,20 +3193,29 @@ class Workers(Engine):
         os.close(self._memory_file)
 
     def describe(self):
-        try:
-            self._try_network()
-        except GpuFailed as error:
-            if not (self.gpus and self._or_cpu):
-                raise
-            self.processes.__exit__(None)
-            self._set_out((), f"CPU ({str(error).partition(';')[0]})")
-            self._try_network()
+        while True:
+            try:
+                self._try_network()
+                break
+            except GpuFailed as error:
+                if self._each > 1:  # that was too much for its memory, perhaps
+                    instead = (self.gpus, 1, self.device)
+                elif self._or_cpu:
+                    instead = ((), 1, f"CPU ({str(error).partition(';')[0]})")
+                else:
+                    raise
+                self.processes.__exit__(None)
+                self._set_out(*instead)
         self._map_slots()
 
     def _try_network(self):
-        others = [self.processes.submit(describe, self.spec) for _ in range(self.number - 1)]
         try:
-            found = self.processes.call(describe, self.spec)
+            if self.gpus:
+                found = self.processes.call_in_each(describe, self.spec, self._each)
+            else:  # the first will do; meanwhile the others load the network too
+                for _ in range(self.number - 1):
+                    self.processes.submit(describe, self.spec)
+                found = [self.processes.call(describe, self.spec)]
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
                 problem = "Caffe cannot compute a gradient for this layer"
@@ -3143,15 +3226,12 @@ class Workers(Engine):
                 raise input_size_refusal(self.spec.input_size, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
-        self.tile_size, self.target_shape, suits, notices = found
+        self.tile_size, self.target_shape, _, notices = found[0]
         self.notices += notices
-        if self.gpus and not self.batch_size:
-            for future in others:
-                with contextlib.suppress(concurrent.futures.BrokenExecutor):  # found again below
-                    suits = min(suits, future.result()[2])
-            self.batch_size = suits
         if not self.gpus:  # more would not help, and a sum might depend on the tiles beside it
             self.batch_size = 1
+        elif not self.batch_size:
+            self.batch_size = min(suits for _, _, suits, _ in found)
 
     def _map_slots(self):
         """Two batches for each worker, one to compute and one to begin with next, and one more."""
@@ -3761,13 +3841,19 @@ def open_engine(options, settings, files):
     if options.scheduler:
         return Cluster(NetworkSpec(*place, input_size=settings.input_size), options.scheduler)
     gpus, device = choose_gpus(options.gpu)
-    spec = NetworkSpec(*place, bool(gpus), settings.input_size)
+    spec = NetworkSpec(*place, bool(gpus), settings.input_size, settings.tf32)
     number, batch_size = options.workers or count_cores(), options.batch_size
-    engine = Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
-    idle = "--workers" if gpus else "--batch_size"
-    if options.batch_size and not gpus or options.workers and gpus and not options.gpu:
-        engine.notices.append(f"{idle} has no effect on {'a GPU' if gpus else 'the CPU'}")
-    return engine
+    return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
+
+
+def idle(options, engine):
+    """Notices of options that were set and change nothing, whatever the device or on the engine's
+    one."""
+    yield from without_effect(options)
+    use_gpu = engine.spec.use_gpu
+    for name in ("workers",) if use_gpu else ("batch_size", "tf32"):
+        if getattr(options, name) and not options.scheduler:
+            yield f"--{name} has no effect on {'a GPU' if use_gpu else 'the CPU'}"
 
 
 # ---- Files of a run ---------------------------------------------------------------------------
@@ -4797,7 +4883,7 @@ def announce(options, network, dream, remarks):
     """Says what is about to be done. This comes after all checks, so that an error is the only
     line."""
     engine = dream.engine
-    notices = [stand_in_notice(options.model, network.name), *without_effect(options)]
+    notices = [stand_in_notice(options.model, network.name), *idle(options, engine)]
     for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
@@ -4952,7 +5038,7 @@ def dream(image=None, **options):
         remarks.append(f"noise seed {settings.seed}")
     with open_engine(parsed, settings, network) as engine:
         engine.describe()
-        for line in [*without_effect(parsed), *remarks, *engine.notices]:
+        for line in [*idle(parsed, engine), *remarks, *engine.notices]:
             log.info(line)
         run = Dream(settings, image, network.mean, engine, parsed.scratch)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)

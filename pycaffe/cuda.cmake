@@ -1,4 +1,5 @@
-# Included by CMakeLists.txt for PYCAFFE_CUDA=1: Caffe's kernels, cuBLAS and cuRAND. No cuDNN: Caffe's code needs version 7.
+# Included by CMakeLists.txt for PYCAFFE_CUDA=1: Caffe's kernels, cuBLAS and cuRAND, and convolutions by cuDNN (8 or 9) if it
+# is there. Caffe's own cuDNN code needs version 7 and is left out.
 set(PYCAFFE_CUDA_ARCH "$ENV{PYCAFFE_CUDA_ARCH}" CACHE STRING "CUDA architectures, as CMake names them")
 if(NOT PYCAFFE_CUDA_ARCH)
   # The machine's own GPU where there is one; else every architecture that this nvcc knows, so that none is left without.
@@ -15,28 +16,43 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
-# cuBLAS and cuRAND: the toolkit's own, or else those of the packages nvidia-cublas and nvidia-curand, loaded from
+# Libraries: the toolkit's own, or else those of the packages nvidia-cublas, nvidia-curand and nvidia-cudnn-cu13, loaded from
 # site-packages at run time (pip install './pycaffe[cuda]').
-python_says(site_packages "import importlib.metadata as m, pathlib
-try: print(m.distribution('nvidia-cublas').locate_file('nvidia/cu${CUDAToolkit_VERSION_MAJOR}'))
-except m.PackageNotFoundError: print('')")
+python_says(nvidia "import importlib.metadata as m
+for name in ('nvidia-cublas', 'nvidia-cudnn-cu13'):
+    try: print(m.distribution(name).locate_file('nvidia')); break
+    except m.PackageNotFoundError: pass")
+set(major ${CUDAToolkit_VERSION_MAJOR})
 foreach(name cublas curand)
-  find_library(${name}_library NAMES ${name} lib${name}.so.${CUDAToolkit_VERSION_MAJOR} lib${name}.so.10
-               PATHS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/lib NO_DEFAULT_PATH)
-  find_path(${name}_include NAMES ${name}.h PATHS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/include NO_DEFAULT_PATH)
+  find_library(${name}_library NAMES ${name} lib${name}.so.${major} lib${name}.so.10
+               PATHS ${CUDAToolkit_LIBRARY_DIR} ${nvidia}/cu${major}/lib NO_DEFAULT_PATH)
+  find_path(${name}_include NAMES ${name}.h PATHS ${CUDAToolkit_INCLUDE_DIRS} ${nvidia}/cu${major}/include NO_DEFAULT_PATH)
+endforeach()
+find_library(cudnn_library NAMES libcudnn.so.9 cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ${nvidia}/cudnn/lib)
+find_path(cudnn_include NAMES cudnn.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ${nvidia}/cudnn/include)
+foreach(name cublas curand)
   if(NOT ${name}_library OR NOT ${name}_include)
     message(FATAL_ERROR "${name} is neither in ${CUDAToolkit_LIBRARY_DIR} nor installed as a package; for CUDA 13: "
                         "PYCAFFE_CUDA=1 pip install ./pycaffe[cuda]")
   endif()
 endforeach()
-set(cuda_rpath "${CUDAToolkit_LIBRARY_DIR};$ORIGIN/../nvidia/cu${CUDAToolkit_VERSION_MAJOR}/lib")
+set(cuda_rpath "${CUDAToolkit_LIBRARY_DIR};$ORIGIN/../nvidia/cu${major}/lib;$ORIGIN/../nvidia/cudnn/lib")
 
-file(GLOB kernels CONFIGURE_DEPENDS ${source}/layers/*.cu ${source}/solvers/*.cu ${source}/util/*.cu)
+file(GLOB kernels CONFIGURE_DEPENDS ${source}/layers/*.cu ${source}/solvers/*.cu ${source}/util/*.cu src/*.cu)
 target_sources(caffe PRIVATE ${kernels})
 target_compile_options(caffe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-w>)
 set_target_properties(caffe PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_ARCHITECTURES "${PYCAFFE_CUDA_ARCH}")
 target_include_directories(caffe_headers SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS} ${cublas_include} ${curand_include})
 target_link_libraries(caffe_headers INTERFACE CUDA::cudart_static ${cublas_library} ${curand_library})
+
+if(cudnn_library AND cudnn_include)
+  message(STATUS "cuDNN: ${cudnn_library}")
+  target_sources(caffe PRIVATE src/cudnn_convolution.cpp)
+  target_include_directories(caffe SYSTEM PRIVATE ${cudnn_include})
+  target_link_libraries(caffe PRIVATE ${cudnn_library})
+else()
+  message(STATUS "cuDNN: not found; convolutions are Caffe's own")
+endif()
 
 # CUDA 13 dropped three fields of cudaDeviceProp, which Caffe only prints: build common.cpp without those lines.
 if(CUDAToolkit_VERSION_MAJOR GREATER_EQUAL 13)

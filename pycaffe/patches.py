@@ -14,6 +14,33 @@ PATCHES = {  # {file: ((old text, new text), ...)}
     "src/caffe/util/io.cpp": (
         ("SetTotalBytesLimit(536870912)", "SetTotalBytesLimit(kProtoReadBytesLimit)"),
     ),
+    # Layers are reshaped at every pass. These write their arrays of ones anew each time, from where
+    # they are copied to the GPU; here only where their length changes.
+    "src/caffe/layers/base_conv_layer.cpp": (
+        (
+            "  if (bias_term_) {\n    vector<int> bias_multiplier_shape(1, out_spatial_dim_);\n",
+            "  if (bias_term_ && bias_multiplier_.count() != out_spatial_dim_) {\n"
+            "    vector<int> bias_multiplier_shape(1, out_spatial_dim_);\n",
+        ),
+    ),
+    "src/caffe/layers/inner_product_layer.cpp": (
+        (
+            "  if (bias_term_) {\n    vector<int> bias_shape(1, M_);\n",
+            "  if (bias_term_ && bias_multiplier_.count() != M_) {\n"
+            "    vector<int> bias_shape(1, M_);\n",
+        ),
+    ),
+    "src/caffe/layers/softmax_layer.cpp": (
+        (
+            "  sum_multiplier_.Reshape(mult_dims);\n"
+            "  Dtype* multiplier_data = sum_multiplier_.mutable_cpu_data();\n"
+            "  caffe_set(sum_multiplier_.count(), Dtype(1), multiplier_data);\n",
+            "  if (sum_multiplier_.count() != mult_dims[0]) {\n"
+            "    sum_multiplier_.Reshape(mult_dims);\n"
+            "    caffe_set(mult_dims[0], Dtype(1), sum_multiplier_.mutable_cpu_data());\n"
+            "  }\n",
+        ),
+    ),
     "python/caffe/io.py": (
         # scikit-image and SciPy serve two functions only, and are most of the time that `import
         # caffe` takes.
@@ -54,6 +81,21 @@ PATCHES = {  # {file: ((old text, new text), ...)}
         # A mean of one channel, or of one value.
         ("ms = (1,) + ms\n", "mean, ms = mean[np.newaxis], (1,) + ms\n"),
         ("(mean - m_min) / (m_max - m_min)", "(mean - m_min) / ((m_max - m_min) or 1)"),
+    ),
+    # Arrays of a blob that are read only: who asks for `data` or `diff` has changed it, as Caffe
+    # sees it, and it is copied to the GPU again.
+    "python/caffe/_caffe.cpp": (
+        (
+            '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
+            "".join(
+                f'    .add_property("cpu_{name}", bp::make_function(\n'
+                "          +[](Blob<Dtype>& blob) "
+                f"{{ return const_cast<Dtype*>(blob.cpu_{name}()); }},\n"
+                "          NdarrayCallPolicies()))\n"
+                for name in ("data", "diff")
+            )
+            + '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
+        ),
     ),
     # NumPy takes no floats as indices any more.
     "python/caffe/detector.py": (

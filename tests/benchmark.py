@@ -148,21 +148,19 @@ def measure_workers(spec, tile):
         return milliseconds(gradients, 3) / count
 
 
-def measure_torch(spec, tile, threads):
-    """The same gradient by PyTorch, which runs as fast as it can on `threads` threads: oneDNN,
-    channels last."""
+def torch_network(spec, device="cpu"):
+    """(GoogLeNet to the target by PyTorch, channels last; the target's key in what it returns)"""
     import torch
 
     sys.path.append(os.path.join(cnn_vis.HERE, "models", "googlenet_mini"))
     from distill import GoogLeNet, load_caffemodel
 
-    torch.set_num_threads(threads)
     width = 0.5 if "mini" in spec.files.weights else 1.0
     full = (
         load_caffemodel(spec.files.weights, width)
         .eval()
         .requires_grad_(False)
-        .to(memory_format=torch.channels_last)
+        .to(device, memory_format=torch.channels_last)
     )
     key = spec.target.split("/")[0].removeprefix("inception_")
 
@@ -173,10 +171,19 @@ def measure_torch(spec, tile, threads):
             return super()._inception(name, x) if name <= key else x
 
     full.__class__ = Cut
+    return full, key
+
+
+def measure_torch(spec, tile, threads):
+    """The same gradient by PyTorch, which runs as fast as it can on `threads` threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    network, key = torch_network(spec)
     x = torch.from_numpy(tile.copy()).to(memory_format=torch.channels_last).requires_grad_()
 
     def gradient():
-        a = full(x)[key]
+        a = network(x)[key]
         return torch.autograd.grad((a * a.abs() / 2 + a.square() / 2).sum(), x)
 
     return milliseconds(gradient, 25)

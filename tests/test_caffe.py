@@ -1,6 +1,9 @@
 """Our own layers in Caffe against Caffe's: max pooling to the last bit, 3x3 convolution and LRN to
 rounding."""
 
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -40,6 +43,36 @@ def passes(net, x, gradient):
     return net.blobs["top"].data.copy(), net.blobs["data"].diff.copy()
 
 
+numbers = st.floats(width=32, allow_subnormal=False)
+not_negative = st.floats(0, 1e9, width=32, allow_subnormal=False)
+
+
+@pytest.mark.skipif("AmplifyLayer" not in HAS, reason="this Caffe is not ours")
+@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.given(
+    activations=hypothesis.extra.numpy.arrays(
+        np.float32, st.sampled_from([(1, 3, 2, 5), (2, 4, 1, 1), (3, 2)]), elements=numbers
+    ),
+    objective=st.one_of(
+        st.builds(cnn_vis.AmplifyLayer, numbers, numbers, not_negative),
+        st.builds(cnn_vis.AmplifyNeuron, st.integers(0, 1)),
+    ),
+)
+def test_objectives_are_numpys_to_the_last_bit(activations, objective):
+    """Whatever the activations: infinite ones and NaN too."""
+    layer = caffe.proto.caffe_pb2.NetParameter()
+    layer.layer.add(name="x", type="Input", top=["x"]).input_param.shape.add(dim=activations.shape)
+    assert cnn_vis.end_in_objective(layer, "x", objective)
+    loaded = cnn_vis.caffe_net(layer)
+    loaded.blobs["x"].data[...] = activations
+    loaded.forward()
+    with np.errstate(all="ignore"):
+        expected = objective.gradient(activations)
+    found, is_number = loaded.blobs["x"].diff, ~np.isnan(expected)
+    assert np.array_equal(~np.isnan(found), is_number)
+    assert found[is_number].tobytes() == expected[is_number].tobytes()
+
+
 @pytest.mark.skipif("MaxPooling" not in HAS, reason="this Caffe is not ours")
 @pytest.mark.parametrize(
     "kernel, stride, pad", [(3, 1, 1), (3, 2, 0), (3, 2, 1), (2, 2, 0), (5, 3, 0), (7, 1, 0)]
@@ -57,20 +90,20 @@ def test_max_pooling_is_bit_identical(kernel, stride, pad, side, tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+CONVOLUTIONS = [
+    "num_output: 9 kernel_size: 3 pad: 1",
+    "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
+    "num_output: 9 kernel_size: 3 pad: 0",
+    "num_output: 9 kernel_size: 3 pad: 1 stride: 2",
+    "num_output: 8 kernel_size: 1",
+    "num_output: 8 kernel_size: 3 pad: 1 group: 4",
+    "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
+    "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
+]
+
+
 @pytest.mark.skipif("WinogradConvolution" not in HAS, reason="this Caffe is not ours")
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        "num_output: 9 kernel_size: 3 pad: 1",
-        "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
-        "num_output: 9 kernel_size: 3 pad: 0",
-        "num_output: 9 kernel_size: 3 pad: 1 stride: 2",
-        "num_output: 8 kernel_size: 1",
-        "num_output: 8 kernel_size: 3 pad: 1 group: 4",
-        "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
-        "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
-    ],
-)
+@pytest.mark.parametrize("parameters", CONVOLUTIONS)
 @pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56), (131, 97)])
 def test_winograd_convolution(parameters, size, tmp_path):
     """Equal up to rounding where it is our own, and to the last bit where it is Caffe's."""

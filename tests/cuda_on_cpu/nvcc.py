@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stands before the C++ compiler: `nvcc.py g++ ... -c x.cu -o x.o` compiles x.cu as C++, and runs everything else as it is.
-A file that includes .cu files, as CMake's unity builds do, is one too.
+"""Stands before the C++ compiler: `nvcc.py g++ ... -c x.cu -o x.o` compiles x.cu as C++, and runs
+everything else as it is. A file that includes .cu files, as CMake's unity builds do, is one too.
 
-In what the preprocessor makes of a .cu file only the launches are no C++: KERNEL<<<CONFIGURATION>>>(ARGUMENTS) becomes
-the call of what cuda_on_cpu::launch (cuda_runtime.h) makes of kernel and configuration. Line numbers stay.
+In what the preprocessor makes of CUDA only the launches are no C++: KERNEL<<<HOW>>>(ARGUMENTS)
+becomes the call of what cuda_on_cpu::launch (cuda_runtime.h) makes of the two. Line numbers stay.
 """
 
 import os

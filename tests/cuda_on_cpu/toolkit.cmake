@@ -17,9 +17,10 @@ macro(find_package name)
     set(CUDAToolkit_VERSION_MAJOR 13)
     set(CUDAToolkit_INCLUDE_DIRS ${cuda_on_cpu}/include)
     set(CUDAToolkit_LIBRARY_DIR ${cuda_on_cpu}/lib)  # which there is not
-    set(cublas_library cuda_on_cpu)  # where a project looks for these libraries: all three are one
+    set(cublas_library cuda_on_cpu)  # where a project looks for these libraries: they are all one
     set(curand_library cuda_on_cpu)
-    add_library(cuda_on_cpu STATIC ${cuda_on_cpu}/runtime.cpp ${cuda_on_cpu}/libraries.cpp)
+    set(cudnn_library cuda_on_cpu)
+    add_library(cuda_on_cpu STATIC ${cuda_on_cpu}/runtime.cpp ${cuda_on_cpu}/libraries.cpp ${cuda_on_cpu}/cudnn.cpp)
     target_compile_features(cuda_on_cpu PUBLIC cxx_std_17)
     target_compile_options(cuda_on_cpu PRIVATE -O2 -Wall)
     target_include_directories(cuda_on_cpu PUBLIC ${cuda_on_cpu}/include PRIVATE ${blas_include})

@@ -1,0 +1,321 @@
+#!/usr/bin/env python3
+"""What the program does on the GPU of this machine, as tables for the README.
+
+    make gpu-check                         # everything: about ten minutes on a large GPU
+    python tests/gpu_check.py --parts gradients speed    # some of it
+    python tests/gpu_check.py --quick      # every part with as little work as it can do
+
+Without a GPU this is --quick on two emulated ones (cuda_on_cpu/README.md), to try the kit itself. A
+part that fails says so in its table and lets the others go on; the exit code is then 1.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import benchmark
+import numpy as np
+from PIL import Image
+
+import cnn_vis
+
+TESTS = pathlib.Path(__file__).resolve().parent
+EMULATED_PACKAGE = pathlib.Path(sys.prefix) / "cuda_on_cpu"
+IS_EMULATED = os.environ.get("LD_LIBRARY_PATH", "").startswith(str(EMULATED_PACKAGE))
+
+
+class Work:
+    """What is measured: much, or with `quick` as little as shows that the kit works."""
+
+    def __init__(self, model, layer, quick):
+        self.words = [f"--model={model}"] if model else []
+        self.batches, self.tiles, self.repeat = (1, 2, 4, 8, 16, 32), 320, 20
+        self.commands = {"427x640": 50, "1080x1920": 20, "4096x4096": 3}
+        if quick:
+            golden = TESTS / "golden"
+            self.words = [
+                f"--deploy_txt={golden}/deploy.prototxt",
+                f"--caffe_model={golden}/tiny_inception.caffemodel",
+                f"--mean_image={golden}/mean.npy",
+            ]
+            layer = "inception_a/output"
+            self.batches, self.tiles, self.repeat = (1, 4), 8, 1
+            self.commands = {"64x96": 4}
+        self.words.append(f"--layer={layer}")
+        self.files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(self.words))
+        self.spec = cnn_vis.NetworkSpec(self.files, layer, cnn_vis.AmplifyLayer(), use_gpu=True)
+
+
+def on_gpu(task, *arguments):
+    """task(*arguments), done in a process that sees GPU 0."""
+    with cnn_vis.CaffeProcesses(gpus=[0]) as processes:
+        return processes.call(task, *arguments)
+
+
+def noise(count, tile_size):
+    """Tiles float32 (count, 3, H, W) of noise."""
+    random = np.random.default_rng(1)
+    return random.normal(0, 50, (count, 3, *tile_size)).astype(np.float32)
+
+
+# ---- The parts, each a list of rows (what, value) ------------------------------------------------
+
+
+def machine(work):
+    """What all this is measured on."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    told = (
+        subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        if shutil.which(query[0])
+        else ""
+    )
+    yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "not told")
+    yield "cores", cnn_vis.count_cores()
+    yield "network", f"{work.files.name}, {work.spec.target}"
+    types = on_gpu(layer_types)
+    yield "convolutions", "cuDNN" if "CudnnConvolution" in types else "Caffe's own, cuBLAS"
+    for name, version in cnn_vis.versions().items():
+        yield name, version
+
+
+def layer_types():
+    return list(cnn_vis.import_caffe().layer_type_list())
+
+
+def tests(_):
+    """The tests of the GPU path."""
+    environment = {k: v for k, v in os.environ.items() if not IS_EMULATED or k not in EMULATION}
+    words = [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_gpu.py"), "-k", "not kit"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    yield "test_gpu.py", done.stdout.strip().splitlines()[-1]
+    if done.returncode:
+        raise RuntimeError(done.stdout)
+
+
+def gradients(work):
+    """Every layer that can be amplified: the gradient of a tile of noise, beside the CPU's."""
+    listed, _, _ = cnn_vis.in_a_worker(cnn_vis.layer_shapes, work.files)
+    layers = [blob for blob, _, _ in listed]
+    found = on_gpu(distances, work.spec, layers)
+    worst = max(found, key=found.get)
+    yield "layers", len(found)
+    yield "relative distance, median", f"{np.median(list(found.values())):.1e}"
+    yield f"the greatest, of {worst}", f"{found[worst]:.1e}"
+
+
+def distances(spec, layers):
+    """Task: {layer: |GPU's gradient - CPU's| / |CPU's|}."""
+    found = {}
+    for layer in layers:
+        place = {"files": spec.files, "target": layer, "objective": spec.objective}
+        both = []
+        for use_gpu in (False, True):  # one after the other: the mode is the process's
+            network = cnn_vis.Network(cnn_vis.NetworkSpec(**place, use_gpu=use_gpu))
+            gradient, _ = network.gradients(noise(1, network.tile_size), measure=False)
+            both.append(gradient.copy())
+        cpu, gpu = both
+        found[layer] = float(np.linalg.norm(gpu - cpu) / (np.linalg.norm(cpu) or 1))
+    return found
+
+
+def speed(work):
+    """ms for each tile, there and back, by the number of tiles in a batch: one process."""
+    ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (cnn_vis.GPU_LAYERS, False)}
+    ways["cuDNN, TF32"] = (cnn_vis.GPU_LAYERS, True)
+    has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
+    for name, (fast, tf32) in ways.items():
+        if fast and not has_cudnn:
+            yield name, "Caffe was built without"
+            continue
+        yield name, by_batch(on_gpu(batch_times, work, fast, tf32))
+
+
+def by_batch(times):
+    """{tiles in a batch: ms for each tile} in words."""
+    return ", ".join(f"{size}: {ms:.2f}" for size, ms in times.items())
+
+
+def batch_times(work, fast, tf32):
+    """Task: {tiles in a batch: ms for each tile}."""
+    cnn_vis.GPU_LAYERS = fast
+    spec = cnn_vis.NetworkSpec(work.files, work.spec.target, work.spec.objective, True, None, tf32)
+    network, found = cnn_vis.Network(spec), {}
+    for size in work.batches:
+        batch = noise(size, network.tile_size)
+        ms = benchmark.milliseconds(lambda b=batch: network.gradients(b, False), work.repeat)
+        found[size] = ms / size
+    return found
+
+
+def processes(work):
+    """ms for each tile of many that do not wait for one another, by processes on GPU 0: all that
+    the program does but for the steps."""
+    for each in (1, 2, 3):
+        cnn_vis.Workers.EACH = each
+        with cnn_vis.Workers(work.spec, gpus=[0]) as workers:
+            workers.describe()
+            height, width = workers.tile_size
+            image = np.concatenate(list(noise(work.tiles, workers.tile_size)), axis=2)
+            image = image[np.newaxis].astype(np.float64)
+            regions = [(0, height, i * width, (i + 1) * width) for i in range(work.tiles)]
+
+            def run(engine=workers, image=image, regions=regions):
+                for _ in cnn_vis.tile_gradients(engine, image, [(regions, False)], cnn_vis.Steps()):
+                    pass
+
+            ms = benchmark.milliseconds(run, 3) / work.tiles
+            yield (
+                f"{each} process{'es' * (each > 1)}",
+                f"{ms:.2f} (batches to {workers.batch_size})",
+            )
+
+
+def commands(work):
+    """Whole commands on a photograph of that size."""
+    for size, steps in work.commands.items():
+        with tempfile.TemporaryDirectory() as folder:
+            photograph(folder, cnn_vis.parse_size(size, None))
+            few, _ = command(folder, work, 1)
+            more, watched = command(folder, work, steps)
+        shape = cnn_vis.parse_size(size, None)
+        count = len(cnn_vis.all_tiles(shape, on_gpu(tile_size, work.spec))) * (steps - 1)
+        per_tile = 1000 * (more - few) / count
+        yield (
+            f"{size}, {steps} steps",
+            f"{more:.1f} s; one step {few:.1f} s; {per_tile:.2f} ms a tile",
+        )
+        if watched:
+            busy, memory = zip(*watched)
+            yield f"{size}, GPU", f"{np.mean(busy):.0f}% busy; {max(memory)} MiB"
+
+
+def tile_size(spec):
+    return cnn_vis.load_network(spec).tile_size
+
+
+def photograph(folder, size):
+    import skimage.data
+
+    Image.fromarray(cnn_vis.resize(skimage.data.coffee(), size)).save(f"{folder}/in.png")
+
+
+def command(folder, work, steps):
+    """(seconds of a run, [(GPU's utilization in percent, MiB of its memory), ...] along the way)"""
+    settings = [f"--{name}={value}" for name, value in benchmark.SETTINGS.items()]
+    words = [*work.words, *settings, "--image=in.png", "--gpu=0", f"--num_steps={steps}"]
+    words += ["--iter_behavior=none", "--checkpoint_iter=0", "--quiet"]
+    with gpu_watch() as watched:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, cnn_vis.__file__, *words], cwd=folder, check=True)
+        seconds = time.perf_counter() - start
+    return seconds, watched
+
+
+@contextlib.contextmanager
+def gpu_watch():
+    """A list that holds GPU 0's (utilization in percent, MiB of memory), twice a second, at the end
+    of the block; empty without nvidia-smi."""
+    found, query = [], "--query-gpu=utilization.gpu,memory.used"
+    if not shutil.which("nvidia-smi"):
+        yield found
+        return
+    words = ["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits", "--loop-ms=500"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watching:
+        yield found
+        watching.terminate()
+        lines = watching.communicate()[0].splitlines()
+        found += [tuple(map(int, line.split(","))) for line in lines if line.count(",") == 1]
+
+
+def torch(work):
+    """The same by PyTorch, channels last: ms for each tile by the number of tiles in a batch, and
+    regularizers and step on the GPU too."""
+    try:
+        import torch as library
+    except ModuleNotFoundError:
+        yield "PyTorch", "not installed"
+        return
+    if IS_EMULATED or not library.cuda.is_available():
+        yield "PyTorch", f"{library.__version__}, sees no GPU"
+        return
+    for name, tf32 in {"FP32": False, "TF32": True}.items():
+        library.backends.cudnn.allow_tf32 = tf32
+        library.backends.cuda.matmul.allow_tf32 = tf32
+        yield f"PyTorch {library.__version__}, {name}", by_batch(torch_times(work))
+
+
+def torch_times(work):
+    """{tiles in a batch: ms for each tile}: gradient, regularizers, RMSProp."""
+    import torch as library
+
+    network, key = benchmark.torch_network(work.spec, "cuda")
+    found, o = {}, benchmark.SETTINGS
+    for size in work.batches:
+        x = library.from_numpy(noise(size, (224, 224))).cuda()
+        start, cache = x - 3, library.zeros_like(x)
+
+        def step(x=x, start=start, cache=cache):
+            leaf = x.to(memory_format=library.channels_last).requires_grad_()
+            a = network(leaf)[key]
+            loss = -(a * a.abs() / 2 + a.square().clamp(max=25) / 2).sum()
+            d = leaf - start
+            loss = loss + o["p_reg"] * d.abs().pow(o["alpha"]).sum()
+            loss = loss + o["p_reg_aux"] * leaf.abs().pow(o["alpha_aux"]).sum()
+            dx = leaf[:, :, :-1, :-1] - leaf[:, :, :-1, 1:]
+            dy = leaf[:, :, :-1, :-1] - leaf[:, :, 1:, :-1]
+            loss = loss + o["tv_reg"] * (dx**2 + dy**2).clamp(min=1e-3).pow(o["beta"] / 2).sum()
+            (gradient,) = library.autograd.grad(loss, leaf)
+            cache.mul_(0.9).add_(gradient**2, alpha=0.1)
+            x.add_(-gradient / (cache + 1e-8).sqrt())
+            library.cuda.synchronize()
+
+        found[size] = benchmark.milliseconds(step, work.repeat) / size
+    return found
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+PARTS = (machine, tests, gradients, speed, processes, commands, torch)
+EMULATION = {
+    "PYTHONPATH": str(EMULATED_PACKAGE),
+    "LD_LIBRARY_PATH": str(EMULATED_PACKAGE / "caffe" / "driver"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="network (default: as the program chooses)")
+    parser.add_argument("--layer", default="inception_4c/output")
+    parser.add_argument(
+        "--quick", action="store_true", help="as little work as shows the kit works"
+    )
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="some of it only")
+    args = parser.parse_args()
+    if not IS_EMULATED and not cnn_vis.count_gpus():
+        words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
+        os.execve(sys.executable, words, os.environ | EMULATION)
+
+    work, failed = Work(args.model, args.layer, args.quick), False
+    for part in PARTS:
+        if part.__name__ not in args.parts:
+            continue
+        print(f"\n| {part.__name__}: {' '.join(part.__doc__.split()).rstrip('.')} | |\n|---|---|")
+        try:
+            for what, value in part(work):
+                print(f"| {what} | {value} |", flush=True)
+        except Exception as error:
+            failed = True
+            print(f"| **failed** | {cnn_vis.one_line(error)[-300:]} |", flush=True)
+            print(error, file=sys.stderr)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

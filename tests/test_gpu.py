@@ -1,0 +1,460 @@
+"""The GPU path: on the GPUs of this machine where Caffe was built for them, else on two that are
+emulated (cuda_on_cpu/README.md); what needs a GPU that fails, or one that counts, is emulated."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import (
+    CHECKPOINT,
+    GOLDEN,
+    ROOT,
+    RUN,
+    TINY,
+    assert_one_line,
+    assert_same_run,
+    kill_workers,
+    pixels,
+    psnr,
+    run_cli,
+    session,
+    under_way,
+    wait_for,
+)
+from test_caffe import CONVOLUTIONS
+from test_golden import CASES, tiny_pictures
+
+import cnn_vis
+
+PACKAGE = pathlib.Path(sys.prefix) / "cuda_on_cpu"
+NO_DRIVER = {"PYTHONPATH": str(PACKAGE), "CUDA_VISIBLE_DEVICES": None}
+EMULATED = NO_DRIVER | {"LD_LIBRARY_PATH": str(PACKAGE / "caffe" / "driver")}
+IS_REAL = cnn_vis.count_gpus() > 0 and cnn_vis.in_a_worker(cnn_vis.can_use_gpu)
+GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
+COUNT = cnn_vis.count_gpus() if IS_REAL else 2
+
+# How far a GPU's pictures may be from the CPU's: in grey levels, and in dB. Sums of another order
+# are other in their last bits, and a dream makes more of every difference.
+LEVELS, RATIO = (255, 35) if IS_REAL else (8, 65)
+
+emulated = pytest.mark.skipif("IS_REAL", reason="makes an emulated GPU fail or tell")
+two_gpus = pytest.mark.skipif("COUNT < 2", reason="there is one GPU")
+EVERYWHERE = [word for word in TINY if not word.startswith("--gpu")]
+DREAM = [
+    *EVERYWHERE,
+    "--layer=inception_a/output",
+    "--num_steps=3",
+    "--initial_size=70x100",
+    "--seed=1",
+    "--iter_behavior=none",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _there_is_a_gpu():
+    assert IS_REAL or PACKAGE.exists(), f"`make {PACKAGE.relative_to(ROOT)}/built` makes it"
+
+
+def dream(*arguments, cwd, **environment):
+    """Runs DREAM on GPUs; returns what it said."""
+    done = run_cli(*DREAM, *arguments, cwd=cwd, **(GPU | environment))
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """The picture of DREAM on the CPU."""
+    folder = tmp_path_factory.mktemp("cpu")
+    assert run_cli(*DREAM, "--gpu=-1", cwd=folder).returncode == 0
+    return folder / "out.png"
+
+
+@pytest.fixture
+def logged(tmp_path):
+    """(folder of the logs, the environment that has them written)"""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    return folder, GPU | {"CUDA_ON_CPU_LOG": str(folder)}
+
+
+def logs(folder):
+    """What each process has done on its GPU, {name: number} by process."""
+    found = []
+    for path in folder.iterdir():
+        text = path.read_text(errors="replace")
+        numbers = dict(re.findall(r"^(\w+) (\d+)", text, re.MULTILINE))
+        sizes = re.findall(r"^(\w+) \d+, (\d+) bytes", text, re.MULTILINE)
+        numbers |= {f"{name}_bytes": size for name, size in sizes}
+        found.append({name: int(number) for name, number in numbers.items()})
+    return found
+
+
+def assert_near(path, other):
+    assert np.abs(pixels(path).astype(int) - pixels(other)).max() <= LEVELS
+    assert psnr(path, other) >= RATIO
+
+
+# ---- The same pictures ---------------------------------------------------------------------------
+
+
+GRADIENT = """
+import sys, numpy, cnn_vis
+files = cnn_vis.NetworkFiles(*sys.argv[1:3])
+target, neuron, use_gpu = sys.argv[3:]
+objective = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
+spec = cnn_vis.NetworkSpec(files, target, objective, use_gpu == "gpu")
+network = cnn_vis.Network(spec)
+batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")
+for tiles in (batch, batch[:1], batch):
+    gradients, losses = network.gradients(tiles)
+numpy.savez("found.npz", gradients=gradients, losses=losses)
+"""
+
+
+def run_python(script, folder, *arguments, **environment):
+    """Runs a script that imports the program and the tests."""
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [environment.pop("PYTHONPATH", None)])]
+    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(path)}
+    subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=folder,
+        env={name: value for name, value in environment.items() if value is not None},
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def gradients(folder, device, target, neuron="", change="", **environment):
+    """(gradients, losses) of three tiles of noise, on "gpu" or "cpu"; `change` is run before."""
+    files = (GOLDEN / "deploy.prototxt", GOLDEN / "tiny_inception.caffemodel")
+    run_python(f"{change}\n{GRADIENT}", folder, *files, target, neuron, device, **environment)
+    found = np.load(folder / "found.npz")
+    return found["gradients"], found["losses"]
+
+
+@pytest.mark.parametrize(
+    "target, neuron, bound",
+    [
+        ("conv1/5x5_s2", "", 2e-6),
+        ("pool1/norm1", "", 2e-6),
+        ("inception_a/output", "", 2e-6),
+        ("inception_a/output", "9", 2e-6),
+        ("classifier", "", 2e-6),
+        ("prob", "", 1e-4),  # differences of what is nearly the same
+    ],
+)
+def test_gradients_are_the_cpus(target, neuron, bound, tmp_path):
+    """Of each tile of a batch, after batches of other sizes."""
+    gpu, losses = gradients(tmp_path, "gpu", target, neuron, **GPU)
+    cpu, expected = gradients(tmp_path, "cpu", target, neuron)
+    for ours, theirs in zip(gpu, cpu):
+        assert np.linalg.norm(ours - theirs) <= bound * np.linalg.norm(theirs)
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES["cases"])
+def test_pictures_are_the_originals(case, tmp_path):
+    for name, found in tiny_pictures(case, tmp_path, "--gpu=0", **GPU).items():
+        difference, ratio = found
+        assert difference <= LEVELS, name
+        assert ratio >= RATIO, name
+
+
+@pytest.mark.parametrize(
+    "gpu, told",
+    [
+        ([], "GPU 0"),
+        (["--gpu=0"], "GPU 0"),
+        pytest.param(["--gpu=1"], "GPU 1", marks=two_gpus),
+        pytest.param(["--gpu=0,1"], "GPUs 0,1", marks=two_gpus),
+        (["--gpu=-1"], "CPU"),
+    ],
+)
+def test_a_run_is_on_the_gpus_that_are_asked_for(gpu, told, on_cpu, tmp_path):
+    assert f", {told}, " in dream(*gpu, cwd=tmp_path)
+    assert_near(tmp_path / "out.png", on_cpu)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+def test_batches_give_the_same_picture(size, on_cpu, tmp_path):
+    dream("--gpu=0", f"--batch_size={size}", cwd=tmp_path)
+    assert_near(tmp_path / "out.png", on_cpu)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "visible, gpu, told",
+    [
+        ("1", [], "GPU 0"),
+        ("1,0", ["--gpu=0,1"], "GPUs 0,1"),
+        ("", [], "CPU (no GPU found), "),
+        pytest.param("GPU-c0de0001", ["--gpu=0"], "GPU 0", marks=emulated),
+        ("0", ["--gpu=1"], None),
+        ("7", ["--gpu=0"], None),
+    ],
+)
+def test_cuda_visible_devices_is_heeded(visible, gpu, told, on_cpu, tmp_path):
+    """Numbers are of the GPUs that it leaves; one that is not among them names the reason."""
+    done = run_cli(*DREAM, *gpu, cwd=tmp_path, **GPU | {"CUDA_VISIBLE_DEVICES": visible})
+    if told:
+        assert done.returncode == 0, done.stderr
+        assert f", {told}" in done.stderr
+        assert_near(tmp_path / "out.png", on_cpu)
+    else:
+        assert_one_line(done, 2, gpu[0].replace("=", " "), f"CUDA_VISIBLE_DEVICES={visible}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """As conftest's, on a GPU."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_cli(*RUN, "--gpu=0", cwd=folder, **GPU)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def under_way_on(gpu, cwd, monkeypatch):
+    """RUN on a GPU, once it has written a checkpoint."""
+    for name, value in GPU.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
+            name, value
+        )
+    return under_way(*RUN, "--checkpoint_iter=1", f"--gpu={gpu}", cwd=cwd)
+
+
+def test_killed_workers_are_replaced(whole, tmp_path, monkeypatch):
+    running = under_way_on(0, tmp_path, monkeypatch)
+    assert kill_workers(running.pid)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_picture(whole, tmp_path, monkeypatch):
+    running = under_way_on(0, tmp_path, monkeypatch)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    wait_for(lambda: not session(running.pid))
+    done = run_cli("--resume", CHECKPOINT, cwd=tmp_path, **GPU)
+    assert done.returncode == 0, done.stderr
+    assert "rounding" not in done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
+    """Begun on a GPU, resumed on the CPU."""
+    running = under_way_on(0, tmp_path, monkeypatch)
+    running.send_signal(signal.SIGKILL)
+    running.communicate(timeout=60)
+    done = run_cli("--resume", CHECKPOINT, "--gpu=-1", cwd=tmp_path, **GPU)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"note: .*GPU.*CPU.*", done.stderr), done.stderr
+
+
+# ---- Convolutions by cuDNN -----------------------------------------------------------------------
+
+
+CONVOLVE = """
+import json, pathlib, sys
+import numpy as np
+import test_caffe
+from test_caffe import CONVOLUTIONS, caffe, net, passes
+
+def distance(a, b):
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+random = np.random.RandomState(1)
+found = {}
+for parameters in CONVOLUTIONS:
+    for kind in ("CudnnConvolution", "CudnnTF32Convolution"):
+        errors = found.setdefault(kind, {}).setdefault(parameters, [])
+        words = f"convolution_param {{ {parameters} }}"
+        nets = [net(k, words, (3, 12, 9, 14), pathlib.Path()) for k in ("Convolution", kind)]
+        for theirs, mine in zip(nets[0].params["top"], nets[1].params["top"]):
+            theirs.data[...] = mine.data[...] = random.randn(*theirs.data.shape)
+        for count in (3, 1, 3):
+            x = random.randn(count, 12, 9, 14).astype("float32")
+            for each in nets:
+                each.blobs["data"].reshape(*x.shape)
+                each.reshape()
+            gradient = random.randn(*nets[0].blobs["top"].shape).astype("float32")
+            caffe.set_mode_cpu()
+            cpu = passes(nets[0], x, gradient)
+            caffe.set_mode_gpu()
+            gpu = passes(nets[1], x, gradient)
+            errors += [distance(a, b) for a, b in zip(cpu, gpu)]
+json.dump(found, open("found.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def cudnn():
+    """Skips what needs it on a machine where Caffe was built without."""
+    script = "import sys, caffe; sys.exit('CudnnConvolution' not in caffe.layer_type_list())"
+    if IS_REAL and subprocess.run([sys.executable, "-c", script], check=False).returncode:
+        pytest.skip("Caffe was built without cuDNN")
+
+
+@pytest.fixture(scope="module")
+def distances(cudnn, tmp_path_factory):
+    """{layer: {parameters: relative distances from Caffe's convolution on the CPU, there and back,
+    for batches of 3, 1 and 3}}"""
+    folder = tmp_path_factory.mktemp("convolutions")
+    run_python(CONVOLVE, folder, **GPU)
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("parameters", CONVOLUTIONS)
+def test_convolutions_are_caffes(parameters, distances):
+    """To rounding; and with TF32 to ten bits, which shows that it is off elsewhere."""
+    assert max(distances["CudnnConvolution"][parameters]) <= 1e-6
+    assert min(distances["CudnnTF32Convolution"][parameters]) >= 1e-5
+    assert max(distances["CudnnTF32Convolution"][parameters]) <= 2e-3
+
+
+@pytest.mark.parametrize("fast", ["cnn_vis.GPU_LAYERS", "{}"])
+def test_gradients_are_alike_with_cudnn_and_without(fast, tmp_path):
+    change = f"import cnn_vis; cnn_vis.GPU_LAYERS = {fast}"
+    gpu, _ = gradients(tmp_path, "gpu", "inception_a/output", change=change, **GPU)
+    cpu, _ = gradients(tmp_path, "cpu", "inception_a/output")
+    assert np.linalg.norm(gpu - cpu) <= 2e-6 * np.linalg.norm(cpu)
+
+
+def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
+    """In the picture's origin; without the option products are of full precision."""
+    dream("--gpu=0", "--tf32", cwd=tmp_path)
+    assert 20 <= psnr(tmp_path / "out.png", on_cpu) < RATIO
+    record, _ = cnn_vis.read_record(str(tmp_path / "out.png"))
+    assert "--tf32" in record["command"]
+    done = run_cli(*DREAM, "--gpu=-1", "--tf32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--tf32 has no effect on the CPU" in done.stderr
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(on_cpu))
+
+
+# ---- GPUs that fail ------------------------------------------------------------------------------
+
+
+FAILURES = {  # what is wrong with the GPU, and words of what is said
+    "memory": ({"CUDA_ON_CPU_MEMORY": "3000000"}, "memory is full"),
+    "driver": ({"CUDA_ON_CPU_DRIVER": "12040"}, "driver is older"),
+    "kernels": ({"CUDA_ON_CPU_CAPABILITY": "70"}, "Caffe was built for others"),
+    "kept": ({"CUDA_ON_CPU_EXCLUSIVE": "/proc"}, "another program has it"),
+    "lost": ({"CUDA_ON_CPU_FAIL": "700@3"}, "illegal memory access"),
+}
+
+
+@emulated
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_gpu_that_was_asked_for_and_fails_is_one_line(failure, tmp_path):
+    """With the remedy, and not a word about the user's files."""
+    environment, words = FAILURES[failure]
+    done = run_cli(*DREAM, "--gpu=1", cwd=tmp_path, **GPU | environment)
+    assert_one_line(done, 1, words, "--gpu")
+    assert "belong together" not in done.stderr
+    assert not os.listdir(tmp_path)
+
+
+@emulated
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_gpu_that_nobody_asked_for_and_fails_is_left_alone(failure, on_cpu, tmp_path):
+    """The run is on the CPU and says why; the picture is the CPU's to the last bit."""
+    environment, words = FAILURES[failure]
+    said = dream(cwd=tmp_path, **environment)
+    assert re.search(rf", CPU \(.*{words}.*\), \d+ workers?, ", said), said
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(on_cpu))
+
+
+@emulated
+def test_a_gpu_that_is_lost_amid_a_run_loses_no_work(whole, tmp_path):
+    done = run_cli(
+        *RUN, "--gpu=0", "--quiet", cwd=tmp_path, **GPU | {"CUDA_ON_CPU_FAIL": "700@5000"}
+    )
+    assert_one_line(done, 1, "illegal memory access", f"--resume {CHECKPOINT}")
+    done = run_cli("--resume", CHECKPOINT, cwd=tmp_path, **GPU)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+@emulated
+@pytest.mark.parametrize("gpu, told", [([], "CPU (no GPU found)"), (["--gpu=0"], None)])
+def test_without_a_driver_it_is_the_cpu(gpu, told, on_cpu, tmp_path):
+    """A Caffe built with CUDA gives the CPU's picture to the last bit."""
+    done = run_cli(*DREAM, *gpu, cwd=tmp_path, **NO_DRIVER)
+    if told:
+        assert done.returncode == 0, done.stderr
+        assert told in done.stderr
+        assert np.array_equal(pixels(tmp_path / "out.png"), pixels(on_cpu))
+    else:
+        assert_one_line(done, 2, "--gpu 0", "none found", "-1")
+
+
+@emulated
+def test_a_gpu_that_takes_one_process_only_gets_one(on_cpu, tmp_path, logged):
+    folder, environment = logged
+    environment |= {"CUDA_ON_CPU_EXCLUSIVE": str(tmp_path)}
+    assert ", GPU 1, " in dream("--gpu=1", cwd=tmp_path, **environment)
+    assert_near(tmp_path / "out.png", on_cpu)
+    assert sum(log["to_host"] > 2 for log in logs(folder)) == 1
+
+
+def test_more_than_memory_holds_is_refused(tmp_path):
+    done = run_cli(*DREAM, "--gpu=0", "--batch_size=10000000000000", cwd=tmp_path, **GPU)
+    assert_one_line(done, 2, "--batch_size 10000000000000", "GB", "smaller")
+
+
+# ---- What a GPU is given to do -------------------------------------------------------------------
+
+
+@emulated
+@pytest.mark.parametrize("arguments", [[*DREAM, "--gpu=-1"], [*EVERYWHERE, "--list_layers"]])
+def test_what_is_done_on_the_cpu_takes_nothing_of_a_gpu(arguments, tmp_path, logged):
+    folder, environment = logged
+    assert run_cli(*arguments, cwd=tmp_path, **environment).returncode == 0
+    assert not os.listdir(folder)
+
+
+@emulated
+def test_a_tile_takes_no_more_memory_than_its_own(tmp_path, logged):
+    """Though the prototxt asks for ten pictures at a time."""
+    text = (GOLDEN / "deploy.prototxt").read_text()
+    (tmp_path / "ten.prototxt").write_text(text.replace("input_dim: 1\n", "input_dim: 10\n"))
+    folder, environment = logged
+    one = [*DREAM, "--gpu=0", "--batch_size=1", "--deploy_txt=ten.prototxt"]
+    assert run_cli(*one, cwd=tmp_path, **environment).returncode == 0
+    for log in logs(folder):
+        assert 0 < log["most_taken"] < 5.5e6
+        assert log["to_device_bytes"] < 2e6
+
+
+@emulated
+@pytest.mark.parametrize("objective", [[], ["--image_type=amplify_neuron"]])
+def test_only_tiles_and_gradients_are_copied(objective, tmp_path, logged):
+    """Two copies for a tile, after the first."""
+    folder, environment = logged
+    copies = []
+    for steps in (2, 5):
+        words = [*objective, "--gpu=0", "--batch_size=1", f"--num_steps={steps}"]
+        dream(*words, cwd=tmp_path, **environment)
+        found = [(log["to_device"], log["to_host"], log["on_device"]) for log in logs(folder)]
+        copies.append(np.sum(found, axis=0))
+        for path in folder.iterdir():
+            path.unlink()
+    passes = 3 * len(cnn_vis.all_tiles((70, 100), (32, 32)))
+    assert tuple(copies[1] - copies[0]) == (passes, passes, 0)
+
+
+@emulated
+def test_both_gpus_have_their_share(tmp_path, logged):
+    folder, environment = logged
+    done = run_cli(*DREAM, "--gpu=0,1", "--initial_size=200x300", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    launches = [log["launches"] for log in logs(folder)]
+    assert max(launches) < 1.5 * min(launches)
