@@ -80,8 +80,7 @@ def machine(work):
     yield "network", f"{work.files.name}, {work.spec.target}"
     types = on_gpu(layer_types)
     yield "convolutions", "cuDNN" if "CudnnConvolution" in types else "Caffe's own, cuBLAS"
-    for name, version in cnn_vis.versions().items():
-        yield name, version
+    yield from cnn_vis.versions().items()
 
 
 def layer_types():

@@ -458,3 +458,22 @@ def test_both_gpus_have_their_share(tmp_path, logged):
     assert done.returncode == 0, done.stderr
     launches = [log["launches"] for log in logs(folder)]
     assert max(launches) < 1.5 * min(launches)
+
+
+# ---- The kit for a day with a GPU ----------------------------------------------------------------
+
+
+@pytest.mark.skipif("IS_REAL", reason="takes its ten minutes there: make gpu-check")
+def test_the_kit_runs_through(tmp_path):
+    """On emulated GPUs; a part that fails is told and does not end it."""
+    parts = ["machine", "gradients", "speed", "processes", "commands", "torch"]
+    kit = [sys.executable, ROOT / "tests" / "gpu_check.py", "--parts", *parts]
+    done = subprocess.run(kit, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "failed" not in done.stdout
+    assert re.findall(r"^\| (\w+): ", done.stdout, re.MULTILINE) == parts
+    rows = dict(re.findall(r"^\| (.*?) \| (.*) \|$", done.stdout, re.MULTILINE))
+    assert rows["GPUs"] == "emulated"
+    assert float(rows["relative distance, median"]) < 2e-6
+    assert float(re.match(r"1: ([\d.]+), 4: ", rows["cuDNN"])[1]) > 0
+    assert rows["2 processes"]
