@@ -1,29 +1,32 @@
 # make example   installs everything into .venv, Caffe included, and writes example.png
 # make test      installs what the tests take besides, and runs them
-# make wheel     builds wheels/, from which `make` on other machines installs without a compiler:
-#                make wheel PYCAFFE_ARCH=x86-64-v3, or PYCAFFE_CUDA=1 PYCAFFE_CUDA_ARCH=90 for such GPUs
-# make gpu-check measures what the program does on this machine's GPU
+# make wheel     builds wheels/, from which `make` installs on other machines, without a compiler or a network:
+#                make wheel PYCAFFE_ARCH=x86-64-v3, for GPUs of one kind PYCAFFE_CUDA=1 PYCAFFE_CUDA_ARCH=90
+# make gpu-check measures what the program does on this machine's GPU (make PYCAFFE_CUDA=1 gpu-check builds for it)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
 WHEELS = wheels
+# With PYCAFFE_CUDA=1 the libraries that a GPU takes are installed too.
+REQUIREMENTS = sed 's|^\./pycaffe|&$(if $(PYCAFFE_CUDA),[cuda])|' requirements.txt
 WHEEL = $(firstword $(wildcard $(WHEELS)/pycaffe-*.whl))
 
 .PHONY: install example test wheel gpu-check lint clean
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt $(shell find pycaffe -type f)
+$(VENV)/installed: requirements.txt $(or $(WHEEL),$(shell find pycaffe -type f))
 	$(if $(WHEEL),,pycaffe/system-packages.sh)
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(WHEEL),)
 	$(BIN)/pip install --quiet --upgrade pip
-	@echo 'Installing the Python packages and building Caffe: a minute or two on two cores.'
-	$(BIN)/pip install --quiet -r requirements.txt
+	@echo 'Installing the Python packages and building Caffe: one to three minutes on two cores, in silence.'
+	$(REQUIREMENTS) | $(BIN)/pip install --quiet -r /dev/stdin
 else
-	@echo 'Installing the Python packages, Caffe from $(WHEEL).'
-	sed 's|^\./pycaffe|$(WHEEL)|' requirements.txt | $(BIN)/pip install --quiet --find-links $(WHEELS) -r /dev/stdin
+	@echo 'Installing all from $(WHEELS)/.'
+	$(BIN)/pip install --quiet --no-index --no-deps --force-reinstall $(WHEEL)
+	$(REQUIREMENTS) | sed 's|^\./pycaffe|pycaffe|' | $(BIN)/pip install --quiet --no-index --find-links $(WHEELS) -r /dev/stdin
 endif
 	touch $@
 
@@ -33,7 +36,7 @@ $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 
 # Caffe for emulated GPUs, on which tests/test_gpu.py runs where there is no real one.
 $(VENV)/cuda_on_cpu/built: $(VENV)/installed $(shell find tests/cuda_on_cpu -type f)
-	@echo 'Building Caffe for emulated GPUs, for the tests: another minute or two.'
+	@echo 'Building Caffe for emulated GPUs, for the tests: one to three minutes more.'
 	tests/cuda_on_cpu/build.sh $(BIN)/python $(dir $@)
 	touch $@
 
@@ -49,9 +52,11 @@ test: lint $(VENV)/cuda_on_cpu/built
 
 wheel:
 	$(PYTHON) -m venv $(VENV)
-	PYCAFFE_BUNDLE=ON $(BIN)/pip wheel --quiet --wheel-dir $(WHEELS) -r requirements.txt
+	@echo 'Fetching the Python packages and building Caffe: two to three minutes on two cores.'
+	rm -f $(WHEELS)/pycaffe-*.whl
+	$(REQUIREMENTS) | PYCAFFE_BUNDLE=ON $(BIN)/pip wheel --quiet --wheel-dir $(WHEELS) -r /dev/stdin
 
-gpu-check: $(VENV)/installed-test
+gpu-check: $(VENV)/installed-test $(if $(shell ldconfig -p 2>/dev/null | grep libcuda.so.1),,$(VENV)/cuda_on_cpu/built)
 	$(BIN)/python tests/gpu_check.py
 
 clean:

@@ -137,13 +137,53 @@ MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as
 HEIC = (".heic", ".heif", ".avif")  # endings of files that pillow-heif reads
 
 
-def read_picture(path, background="white"):
-    """The picture in the file `path` as people see it, sRGB, and remarks on how it was read.
+def read_picture(path, background="white", option="image"):
+    """The picture in the file `path` of an option as people see it, sRGB, uint8 (H, W, 3), and
+    remarks on how it was read. The colour `background` shows where it is transparent. Raises
+    BadRequest."""
+    from PIL import Image
 
-    EXIF orientation, colour profile and depths other than 8 bits are respected; the colour
-    `background` shows where it is transparent. Of several frames the first is used. Raises
-    BadRequest.
-    """
+    picture, remarks = read_rgba(path, option)
+    if picture.mode != "RGB":
+        behind = Image.new("RGBA", picture.size, background)
+        picture = Image.alpha_composite(behind, picture).convert("RGB")
+    return np.asarray(picture), remarks
+
+
+def read_mask(name, picture, path):
+    """The mask that --mask names for the start picture, which is of the file `path`, uint8 (H, W)
+    of its size, and remarks; None without --mask. It is the brightness of the picture in the file
+    `name`, black where that is transparent; for "alpha" how opaque the start picture is. Raises
+    BadRequest."""
+    from PIL import Image
+
+    if name is None:
+        return None, []
+    if picture is None:
+        raise refusal("mask", name, "noise has nothing to be kept; give an --image, or no mask")
+    size, remarks = picture.shape[:2], []
+    if name != "alpha":
+        brightness, remarks = read_picture(existing_file("mask", name), "black", "mask")
+        mask = np.asarray(Image.fromarray(brightness).convert("L"))
+    else:
+        opaque = path and read_rgba(path)[0]
+        if not path or opaque.mode != "RGBA":
+            problem = f"{path or 'the array'} has no transparent parts; give a picture as the mask"
+            raise refusal("mask", name, problem)
+        mask = np.asarray(opaque.getchannel("A"))
+    if mask.shape != size:
+        shapes = ["{}x{}".format(*shape) for shape in (mask.shape, size)]
+        remarks.append(f"{name}: the mask, {shapes[0]}, is stretched to the picture's {shapes[1]}")
+        mask = resize(mask, size, bilinear=True)
+    if not mask.any():
+        raise refusal("mask", name, "is black everywhere; white is where to dream")
+    return mask, remarks
+
+
+def read_rgba(path, option="image"):
+    """The picture in the file `path` of an option as PIL's, sRGB, RGBA if parts are transparent and
+    else RGB, and remarks on how it was read. EXIF orientation, colour profile and depths other than
+    8 bits are respected; of several frames the first is used. Raises BadRequest."""
     from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # Pillow's: 1 MB
@@ -164,20 +204,16 @@ def read_picture(path, background="white"):
             picture = file
             with contextlib.suppress(Exception):  # damaged EXIF data does not tell the orientation
                 picture = ImageOps.exif_transpose(file)
-            picture = to_srgb(picture, path, remarks)
-            if picture.mode != "RGB":
-                behind = Image.new("RGBA", picture.size, background)
-                picture = Image.alpha_composite(behind, picture).convert("RGB")
-            return np.asarray(picture), remarks
+            return to_srgb(picture, path, remarks), remarks
     except Image.DecompressionBombError:
-        raise refusal("image", path, "the picture is too large; make it smaller first") from None
+        raise refusal(option, path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
         remedy = "give a PNG or JPEG file"
         if path.lower().endswith(HEIC):
             remedy = f"pip install pillow-heif, or {remedy}"
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "unknown format" if is_unknown else one_line(error)
-        raise refusal("image", path, f"cannot be read as a picture ({reason}); {remedy}") from None
+        raise refusal(option, path, f"cannot be read as a picture ({reason}); {remedy}") from None
 
 
 def open_picture(path, remarks):
@@ -471,6 +507,24 @@ def resize(picture, size, bilinear=False):
     return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), method))
 
 
+def composed(picture, start, mask):
+    """`picture` where the mask, uint8 (H, W), is white; `start`, of its size, where it is black."""
+    from PIL import Image
+
+    images = map(Image.fromarray, map(np.ascontiguousarray, (picture, start, mask)))
+    return np.asarray(Image.composite(*images))
+
+
+def with_colors_of(start, picture):
+    """`picture` in the colours of `start`, of its size: brightness of the one, hue and saturation
+    of the other (YCbCr, as JPEG has it)."""
+    from PIL import Image
+
+    images = (Image.fromarray(np.ascontiguousarray(p)).convert("YCbCr") for p in (picture, start))
+    (brightness, *_), (_, *colors) = (image.split() for image in images)
+    return np.asarray(Image.merge("YCbCr", (brightness, *colors)).convert("RGB"))
+
+
 def noise(image, scale, blur, mean, seed=None):
     """Makes `image` noise to start from. The blur is the original's: on 8-bit pixels, and across
     channels too."""
@@ -609,7 +663,8 @@ def check_room(settings, sizes, tile_size, scratch=None, held=0):
     needs = [memory_needed(*pair, tile_size) for pair in zip(sizes, [(0, 0), *sizes])]
     largest = max(range(len(sizes)), key=lambda i: sum(needs[i]))
     arrays, besides = needs[largest]
-    besides += 8 * math.prod(sizes[largest]) * settings.use_pixel_learning_rates
+    has_divisors = bool(settings.use_pixel_learning_rates or settings.mask)
+    besides += 8 * math.prod(sizes[largest]) * has_divisors
     checks = [
         (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
     ]
@@ -849,8 +904,8 @@ def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
 
     `x`, float64 (3, H, W), is the tile's part of the image; `start` that of the start image, or
     None; `descent` the network's gradient, float32 (3, H, W); `cache` RMSProp's, float64 (3, H, W),
-    changed; `counts` the tile's part of tile_counts, or None. `terms` are the regularizers, {name:
-    term}, in the original's order.
+    changed; `counts` what the step is divided by, float64 (H, W), or None. `terms` are the
+    regularizers, {name: term}, in the original's order.
     """
     total = 0.0
     for channel in range(3):  # channels do not meet here, and the arrays of one fit the cache
@@ -949,7 +1004,7 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
                 unsent.extend(Tile(turn, region, measure) for region in regions)
                 if not regions:
                     break
-                # Four batches of a turn for each process: none waits for one that has all tiles.
+                # Four batches of a turn for each device: none waits for one that has all tiles.
                 share = math.ceil(len(regions) / (4 * engine.number))
                 most = min(engine.batch_size, max(share, most if batch else 1))
             tile = unsent[len(batch)]
@@ -999,7 +1054,8 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
 class Progress:
     """Where a run is after a step. `size` and `step` (at this size) count from 1. `image` is the
     run's own, not to be changed. `stats` is {name: number}, as STATS names them, or None if the
-    step was not measured. `is_silent` tells that the network's gradient was zero everywhere."""
+    step was not measured. `is_silent` tells that the network's gradient was zero everywhere. `look`
+    makes of a picture what people are to see of it."""
 
     sizes: list
     size: int
@@ -1009,6 +1065,7 @@ class Progress:
     mean: float
     stats: dict | None
     is_silent: bool = False
+    look: object = None
 
     def __str__(self):
         height, width = self.sizes[self.size - 1]
@@ -1021,7 +1078,8 @@ class Progress:
 
     def picture(self, rescale=False):
         """The picture as it stands, uint8 (H, W, 3)."""
-        return to_uint8(self.image, self.mean, rescale)
+        picture = to_uint8(self.image, self.mean, rescale)
+        return self.look(picture) if self.look else picture
 
 
 MOST_THREADS = 8  # that take steps; enough for 8,000 tiles a second
@@ -1032,17 +1090,22 @@ class Dream:
     """One run: the image as it stands and all that the next step depends on.
 
     `settings` are the Settings, `picture` is the start picture or None for noise, `mean` is the
-    number subtracted from its pixels, `engine` is an Engine that has described its network, and
-    `scratch` is a folder for arrays that do not fit in memory, or None.
+    number subtracted from its pixels, `engine` is an Engine that has described its network,
+    `scratch` is a folder for arrays that do not fit in memory, or None, and `mask`, uint8 of the
+    picture's size, is white where to dream and black where not, or None.
     `size` counts from 1, `step` is the number of steps done at this size, `tile` that of tiles done
     of the next step. Raises BadRequest for impossible sizes.
     """
 
-    def __init__(self, settings, picture, mean, engine, scratch=None):
+    def __init__(self, settings, picture, mean, engine, scratch=None, mask=None):
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
-        self.scratch = scratch
+        self.scratch, self.mask = scratch, mask
         base = engine.tile_size if picture is None else picture.shape[:2]
         self.sizes = plan_sizes(settings, base, engine.tile_size)
+        for size in self.sizes:
+            if not any(self.tiles(size)):
+                problem = f"nothing of it is left at {size[0]}x{size[1]}; use a larger size"
+                raise refusal("mask", settings.mask, problem)
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
         self.image, self.caches, self.before = None, None, {}
@@ -1066,21 +1129,36 @@ class Dream:
                     return
                 self.size, self.step, is_begun = self.size + 1, 0, False
 
+    def tiles(self, size):
+        """The regions at a size, as `tiles` gives them, without those that the mask keeps."""
+        colours = tiles(size, self.engine.tile_size)
+        if self.mask is None:
+            return colours
+        mask = resize(self.mask, size, bilinear=True)
+        return [[r for r in colour if mask[r[0] : r[1], r[2] : r[3]].any()] for colour in colours]
+
     def lay_out(self):
-        """Prepares what depends on the size alone: regions, start image, tile counts."""
+        """Prepares what depends on the size alone: regions, start image, what steps are divided
+        by."""
         size, tile_size = self.sizes[self.size - 1], self.engine.tile_size
-        self.cache_index = {region: i for i, region in enumerate(all_tiles(size, tile_size))}
+        regions = itertools.chain(*self.tiles(size))
+        self.cache_index = {region: i for i, region in enumerate(regions)}
         self.start = None
         if self.picture is not None:
             self.start = planes(resize(self.picture, size, bilinear=True))  # tiles lose the mean
         has_own_rates = self.settings.use_pixel_learning_rates
         self.counts = tile_counts(size, tile_size) if has_own_rates else None
+        if self.mask is not None:
+            with np.errstate(divide="ignore"):  # no step at all where it is black
+                slowness = 255 / resize(self.mask, size, bilinear=True)
+            self.counts = slowness if self.counts is None else self.counts * slowness
 
     def begin_size(self):
         """Brings the image to the size that was laid out; caches and schedules start over."""
         s, size, picture = self.settings, self.sizes[self.size - 1], None
         if self.image is not None:
             picture = resize(to_uint8(self.image, self.mean), size)
+            picture = self._kept_where_black(picture)
         elif self.start is not None:
             picture = self.start[0, ::-1].transpose(1, 2, 0)
         self.caches = None  # makes room; the image stays until all is there that follows it
@@ -1096,7 +1174,7 @@ class Dream:
     def _steps(self, steps, wants_stats, is_stopping):
         """Does the steps left at this size, yielding a Progress after each."""
         numbers = range(self.step + 1, self.settings.num_steps + 1)
-        colours = tiles(self.sizes[self.size - 1], self.engine.tile_size)
+        colours = self.tiles(self.sizes[self.size - 1])
         turns = ((colour, wants_stats(step)) for step in numbers for colour in colours)
         turns = after_tiles(self.tile, turns)
         gradients = tile_gradients(self.engine, self.image, turns, steps, self.before, is_stopping)
@@ -1192,7 +1270,23 @@ class Dream:
     def progress(self, stats=None):
         """The Progress of the run as it stands."""
         where = (self.sizes, self.size, self.settings.num_steps, self.step)
-        return Progress(*where, self.image, self.mean, stats, self.is_silent)
+        return Progress(*where, self.image, self.mean, stats, self.is_silent, self.look)
+
+    def look(self, picture):
+        """What people are to see of a picture of the run: in the start picture's colours, if they
+        are to be kept, and as that was where the mask is black."""
+        if self.settings.keep_colors and self.picture is not None:
+            start = resize(self.picture, picture.shape[:2], bilinear=True)
+            picture = with_colors_of(start, picture)
+        return self._kept_where_black(picture)
+
+    def _kept_where_black(self, picture):
+        """The picture, but as the start picture was where the mask is black."""
+        if self.mask is None:
+            return picture
+        size = picture.shape[:2]
+        kept = (resize(array, size, bilinear=True) for array in (self.picture, self.mask))
+        return composed(picture, *kept)
 
     def is_done(self):
         """Whether all steps have been done."""
@@ -1224,7 +1318,7 @@ class Dream:
         if not (is_whole and 1 <= size <= len(self.sizes) and 0 <= step <= self.settings.num_steps):
             raise ValueError("its step is outside the run")
         height_width, tile_size = self.sizes[size - 1], self.engine.tile_size
-        regions = all_tiles(height_width, tile_size)
+        regions = [*itertools.chain(*self.tiles(height_width))]
         if not 0 <= tile <= (len(regions) - 1 if step < self.settings.num_steps else 0):
             raise ValueError("its tile is outside the run")
         places = numbers.get("before", [])
@@ -1327,6 +1421,7 @@ def keep_freed_memory():
 #          All others are the fields of Settings, which is made of this table where runs begin.
 #   idle   a function of the options that returns why this one has no effect, or something false
 #   file   "read" or "write" if it names a file of a run
+#   words  its values that name none
 #   text   the value as text for a command line; None: the option is never part of a kept command
 
 
@@ -1343,9 +1438,10 @@ class Parser(argparse.ArgumentParser):
         """Begins a group in the help; returns the function that adds an option to it."""
         group = self.add_argument_group(title, description)
 
-        def add(*names, free=False, idle=None, file=None, text=str, **arguments):
+        def add(*names, free=False, idle=None, file=None, words=(), text=str, **arguments):
             action = group.add_argument(*names, **arguments)
             action.free, action.idle, action.file, action.text = free, idle, file, text
+            action.names_file = lambda value: file and value is not None and value not in words
             self.options.append(action)
 
         return add
@@ -1413,6 +1509,11 @@ def given(text):
 def expanded(path, is_literal):
     """The path, with ~ and variables expanded unless `is_literal`."""
     return path if is_literal else os.path.expanduser(os.path.expandvars(path))
+
+
+def mask_name(text):
+    """A type for argparse: a file to read, or alpha."""
+    return text if text == "alpha" else file_name(text)
 
 
 def file_name(text):
@@ -1529,11 +1630,12 @@ def network_options(add):
         "(default: GPU 0 if Caffe can use one, else CPU)")
     add("--batch_size", metavar="N", type=number(int, 1), free=True,
         idle=lambda o: o.scheduler and "--scheduler",
-        help="most tiles that a GPU computes at once; always 1 on the CPU "
-        "(default: as many as fit in GPU memory)")
+        help="most tiles that each of a GPU's two processes computes at once; always 1 on the CPU "
+        "(default: what fits in GPU memory, up to 32)")
     add("--tf32", action="store_true",
         idle=lambda o: o.scheduler and "--scheduler",
-        help="let cuDNN multiply with 10 bits on GPUs that can: faster, and another picture")
+        help="allow TF32, 10 bits of each factor, in cuDNN: faster on recent GPUs, and another "
+        "picture")
     add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
         idle=lambda o: o.scheduler and "--scheduler",
         help="processes that compute on the CPU (default: one for each core)")
@@ -1570,6 +1672,12 @@ def start_options(add):
     add("--background", metavar="COLOUR", type=colour, default="white",
         idle=lambda o: not o.initial_image and "no --image",
         help="shown where the picture is transparent: a name or #rrggbb")
+    add("--mask", metavar="FILE", type=mask_name, file="read", words=("alpha",),
+        help="where to dream: white dreams, black stays as it is in --image, grey is between; "
+        "or alpha: --image dreams where it is opaque (default: everywhere)")
+    add("--keep_colors", "--keep_colours", action="store_true",
+        idle=lambda o: not o.initial_image and "no --image",
+        help="show and save the dream in the colours of --image")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, idle=has_image,
         help="noise: standard deviation in grey levels")
     add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0,
@@ -2741,7 +2849,7 @@ class Network:
         caffe = import_caffe()
         if spec.use_gpu:
             if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
-                remedy = "leave it out, or build it with cuDNN (pip install './pycaffe[cuda]')"
+                remedy = "leave it out, or build: PYCAFFE_CUDA=1 pip install './pycaffe[cuda]'"
                 raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}")
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees
@@ -2775,14 +2883,11 @@ class Network:
 
     def batch_for_memory(self, share):
         """How many tiles at once fit in this process's share of the GPU's free memory, if so many
-        processes share it; at most 32. 1 on the CPU, where more would not help."""
-        if not self._spec.use_gpu:
-            return 1
+        processes share it and all have been tried with one tile; at most 32."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-        blobs = self._net.blobs.values()
-        tile = sum(2 * 4 * math.prod(blob.shape) // blob.shape[0] for blob in blobs)  # data, diff
+        tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
         return min(32, max(1, int(0.7 * free.value / share) // tile))
 
     def gradients(self, batch, measure=True):
@@ -2822,8 +2927,8 @@ class Engine:
 
     `spec` is its NetworkSpec; `device` tells where it runs, in words; `notices` is a list of lines
     for the user. After `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of
-    a tile's activations; batch_size, how many tiles `send` takes at most; number, how many batches
-    are computed at the same time.
+    a tile's activations; batch_size, how many tiles `send` takes at most; number, how many devices
+    compute batches, each of which wants some of every turn.
 
     Which tile is computed where and with which others must not change its gradient. A failure that
     the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
@@ -2860,8 +2965,8 @@ class Engine:
 
 
 # Tasks of the processes. Tiles and gradients travel through one shared memory, cut into slots. It
-# has no name, nor has the pipe that takes Caffe's messages: however a process ends, nothing is
-# left behind.
+# has no name, nor has the pipe that takes Caffe's messages: however a process ends, nothing of them
+# is left behind.
 
 
 @functools.cache
@@ -2881,24 +2986,35 @@ def map_memory(pid, descriptor, shape):
 attach = functools.cache(map_memory)  # in a worker, which has one memory for life
 
 
-def describe(spec, share=1):
-    """Task: (tile_size, target_shape, batch size that suits the device, notices) of the network,
-    after a first trial of it. `share` processes share a GPU."""
+def describe(spec, batch_size=None, share=1):
+    """Task: (tile_size, target_shape, batch size, notices) of the network, after a trial of it: it
+    takes the memory it needs, and fails now if it ever does. Without a batch size, that is what
+    suits the device. `share` processes share a GPU, and try it together."""
     try:
         network = load_network(spec)
-        # Takes the memory it needs, and fails now if it ever does.
         network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
+        if together is not None:
+            together.wait()
+            batch_size = batch_size or network.batch_for_memory(share)
+            check_batch(batch_size, 1, network.tile_size)
+            together.wait()
+            network.gradients(np.zeros((batch_size, 3, *network.tile_size), np.float32))
     except BaseException:
-        if all_loaded is not None:
-            all_loaded.abort()
+        if together is not None:
+            together.abort()
         raise
-    if all_loaded is not None:
-        all_loaded.wait()
-    suits = network.batch_for_memory(share)
-    return network.tile_size, network.target_shape, suits, network.notices
+    return network.tile_size, network.target_shape, batch_size, network.notices
 
 
-all_loaded = None  # in a worker of a GPU: a barrier, behind which every worker has its network
+def check_batch(batch_size, slots, tile_size):
+    """Raises BadRequest if the slots for batches of such tiles do not fit in memory."""
+    needed = 4 * slots * 2 * batch_size * 3 * math.prod(tile_size)
+    if needed > free_memory():
+        problem = f"needs {needed / 1e9:.1f} GB of memory for tiles on their way"
+        raise refusal("batch_size", batch_size, f"{problem}; use a smaller one")
+
+
+together = None  # in a worker of a GPU: a barrier for all workers
 
 
 def compute_slot(spec, memory, slot, count, measure):
@@ -3007,8 +3123,8 @@ def end_with_parent():
 def start_worker(output, gpus, barrier, memory):
     """Makes a fresh process a worker: its messages go to the pipe `output`, Ctrl-C is the parent's,
     it sees one GPU, and on the CPU a bad file cannot make it take more than `memory` bytes."""
-    global all_loaded
-    all_loaded = barrier
+    global together
+    together = barrier
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(output.fileno(), 1)
@@ -3086,8 +3202,8 @@ class CaffeProcesses:
             gpus = self._context.SimpleQueue() if self.gpus else None
             for gpu in self.gpus:
                 gpus.put(visible_gpu(gpu))
-            barrier = self._context.Barrier(self.number) if self.gpus else None
-            arguments = (self._log_end, gpus, barrier, free_memory())
+            self._barrier = self._context.Barrier(self.number) if self.gpus else None
+            arguments = (self._log_end, gpus, self._barrier, free_memory())
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 self.number, self._context, start_worker, arguments
             )
@@ -3142,10 +3258,27 @@ class CaffeProcesses:
             except concurrent.futures.BrokenExecutor:
                 self.restart()
 
-    def call_in_each(self, task, *arguments):
-        """The results of a task that waits, by `all_loaded`, until every process has begun it."""
+    def _see_deaths(self, futures):
+        """Waits for tasks that wait for one another. The executor may not see the end of the
+        process that it started last before one of the others does something: then all are ended."""
+        from multiprocessing import connection
+
+        while concurrent.futures.wait(futures, timeout=0.2).not_done:
+            there = list((self._executor._processes or {}).values())
+            if connection.wait([process.sentinel for process in there], 0):
+                for process in there:
+                    process.kill()
+
+    def call_together(self, task, *arguments):
+        """The results of a task that every process does, one waiting for the other by
+        `together`."""
         while True:
-            futures = [self.submit(task, *arguments) for _ in range(self.number)]
+            try:
+                futures = [self.submit(task, *arguments) for _ in range(self.number)]
+            except RunFailed:
+                self._barrier.abort()  # for those that are there and wait
+                raise
+            self._see_deaths(futures)
             errors = [future.exception() for future in futures]
             if any(isinstance(error, concurrent.futures.BrokenExecutor) for error in errors):
                 self.restart()
@@ -3170,8 +3303,8 @@ class Workers(Engine):
     EACH = 2  # processes of a GPU, of which one computes while the other gets and gives its tiles
 
     def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
-        self.spec, self.batch_size, self.notices = spec, batch_size, []
-        self._cpu_number, self._or_cpu = number, or_cpu
+        self.spec, self.notices = spec, []
+        self._batch_size, self._cpu_number, self._or_cpu = batch_size, number, or_cpu
         self._set_out(gpus, self.EACH, device)
         with system_limits():
             self._memory_file = os.memfd_create("cnn_vis")
@@ -3179,7 +3312,7 @@ class Workers(Engine):
 
     @property
     def number(self):
-        return self.processes.number
+        return len(self.gpus) or self.processes.number
 
     def _set_out(self, gpus, each, device):
         self.gpus, self._each = gpus, each
@@ -3198,8 +3331,8 @@ class Workers(Engine):
                 self._try_network()
                 break
             except GpuFailed as error:
-                if self._each > 1:  # that was too much for its memory, perhaps
-                    instead = (self.gpus, 1, self.device)
+                if self._each > 1:
+                    instead = (self.gpus, 1, self.device)  # one process may do
                 elif self._or_cpu:
                     instead = ((), 1, f"CPU ({str(error).partition(';')[0]})")
                 else:
@@ -3211,9 +3344,10 @@ class Workers(Engine):
     def _try_network(self):
         try:
             if self.gpus:
-                found = self.processes.call_in_each(describe, self.spec, self._each)
+                arguments = (self.spec, self._batch_size, self._each)
+                found = self.processes.call_together(describe, *arguments)
             else:  # the first will do; meanwhile the others load the network too
-                for _ in range(self.number - 1):
+                for _ in range(self._cpu_number - 1):
                     self.processes.submit(describe, self.spec)
                 found = [self.processes.call(describe, self.spec)]
         except CaffeStopped as error:
@@ -3228,18 +3362,14 @@ class Workers(Engine):
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.target_shape, _, notices = found[0]
         self.notices += notices
-        if not self.gpus:  # more would not help, and a sum might depend on the tiles beside it
-            self.batch_size = 1
-        elif not self.batch_size:
-            self.batch_size = min(suits for _, _, suits, _ in found)
+        # More than one would not help on the CPU, and a sum might depend on the tiles beside it.
+        self.batch_size = min(size for _, _, size, _ in found) if self.gpus else 1
 
     def _map_slots(self):
         """Two batches for each worker, one to compute and one to begin with next, and one more."""
-        slots = 2 * self.number + 1
+        slots = 2 * self.processes.number + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
-        if 4 * math.prod(shape) > free_memory():
-            problem = f"needs {4 * math.prod(shape) / 1e9:.1f} GB of memory for tiles on their way"
-            raise refusal("batch_size", self.batch_size, f"{problem}; use a smaller one")
+        check_batch(self.batch_size, slots, self.tile_size)
         os.truncate(self._memory_file, 4 * math.prod(shape))
         self._memory = (os.getpid(), self._memory_file, shape)
         self._slots = map_memory(*self._memory)
@@ -4147,6 +4277,7 @@ CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
     "caches": (np.float64, None, 3, None, None),
     "before": (np.float32, None, 3, None, None),
     "picture": (np.uint8, None, None, 3),
+    "mask": (np.uint8, None, None),
 }
 
 
@@ -4563,7 +4694,7 @@ class Bar(Watcher):
 
         super().begin(run)
         dream, steps = run.dream, run.dream.settings.num_steps
-        self._counts = [len(all_tiles(size, dream.engine.tile_size)) for size in dream.sizes]
+        self._counts = [sum(map(len, dream.tiles(size))) for size in dream.sizes]
         done = (
             steps * sum(self._counts[: dream.size - 1]) + dream.step * self._counts[dream.size - 1]
         )
@@ -4732,7 +4863,8 @@ def check_apart(options, files, network):
     """Raises BadRequest if the run would overwrite a file that it reads, or write two files under
     one name."""
     actions = [action for action in PARSER.options if action.file == "read"]
-    read = {action.option_strings[-1][2:]: getattr(options, action.dest) for action in actions}
+    given = [(action, getattr(options, action.dest)) for action in actions]
+    read = {a.option_strings[-1][2:]: path for a, path in given if a.names_file(path)}
     read |= {"caffe_model": network.weights, "deploy_txt": network.deploy, "resume": files.resumed}
     read = {name: path for name, path in read.items() if path}
     for name, path in read.items():
@@ -4756,7 +4888,7 @@ def saved_options(path, checkpoint):
         raise unusable(path, f"holds a command that cannot be run ({error})") from None
     for action in PARSER.options:
         name = getattr(saved, action.dest)
-        if action.file and name is not None:
+        if action.names_file(name):
             setattr(saved, action.dest, os.path.abspath(os.path.join(checkpoint.folder, name)))
     saved.output_file = Files.of_checkpoint(path)
     return saved
@@ -4770,7 +4902,7 @@ def resume(path, argv, scratch=None):
     options = PARSER.parse_args(argv, copy.copy(saved))
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        if action.file and new is not None:
+        if action.names_file(new):
             new = os.path.abspath(new)
         if not action.free and new != old:
             old, new = (v if v is None else action.text(v) for v in (old, new))
@@ -4794,12 +4926,15 @@ def check_same_network(path, record, network):
 
 
 def read_start(settings, checkpoint):
-    """The start picture, or None for noise, and remarks on how it was read. Raises BadRequest."""
+    """The start picture, None for noise; its mask, None without one; remarks on how they were read.
+    Raises BadRequest."""
     if checkpoint is not None:
-        return checkpoint.arrays.pop("picture", None), []
-    if settings.initial_image is None:
-        return None, []
-    return read_picture(existing_file("image", settings.initial_image), settings.background)
+        return *(checkpoint.arrays.pop(name, None) for name in ("picture", "mask")), []
+    path, picture, remarks = settings.initial_image, None, []
+    if path is not None:
+        picture, remarks = read_picture(existing_file("image", path), settings.background)
+    mask, more = read_mask(settings.mask, picture, path)
+    return picture, mask, [*remarks, *more]
 
 
 @dataclasses.dataclass
@@ -4825,8 +4960,8 @@ class Run:
     def checkpoint(self):
         """The run so far, as a Checkpoint."""
         numbers, arrays = self.dream.state()
-        if self.dream.picture is not None:
-            arrays["picture"] = self.dream.picture
+        starts = {"picture": self.dream.picture, "mask": self.dream.mask}
+        arrays |= {name: array for name, array in starts.items() if array is not None}
         arrays |= self.kept | self.watchers.keep()
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
@@ -4838,7 +4973,7 @@ def make_picture(options, signals, checkpoint=None):
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
     settings = choose_settings(options)
-    picture, remarks = read_start(settings, checkpoint)
+    picture, mask, remarks = read_start(settings, checkpoint)
     network = find_network(options)
     check_apart(options, files, network)
     with (
@@ -4848,7 +4983,7 @@ def make_picture(options, signals, checkpoint=None):
         if checkpoint is not None:
             check_same_network(options.resume, checkpoint.record, network)
         engine.describe()
-        dream = Dream(settings, picture, network.mean, engine, options.scratch)
+        dream = Dream(settings, picture, network.mean, engine, options.scratch, mask)
         arrays = {} if checkpoint is None else checkpoint.arrays
         held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
         check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
@@ -5021,7 +5156,7 @@ def dream(image=None, **options):
         if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
-    settings, remarks = choose_settings(parsed), []
+    settings, remarks, path = choose_settings(parsed), [], None
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         path = expanded(os.fspath(image), os.path.exists(image))
@@ -5031,6 +5166,8 @@ def dream(image=None, **options):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             kind = f"an array {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
+    mask, more = read_mask(settings.mask, image, path)
+    remarks += more
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)
@@ -5040,7 +5177,7 @@ def dream(image=None, **options):
         engine.describe()
         for line in [*idle(parsed, engine), *remarks, *engine.notices]:
             log.info(line)
-        run = Dream(settings, image, network.mean, engine, parsed.scratch)
+        run = Dream(settings, image, network.mean, engine, parsed.scratch, mask)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
         yield from run.run()
 

@@ -18,22 +18,28 @@ message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
 # Libraries: the toolkit's own, or else those of the packages nvidia-cublas, nvidia-curand and nvidia-cudnn-cu13, loaded from
 # site-packages at run time (pip install './pycaffe[cuda]').
-python_says(nvidia "import importlib.metadata as m
-for name in ('nvidia-cublas', 'nvidia-cudnn-cu13'):
-    try: print(m.distribution(name).locate_file('nvidia')); break
-    except m.PackageNotFoundError: pass")
 set(major ${CUDAToolkit_VERSION_MAJOR})
+foreach(package cublas cudnn-cu${major})
+  python_says(${package}_root "import importlib.metadata as m
+try: print(m.distribution('nvidia-${package}').locate_file('nvidia'))
+except m.PackageNotFoundError: pass")
+endforeach()
 foreach(name cublas curand)
   find_library(${name}_library NAMES ${name} lib${name}.so.${major} lib${name}.so.10
-               PATHS ${CUDAToolkit_LIBRARY_DIR} ${nvidia}/cu${major}/lib NO_DEFAULT_PATH)
-  find_path(${name}_include NAMES ${name}.h PATHS ${CUDAToolkit_INCLUDE_DIRS} ${nvidia}/cu${major}/include NO_DEFAULT_PATH)
+               PATHS ${CUDAToolkit_LIBRARY_DIR} ${cublas_root}/cu${major}/lib NO_DEFAULT_PATH)
+  find_path(${name}_include NAMES ${name}.h
+            PATHS ${CUDAToolkit_INCLUDE_DIRS} ${cublas_root}/cu${major}/include NO_DEFAULT_PATH)
 endforeach()
-find_library(cudnn_library NAMES libcudnn.so.9 cudnn HINTS ${CUDAToolkit_LIBRARY_DIR} ${nvidia}/cudnn/lib)
-find_path(cudnn_include NAMES cudnn.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ${nvidia}/cudnn/include)
+if(PYCAFFE_CUDNN)
+  set(cudnn_root ${cudnn-cu${major}_root}/cudnn)
+  find_path(cudnn_include NAMES cudnn_version.h HINTS ${cudnn_root}/include ${CUDAToolkit_INCLUDE_DIRS})  # from 8 on
+  find_library(cudnn_library NAMES libcudnn.so.9 cudnn libcudnn.so.8 NAMES_PER_DIR
+               HINTS ${cudnn_root}/lib ${CUDAToolkit_LIBRARY_DIR})
+endif()
 foreach(name cublas curand)
   if(NOT ${name}_library OR NOT ${name}_include)
     message(FATAL_ERROR "${name} is neither in ${CUDAToolkit_LIBRARY_DIR} nor installed as a package; for CUDA 13: "
-                        "PYCAFFE_CUDA=1 pip install ./pycaffe[cuda]")
+                        "PYCAFFE_CUDA=1 pip install './pycaffe[cuda]'")
   endif()
 endforeach()
 set(cuda_rpath "${CUDAToolkit_LIBRARY_DIR};$ORIGIN/../nvidia/cu${major}/lib;$ORIGIN/../nvidia/cudnn/lib")

@@ -90,7 +90,8 @@ def layer_types():
 def tests(_):
     """The tests of the GPU path."""
     environment = {k: v for k, v in os.environ.items() if not IS_EMULATED or k not in EMULATION}
-    words = [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_gpu.py"), "-k", "not kit"]
+    words = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4"]
+    words += [str(TESTS / "test_gpu.py"), "-k", "not kit"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     yield "test_gpu.py", done.stdout.strip().splitlines()[-1]
     if done.returncode:
@@ -169,10 +170,8 @@ def processes(work):
                     pass
 
             ms = benchmark.milliseconds(run, 3) / work.tiles
-            yield (
-                f"{each} process{'es' * (each > 1)}",
-                f"{ms:.2f} (batches to {workers.batch_size})",
-            )
+            number = workers.processes.number  # fewer than asked for, if these are too many
+            yield f"{number} process{'es' * (number > 1)}", f"{ms:.2f}"
 
 
 def commands(work):
@@ -226,8 +225,10 @@ def gpu_watch():
         return
     words = ["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits", "--loop-ms=500"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watching:
-        yield found
-        watching.terminate()
+        try:
+            yield found
+        finally:
+            watching.terminate()
         lines = watching.communicate()[0].splitlines()
         found += [tuple(map(int, line.split(","))) for line in lines if line.count(",") == 1]
 
@@ -280,7 +281,7 @@ def torch_times(work):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-PARTS = (machine, tests, gradients, speed, processes, commands, torch)
+PARTS = (machine, gradients, speed, processes, commands, torch, tests)
 EMULATION = {
     "PYTHONPATH": str(EMULATED_PACKAGE),
     "LD_LIBRARY_PATH": str(EMULATED_PACKAGE / "caffe" / "driver"),
@@ -298,9 +299,15 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="some of it only")
     args = parser.parse_args()
     if not IS_EMULATED and not cnn_vis.count_gpus():
+        if not EMULATED_PACKAGE.exists():
+            sys.exit(f"there is no GPU, and none to emulate one: make {EMULATED_PACKAGE}/built")
         words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | EMULATION)
 
+    if not cnn_vis.in_a_worker(cnn_vis.can_use_gpu):
+        sys.exit(
+            "Caffe was built without CUDA; build it: make clean; make PYCAFFE_CUDA=1 gpu-check"
+        )
     work, failed = Work(args.model, args.layer, args.quick), False
     for part in PARTS:
         if part.__name__ not in args.parts:

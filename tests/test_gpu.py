@@ -1,13 +1,16 @@
 """The GPU path: on the GPUs of this machine where Caffe was built for them, else on two that are
 emulated (cuda_on_cpu/README.md); what needs a GPU that fails, or one that counts, is emulated."""
 
+import errno
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,8 +27,10 @@ from conftest import (
     psnr,
     run_cli,
     session,
+    start,
     under_way,
     wait_for,
+    workers,
 )
 from test_caffe import CONVOLUTIONS
 from test_golden import CASES, tiny_pictures
@@ -42,6 +47,8 @@ COUNT = cnn_vis.count_gpus() if IS_REAL else 2
 # How far a GPU's pictures may be from the CPU's: in grey levels, and in dB. Sums of another order
 # are other in their last bits, and a dream makes more of every difference.
 LEVELS, RATIO = (255, 35) if IS_REAL else (8, 65)
+# And gradients, relatively: those of a convolution, and of a network with its max pooling.
+BOUND = 1e-5 if IS_REAL else 1e-6
 
 emulated = pytest.mark.skipif("IS_REAL", reason="makes an emulated GPU fail or tell")
 two_gpus = pytest.mark.skipif("COUNT < 2", reason="there is one GPU")
@@ -114,7 +121,8 @@ network = cnn_vis.Network(spec)
 batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")
 for tiles in (batch, batch[:1], batch):
     gradients, losses = network.gradients(tiles)
-numpy.savez("found.npz", gradients=gradients, losses=losses)
+kinds = [layer.type for layer in network._net.layers]
+numpy.savez("found.npz", gradients=gradients, losses=losses, kinds=kinds)
 """
 
 
@@ -142,12 +150,12 @@ def gradients(folder, device, target, neuron="", change="", **environment):
 @pytest.mark.parametrize(
     "target, neuron, bound",
     [
-        ("conv1/5x5_s2", "", 2e-6),
-        ("pool1/norm1", "", 2e-6),
-        ("inception_a/output", "", 2e-6),
-        ("inception_a/output", "9", 2e-6),
-        ("classifier", "", 2e-6),
-        ("prob", "", 1e-4),  # differences of what is nearly the same
+        ("conv1/5x5_s2", "", BOUND),
+        ("pool1/norm1", "", 2 * BOUND),
+        ("inception_a/output", "", 2 * BOUND),
+        ("inception_a/output", "9", 2 * BOUND),
+        ("classifier", "", 2 * BOUND),
+        ("prob", "", 100 * BOUND),  # differences of what is nearly the same
     ],
 )
 def test_gradients_are_the_cpus(target, neuron, bound, tmp_path):
@@ -220,25 +228,43 @@ def whole(tmp_path_factory):
     return folder
 
 
-def under_way_on(gpu, cwd, monkeypatch):
-    """RUN on a GPU, once it has written a checkpoint."""
+@pytest.fixture
+def gpu_environment(monkeypatch):
+    """Lets all that the test starts see the GPUs."""
     for name, value in GPU.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
             name, value
         )
+
+
+def under_way_on(gpu, cwd):
+    """RUN on a GPU, once it has written a checkpoint."""
     return under_way(*RUN, "--checkpoint_iter=1", f"--gpu={gpu}", cwd=cwd)
 
 
-def test_killed_workers_are_replaced(whole, tmp_path, monkeypatch):
-    running = under_way_on(0, tmp_path, monkeypatch)
+@two_gpus
+@pytest.mark.parametrize("seconds", [0, 0.2, 0.4])
+@pytest.mark.parametrize("which", [min, max])
+def test_a_worker_that_dies_at_its_start_is_replaced(seconds, which, gpu_environment, tmp_path):
+    """Also the one that was started last, while the others wait for it."""
+    running = start(*DREAM, "--gpu=0,1", cwd=tmp_path)
+    there = wait_for(lambda: len(workers(running.pid)) == 4 and workers(running.pid))
+    time.sleep(seconds)
+    os.kill(which(there), signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+
+
+def test_killed_workers_are_replaced(whole, gpu_environment, tmp_path):
+    running = under_way_on(0, tmp_path)
     assert kill_workers(running.pid)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 0, said
     assert_same_run(tmp_path, whole)
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_picture(whole, tmp_path, monkeypatch):
-    running = under_way_on(0, tmp_path, monkeypatch)
+def test_a_run_that_is_stopped_goes_on_to_the_same_picture(whole, gpu_environment, tmp_path):
+    running = under_way_on(0, tmp_path)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
     wait_for(lambda: not session(running.pid))
@@ -248,9 +274,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_picture(whole, tmp_path, monk
     assert_same_run(tmp_path, whole)
 
 
-def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_elsewhere_says_so(gpu_environment, tmp_path):
     """Begun on a GPU, resumed on the CPU."""
-    running = under_way_on(0, tmp_path, monkeypatch)
+    running = under_way_on(0, tmp_path)
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=60)
     done = run_cli("--resume", CHECKPOINT, "--gpu=-1", cwd=tmp_path, **GPU)
@@ -313,24 +339,38 @@ def distances(cudnn, tmp_path_factory):
 
 @pytest.mark.parametrize("parameters", CONVOLUTIONS)
 def test_convolutions_are_caffes(parameters, distances):
-    """To rounding; and with TF32 to ten bits, which shows that it is off elsewhere."""
-    assert max(distances["CudnnConvolution"][parameters]) <= 1e-6
-    assert min(distances["CudnnTF32Convolution"][parameters]) >= 1e-5
+    """To rounding, and with TF32 to ten bits. Those for which cuDNN has no algorithm, in the
+    emulation filters that are not square, are Caffe's own."""
+    assert max(distances["CudnnConvolution"][parameters]) <= BOUND
     assert max(distances["CudnnTF32Convolution"][parameters]) <= 2e-3
 
 
-@pytest.mark.parametrize("fast", ["cnn_vis.GPU_LAYERS", "{}"])
-def test_gradients_are_alike_with_cudnn_and_without(fast, tmp_path):
-    change = f"import cnn_vis; cnn_vis.GPU_LAYERS = {fast}"
+def test_tf32_is_off_where_it_is_not_asked_for(distances):
+    """It shows, so what does not show it has none. (The oldest real GPUs have none at all.)"""
+    shown = [min(found) for found in distances["CudnnTF32Convolution"].values()]
+    assert IS_REAL or sum(error >= 1e-5 for error in shown) == len(CONVOLUTIONS) - 1
+    assert all(max(found) <= BOUND for found in distances["CudnnConvolution"].values())
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [("", "CudnnConvolution"), ("import cnn_vis; cnn_vis.GPU_LAYERS = {}", "Convolution")],
+)
+def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_path):
     gpu, _ = gradients(tmp_path, "gpu", "inception_a/output", change=change, **GPU)
+    kinds = set(np.load(tmp_path / "found.npz")["kinds"])
+    assert kinds & {"CudnnConvolution", "Convolution"} == {kind}
+    assert "AmplifyLayer" in kinds
     cpu, _ = gradients(tmp_path, "cpu", "inception_a/output")
-    assert np.linalg.norm(gpu - cpu) <= 2e-6 * np.linalg.norm(cpu)
+    assert np.linalg.norm(gpu - cpu) <= 5 * BOUND * np.linalg.norm(cpu)
 
 
 def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
     """In the picture's origin; without the option products are of full precision."""
     dream("--gpu=0", "--tf32", cwd=tmp_path)
-    assert 20 <= psnr(tmp_path / "out.png", on_cpu) < RATIO
+    ratio = psnr(tmp_path / "out.png", on_cpu)
+    assert ratio >= 20
+    assert IS_REAL or ratio < RATIO
     record, _ = cnn_vis.read_record(str(tmp_path / "out.png"))
     assert "--tf32" in record["command"]
     done = run_cli(*DREAM, "--gpu=-1", "--tf32", cwd=tmp_path)
@@ -403,6 +443,44 @@ def test_a_gpu_that_takes_one_process_only_gets_one(on_cpu, tmp_path, logged):
     assert ", GPU 1, " in dream("--gpu=1", cwd=tmp_path, **environment)
     assert_near(tmp_path / "out.png", on_cpu)
     assert sum(log["to_host"] > 2 for log in logs(folder)) == 1
+
+
+@emulated
+def test_a_batch_is_tried_before_the_run(on_cpu, tmp_path):
+    """One that is too large for the GPU does not end a run on its way."""
+    small = {"CUDA_ON_CPU_MEMORY": "6500000"}
+    done = run_cli(*DREAM, "--gpu=0", "--batch_size=32", cwd=tmp_path, **GPU | small)
+    assert_one_line(done, 1, "memory is full", "--batch_size")
+    said = dream("--batch_size=32", cwd=tmp_path, **small)
+    assert ", CPU (the GPU failed: its memory is full), " in said
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(on_cpu))
+    dream("--gpu=0", cwd=tmp_path, **small)  # a batch that fits is found
+
+
+def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
+    """Those that are there wait for the others, and must not for ever."""
+    spec = cnn_vis.NetworkSpec(
+        cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel"),
+        "inception_a/output",
+        cnn_vis.AmplifyLayer(),
+    )
+    popen = multiprocessing.get_context("spawn").Process._Popen
+    started = []
+
+    def fails_at_the_second(process):
+        started.append(process)
+        if len(started) > 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return popen(process)
+
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(context.Process, "_Popen", staticmethod(fails_at_the_second))
+    with (
+        pytest.raises(cnn_vis.RunFailed, match="workers cannot be started"),
+        cnn_vis.Workers(spec, gpus=[0]) as workers,
+    ):
+        workers.describe()
+    assert len(started) == 2
 
 
 def test_more_than_memory_holds_is_refused(tmp_path):

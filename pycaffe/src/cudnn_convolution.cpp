@@ -3,11 +3,12 @@
 // touched before the first pass on a GPU, so that a build with it runs where there is none; Caffe's own cuDNN layers end the
 // process there as soon as a net is loaded, and ask for algorithms at every pass by functions that cuDNN 8 dropped.
 //
-// Only algorithms that give the same sums every time are used; all layers share one workspace. The gradients of weights, and
-// convolutions in other than two dimensions, are Caffe's own.
+// Only algorithms that give the same sums every time are used; all layers share one workspace. Where cuDNN has none, the
+// gradients of weights, and convolutions in other than two dimensions are Caffe's own.
 
 #include <cudnn.h>
 
+#include <map>
 #include <vector>
 
 #include "caffe/layers/conv_layer.hpp"
@@ -43,15 +44,34 @@ void* Workspace(size_t size) {
   return memory;
 }
 
-// The first of the algorithms found, best first, that will do.
+// A convolution of some shape in one direction: the algorithm, and a descriptor with the kind of products that it goes with.
 template <typename Perf>
-Perf Choose(const Perf* found, int count) {
-  for (int i = 0; i < count; ++i) {
-    const bool repeats = found[i].determinism == CUDNN_DETERMINISTIC;
-    if (found[i].status == CUDNN_STATUS_SUCCESS && repeats && found[i].memory <= kWorkspace) return found[i];
+struct Way {
+  cudnnConvolutionDescriptor_t convolution;
+  Perf perf;
+
+  // Takes the first of the ways that cuDNN found, best first, that will do; returns whether there is one.
+  bool Choose(const Perf* found, int count, bool tf32) {
+    for (int i = 0; i < count; ++i) {
+      const bool repeats = found[i].determinism == CUDNN_DETERMINISTIC;
+      const bool exact = found[i].mathType == CUDNN_FMA_MATH || found[i].mathType == CUDNN_DEFAULT_MATH;
+      if (found[i].status != CUDNN_STATUS_SUCCESS || !repeats || !(exact || tf32) || found[i].memory > kWorkspace) continue;
+      perf = found[i];
+      CUDNN_OK(cudnnSetConvolutionMathType(convolution, tf32 ? perf.mathType : CUDNN_FMA_MATH));
+      return true;
+    }
+    return false;
   }
-  LOG(FATAL) << "cuDNN has no algorithm for a convolution";
-}
+};
+
+// All that cuDNN is told about a shape. (Never destroyed: the few of a net live as long as its process.)
+struct Plan {
+  cudnnTensorDescriptor_t in, out, bias;
+  cudnnFilterDescriptor_t filter;
+  Way<cudnnConvolutionFwdAlgoPerf_t> forward;
+  Way<cudnnConvolutionBwdDataAlgoPerf_t> backward;
+  bool is_possible;
+};
 
 }  // namespace
 
@@ -62,87 +82,98 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
   virtual inline const char* type() const { return "CudnnConvolution"; }
 
  protected:
-  virtual cudnnMathType_t MathType() const { return CUDNN_FMA_MATH; }
+  virtual bool TF32() const { return false; }
 
   virtual void Forward_gpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-    if (this->num_spatial_axes_ != 2) return ConvolutionLayer<Dtype>::Forward_gpu(bottom, top);
     const Dtype one = 1, zero = 0;
     for (size_t i = 0; i < bottom.size(); ++i) {
-      Describe(*bottom[i], *top[i]);
-      CUDNN_OK(cudnnConvolutionForward(Handle(), &one, in_, bottom[i]->gpu_data(), filter_, this->blobs_[0]->gpu_data(),
-                                       convolution_, forward_.algo, Workspace(forward_.memory), forward_.memory, &zero, out_,
-                                       top[i]->mutable_gpu_data()));
+      const Plan* plan = this->num_spatial_axes_ == 2 ? PlanFor(*bottom[i], *top[i]) : NULL;
+      if (!plan) return ConvolutionLayer<Dtype>::Forward_gpu(bottom, top);
+      const auto& perf = plan->forward.perf;
+      CUDNN_OK(cudnnConvolutionForward(Handle(), &one, plan->in, bottom[i]->gpu_data(), plan->filter,
+                                       this->blobs_[0]->gpu_data(), plan->forward.convolution, perf.algo,
+                                       Workspace(perf.memory), perf.memory, &zero, plan->out, top[i]->mutable_gpu_data()));
       if (this->bias_term_) {
-        CUDNN_OK(cudnnAddTensor(Handle(), &one, bias_, this->blobs_[1]->gpu_data(), &one, out_, top[i]->mutable_gpu_data()));
+        CUDNN_OK(cudnnAddTensor(Handle(), &one, plan->bias, this->blobs_[1]->gpu_data(), &one, plan->out,
+                                top[i]->mutable_gpu_data()));
       }
     }
   }
 
   virtual void Backward_gpu(const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
                             const vector<Blob<Dtype>*>& bottom) {
-    if (this->num_spatial_axes_ != 2 || this->param_propagate_down_[0]) {
-      return ConvolutionLayer<Dtype>::Backward_gpu(top, propagate_down, bottom);
-    }
     const Dtype one = 1, zero = 0;
     for (size_t i = 0; i < top.size(); ++i) {
-      Describe(*bottom[i], *top[i]);
+      const bool is_own = this->num_spatial_axes_ == 2 && !this->param_propagate_down_[0];
+      const Plan* plan = is_own ? PlanFor(*bottom[i], *top[i]) : NULL;
+      if (!plan) return ConvolutionLayer<Dtype>::Backward_gpu(top, propagate_down, bottom);
       if (this->bias_term_ && this->param_propagate_down_[1]) {
-        CUDNN_OK(cudnnConvolutionBackwardBias(Handle(), &one, out_, top[i]->gpu_diff(), &one, bias_,
+        CUDNN_OK(cudnnConvolutionBackwardBias(Handle(), &one, plan->out, top[i]->gpu_diff(), &one, plan->bias,
                                               this->blobs_[1]->mutable_gpu_diff()));
       }
       if (propagate_down[i]) {
-        CUDNN_OK(cudnnConvolutionBackwardData(Handle(), &one, filter_, this->blobs_[0]->gpu_data(), out_, top[i]->gpu_diff(),
-                                              convolution_, backward_.algo, Workspace(backward_.memory), backward_.memory,
-                                              &zero, in_, bottom[i]->mutable_gpu_diff()));
+        const auto& perf = plan->backward.perf;
+        CUDNN_OK(cudnnConvolutionBackwardData(Handle(), &one, plan->filter, this->blobs_[0]->gpu_data(), plan->out,
+                                              top[i]->gpu_diff(), plan->backward.convolution, perf.algo,
+                                              Workspace(perf.memory), perf.memory, &zero, plan->in,
+                                              bottom[i]->mutable_gpu_diff()));
       }
     }
   }
 
  private:
-  // Tells cuDNN the shapes and asks it for algorithms, where they are not those of the last pass. (Descriptors are never
-  // destroyed: the few of a net live as long as its process.)
-  void Describe(const Blob<Dtype>& bottom, const Blob<Dtype>& top) {
-    if (bottom.shape() == described_) return;
-    if (described_.empty()) {
-      CUDNN_OK(cudnnCreateTensorDescriptor(&in_));
-      CUDNN_OK(cudnnCreateTensorDescriptor(&out_));
-      CUDNN_OK(cudnnCreateTensorDescriptor(&bias_));
-      CUDNN_OK(cudnnCreateFilterDescriptor(&filter_));
-      CUDNN_OK(cudnnCreateConvolutionDescriptor(&convolution_));
-    }
-    const cudnnDataType_t type = sizeof(Dtype) == sizeof(float) ? CUDNN_DATA_FLOAT : CUDNN_DATA_DOUBLE;
-    const int *kernel = this->kernel_shape_.cpu_data(), *pad = this->pad_.cpu_data(), *stride = this->stride_.cpu_data(),
-              *dilation = this->dilation_.cpu_data();
-    const int outputs = this->num_output_;
-    CUDNN_OK(cudnnSetTensor4dDescriptor(in_, CUDNN_TENSOR_NCHW, type, bottom.num(), bottom.channels(), bottom.height(),
-                                        bottom.width()));
-    CUDNN_OK(cudnnSetTensor4dDescriptor(out_, CUDNN_TENSOR_NCHW, type, top.num(), outputs, top.height(), top.width()));
-    CUDNN_OK(cudnnSetTensor4dDescriptor(bias_, CUDNN_TENSOR_NCHW, type, 1, outputs, 1, 1));
-    CUDNN_OK(cudnnSetFilter4dDescriptor(filter_, type, CUDNN_TENSOR_NCHW, outputs, bottom.channels() / this->group_, kernel[0],
-                                        kernel[1]));
-    CUDNN_OK(cudnnSetConvolution2dDescriptor(convolution_, pad[0], pad[1], stride[0], stride[1], dilation[0], dilation[1],
-                                             CUDNN_CROSS_CORRELATION, type));
-    CUDNN_OK(cudnnSetConvolutionGroupCount(convolution_, this->group_));
-    CUDNN_OK(cudnnSetConvolutionMathType(convolution_, MathType()));
+  // The plan for the bottom's shape, made at its first pass; NULL if cuDNN has no way that will do.
+  const Plan* PlanFor(const Blob<Dtype>& bottom, const Blob<Dtype>& top) {
+    const auto known = plans_.find(bottom.shape());
+    if (known == plans_.end()) return PlanFor(plans_[bottom.shape()] = MakePlan(bottom, top));
+    return PlanFor(known->second);
+  }
+  static const Plan* PlanFor(const Plan& plan) { return plan.is_possible ? &plan : NULL; }
+
+  cudnnTensorDescriptor_t Tensor(int n, int c, int h, int w) const {
+    cudnnTensorDescriptor_t tensor;
+    CUDNN_OK(cudnnCreateTensorDescriptor(&tensor));
+    CUDNN_OK(cudnnSetTensor4dDescriptor(tensor, CUDNN_TENSOR_NCHW, kType, n, c, h, w));
+    return tensor;
+  }
+
+  cudnnConvolutionDescriptor_t Convolution() const {
+    const int *pad = this->pad_.cpu_data(), *stride = this->stride_.cpu_data(), *dilation = this->dilation_.cpu_data();
+    cudnnConvolutionDescriptor_t made;
+    CUDNN_OK(cudnnCreateConvolutionDescriptor(&made));
+    CUDNN_OK(cudnnSetConvolution2dDescriptor(made, pad[0], pad[1], stride[0], stride[1], dilation[0], dilation[1],
+                                             CUDNN_CROSS_CORRELATION, kType));
+    CUDNN_OK(cudnnSetConvolutionGroupCount(made, this->group_));
+    CUDNN_OK(cudnnSetConvolutionMathType(made, TF32() ? CUDNN_DEFAULT_MATH : CUDNN_FMA_MATH));
+    return made;
+  }
+
+  Plan MakePlan(const Blob<Dtype>& bottom, const Blob<Dtype>& top) const {
+    const int outputs = this->num_output_, *kernel = this->kernel_shape_.cpu_data();
+    Plan plan;
+    plan.in = Tensor(bottom.num(), bottom.channels(), bottom.height(), bottom.width());
+    plan.out = Tensor(top.num(), outputs, top.height(), top.width());
+    plan.bias = Tensor(1, outputs, 1, 1);
+    CUDNN_OK(cudnnCreateFilterDescriptor(&plan.filter));
+    CUDNN_OK(cudnnSetFilter4dDescriptor(plan.filter, kType, CUDNN_TENSOR_NCHW, outputs, bottom.channels() / this->group_,
+                                        kernel[0], kernel[1]));
+    plan.forward.convolution = Convolution();
+    plan.backward.convolution = Convolution();
 
     int count = 0;
     cudnnConvolutionFwdAlgoPerf_t forward[CUDNN_CONVOLUTION_FWD_ALGO_COUNT];
-    CUDNN_OK(cudnnGetConvolutionForwardAlgorithm_v7(Handle(), in_, filter_, convolution_, out_,
+    CUDNN_OK(cudnnGetConvolutionForwardAlgorithm_v7(Handle(), plan.in, plan.filter, plan.forward.convolution, plan.out,
                                                     CUDNN_CONVOLUTION_FWD_ALGO_COUNT, &count, forward));
-    forward_ = Choose(forward, count);
+    plan.is_possible = plan.forward.Choose(forward, count, TF32());
     cudnnConvolutionBwdDataAlgoPerf_t backward[CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT];
-    CUDNN_OK(cudnnGetConvolutionBackwardDataAlgorithm_v7(Handle(), filter_, out_, convolution_, in_,
+    CUDNN_OK(cudnnGetConvolutionBackwardDataAlgorithm_v7(Handle(), plan.filter, plan.out, plan.backward.convolution, plan.in,
                                                          CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT, &count, backward));
-    backward_ = Choose(backward, count);
-    described_ = bottom.shape();
+    plan.is_possible = plan.backward.Choose(backward, count, TF32()) && plan.is_possible;
+    return plan;
   }
 
-  vector<int> described_;  // the bottom's shape that the rest is for
-  cudnnTensorDescriptor_t in_, out_, bias_;
-  cudnnFilterDescriptor_t filter_;
-  cudnnConvolutionDescriptor_t convolution_;
-  cudnnConvolutionFwdAlgoPerf_t forward_;
-  cudnnConvolutionBwdDataAlgoPerf_t backward_;
+  static const cudnnDataType_t kType = sizeof(Dtype) == sizeof(float) ? CUDNN_DATA_FLOAT : CUDNN_DATA_DOUBLE;
+  std::map<vector<int>, Plan> plans_;  // by the bottom's shape
 };
 
 template <typename Dtype>
@@ -152,7 +183,7 @@ class CudnnTF32ConvolutionLayer : public CudnnConvolutionLayer<Dtype> {
   virtual inline const char* type() const { return "CudnnTF32Convolution"; }
 
  protected:
-  virtual cudnnMathType_t MathType() const { return CUDNN_TENSOR_OP_MATH; }
+  virtual bool TF32() const { return true; }
 };
 
 INSTANTIATE_CLASS(CudnnConvolutionLayer);

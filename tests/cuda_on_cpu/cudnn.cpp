@@ -37,16 +37,21 @@ bool fit(const cudnnTensorStruct& x, const cudnnTensorStruct& w, const cudnnConv
          y.h == side(x.h, to.pad_h, w.h, to.dilation_h, to.stride_h) && y.w == side(x.w, to.pad_w, w.w, to.dilation_w, to.stride_w);
 }
 
-// As heuristics answer: best first what does not run, what never sums alike, and what takes too much; then what will do.
+// As heuristics answer: best first what does not run, what never sums alike, what takes too much, and what multiplies in
+// TF32 though it was not asked to; then what will do. For filters that are not square there is nothing that will do.
 template <typename Perf, typename Algorithm>
-cudnnStatus_t tell(int asked, int* returned, Perf* found, Algorithm others, Algorithm will_do, cudnnMathType_t math) {
+cudnnStatus_t tell(int asked, int* returned, Perf* found, Algorithm others, Algorithm will_do, cudnnMathType_t math,
+                   const cudnnTensorStruct& w) {
+  const cudnnMathType_t found_math = math == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : CUDNN_TENSOR_OP_MATH;
   const Perf all[] = {
-      {others, CUDNN_STATUS_NOT_SUPPORTED, -1, 0, CUDNN_DETERMINISTIC, math, {}},
-      {others, CUDNN_STATUS_SUCCESS, -1, 0, CUDNN_NON_DETERMINISTIC, math, {}},
-      {others, CUDNN_STATUS_SUCCESS, -1, size_t(4) << 30, CUDNN_DETERMINISTIC, math, {}},
-      {will_do, CUDNN_STATUS_SUCCESS, -1, kWorkspace, CUDNN_DETERMINISTIC, math, {}},
+      {others, CUDNN_STATUS_NOT_SUPPORTED, -1, 0, CUDNN_DETERMINISTIC, found_math, {}},
+      {others, CUDNN_STATUS_SUCCESS, -1, 0, CUDNN_NON_DETERMINISTIC, found_math, {}},
+      {others, CUDNN_STATUS_SUCCESS, -1, size_t(4) << 30, CUDNN_DETERMINISTIC, found_math, {}},
+      {others, math == CUDNN_FMA_MATH ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_NOT_SUPPORTED, -1, 0, CUDNN_DETERMINISTIC,
+       CUDNN_TENSOR_OP_MATH, {}},
+      {will_do, CUDNN_STATUS_SUCCESS, -1, kWorkspace, CUDNN_DETERMINISTIC, found_math, {}},
   };
-  *returned = std::min(asked, 4);
+  *returned = std::min(asked, w.h == w.w ? 5 : 4);
   std::copy_n(all, *returned, found);
   return CUDNN_STATUS_SUCCESS;
 }
@@ -146,7 +151,7 @@ cudnnStatus_t cudnnGetConvolutionForwardAlgorithm_v7(cudnnHandle_t handle, cudnn
                                                      int asked, int* returned, cudnnConvolutionFwdAlgoPerf_t* found) {
   if (!handle || !fit(*x, *w, *convolution, *y)) return CUDNN_STATUS_BAD_PARAM;
   return tell(asked, returned, found, CUDNN_CONVOLUTION_FWD_ALGO_GEMM, CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
-              convolution->math);
+              convolution->math, *w);
 }
 
 cudnnStatus_t cudnnGetConvolutionBackwardDataAlgorithm_v7(cudnnHandle_t handle, cudnnFilterDescriptor_t w,
@@ -154,7 +159,8 @@ cudnnStatus_t cudnnGetConvolutionBackwardDataAlgorithm_v7(cudnnHandle_t handle, 
                                                           cudnnTensorDescriptor_t dx, int asked, int* returned,
                                                           cudnnConvolutionBwdDataAlgoPerf_t* found) {
   if (!handle || !fit(*dx, *w, *convolution, *dy)) return CUDNN_STATUS_BAD_PARAM;
-  return tell(asked, returned, found, CUDNN_CONVOLUTION_BWD_DATA_ALGO_0, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, convolution->math);
+  return tell(asked, returned, found, CUDNN_CONVOLUTION_BWD_DATA_ALGO_0, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, convolution->math,
+              *w);
 }
 
 namespace {
@@ -177,6 +183,7 @@ cudnnStatus_t cudnnConvolutionForward(cudnnHandle_t handle, const void* alpha, c
                                       const void* beta, cudnnTensorDescriptor_t y_shape, void* y) {
   if (!fit(*x_shape, *w_shape, *convolution, *y_shape)) return CUDNN_STATUS_BAD_PARAM;
   if (algorithm != CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
+  if (convolution->math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
   const auto call = [&](auto type) {
     using T = decltype(type);
     const T *from = static_cast<const T*>(x), *weights = static_cast<const T*>(w);
@@ -197,6 +204,7 @@ cudnnStatus_t cudnnConvolutionBackwardData(cudnnHandle_t handle, const void* alp
                                            cudnnTensorDescriptor_t dx_shape, void* dx) {
   if (!fit(*dx_shape, *w_shape, *convolution, *dy_shape)) return CUDNN_STATUS_BAD_PARAM;
   if (algorithm != CUDNN_CONVOLUTION_BWD_DATA_ALGO_1 || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
+  if (convolution->math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
   const auto call = [&](auto type) {
     using T = decltype(type);
     const T *from = static_cast<const T*>(dy), *weights = static_cast<const T*>(w);
