@@ -115,6 +115,18 @@ def test_what_is_missing_is_told_in_one_line(script, arguments, tmp_path):
     assert lines[0].startswith(f"usage: {script} ")
 
 
+def test_the_masked_cup_is_kept(tmp_path):
+    import skimage.data
+
+    run("mask.sh", *FAST, "--num_sizes=1", "--initial_size=x1", cwd=tmp_path)
+    ours, cup = (np.asarray(picture) for picture in (Image.open(tmp_path / "masked.png"),
+                 skimage.data.coffee()))  # fmt: skip
+    kept = np.asarray(Image.open(tmp_path / "mask.png")) == 0
+    assert kept.mean() > 0.3
+    assert np.array_equal(ours[kept], cup[kept])
+    assert not np.array_equal(ours[~kept], cup[~kept])
+
+
 # ---- example1.sh to example13.sh --------------------------------------------------------------
 
 # The original's settings: layer, number of sizes, steps, learning rate, decay rate, alpha, p_reg,
