@@ -1427,10 +1427,11 @@ def keep_freed_memory():
 
 class Parser(argparse.ArgumentParser):
     """argparse with dashes for underscores in option names, negative numbers such as -1e-4, errors
-    in one line, and entries that know more. `options` lists the actions."""
+    in one line, presets, options in files, and entries that know more. `options` lists the
+    actions."""
 
     def __init__(self, **arguments):
-        super().__init__(formatter_class=HelpFormatter, **arguments)
+        super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.options = []
 
@@ -1447,19 +1448,33 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def parse_known_args(self, args=None, namespace=None):
-        def underscored(arg):
-            name, equals, value = arg.partition("=")
-            if value == "--" and name.startswith("--"):  # some versions of argparse drop it
-                self.error(f"{name}: -- is not a value")
-            name = name.replace("-", "_").replace("__", "--", 1)
-            return name + equals + value if arg.startswith("--") else arg
-
         args = sys.argv[1:] if args is None else args
-        self._args = [underscored(arg) for arg in args]
-        return super().parse_known_args(self._args, namespace)
+        self._args = [self._underscored(arg) for arg in args]
+        try:
+            found, rest = super().parse_known_args(self._args, copy.copy(namespace))
+            if found.preset:  # comes first, so that all else wins
+                words = [*PRESETS[found.preset].split(), *self._args]
+                found, rest = super().parse_known_args(words, namespace)
+        except RecursionError:
+            self.error("@FILE: the file names itself")
+        return found, rest
+
+    def _underscored(self, arg):
+        name, equals, value = arg.partition("=")
+        if value == "--" and name.startswith("--"):  # some versions of argparse drop it
+            self.error(f"{name}: -- is not a value")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        return name + equals + value if arg.startswith("--") else arg
+
+    def convert_arg_line_to_args(self, line):
+        try:
+            return [self._underscored(word) for word in shlex.split(line, comments=True)]
+        except ValueError as error:
+            return self.error(f"@FILE: {line.strip()}: {one_line(error)}")
 
     def error(self, message):
         remedy = "see --help"
+        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
         if "expected one argument" in message:
             pairs = [*itertools.pairwise(self._args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
@@ -1596,8 +1611,57 @@ def too_few_steps(name):
     return reason
 
 
+# Options by one name. First the settings that the original's README shows, without its sizes where
+# they were those of pictures of its own; then some for photographs.
+_NOISE = "--initial_size=270x480 --final_size=1080x1920 --num_sizes=5 --num_steps=100 \
+    --learning_rate=10 --decay_rate=0.25 --alpha=6 --p_reg=1e-10 --beta=2.5 --tv_reg=0.5"
+_CLOSE = "--learning_rate=1 --decay_rate=0.9 --alpha=2 --p_reg=0.5 --beta=2.5 --tv_reg=0.05"
+_EVEN = "--decay_rate=0.85 --alpha=2 --beta=2.5 --alpha_aux=8 --p_reg_aux=5e-11 \
+    --use_pixel_learning_rates"
+_PHOTO = "--initial_size=450 --final_size=900 --num_steps=40 --decay_rate=0.9 --alpha=2 \
+    --beta=2.5 --use_pixel_learning_rates"
+PRESETS = {
+    "example1": f"--layer=inception_4d/3x3_reduce {_NOISE}",
+    "example2": f"--layer=inception_4c/output {_NOISE}",
+    "example3": f"--layer=inception_4e/output {_NOISE}",
+    "example4": f"--layer=inception_4d/3x3_reduce {_NOISE} --num_steps=200 --p_reg=1e-11 \
+        --tv_reg=0.01",
+    "example5": f"--model=googlenet_places205 --layer=inception_4b/3x3_reduce {_NOISE} \
+        --num_steps=200 --learning_rate=5 --decay_rate=0.95 --alpha=4 --p_reg=1e-9 --beta=2.0 \
+        --tv_reg=0.3",
+    "example6": f"--model=googlenet_places205 --layer=inception_4c/pool {_NOISE} \
+        --initialization_scale=10 --initialization_blur=1 --num_steps=150 --learning_rate=2 \
+        --decay_rate=0.9 --alpha=4 --p_reg=1e-9 --tv_reg=1",
+    "example7": f"--layer=inception_3a/1x1 {_CLOSE} --initial_size=450 --final_size=840 \
+        --num_sizes=2 --num_steps=30",
+    "example8": f"--layer=inception_3a/3x3_reduce {_CLOSE} --initial_size=450 --final_size=840 \
+        --num_sizes=2 --num_steps=30",
+    "example9": f"--layer=inception_4d/output {_CLOSE} --initial_size=307 --final_size=640 \
+        --num_sizes=3 --num_steps=50",
+    "example10": f"--layer=inception_4d/pool {_CLOSE} --initial_size=340 --final_size=1280 \
+        --num_sizes=4 --num_steps=50 --p_reg=5 --tv_reg=0.1",
+    "example11": f"--layer=inception_4d/pool {_EVEN} --initial_size=230 --final_size=922 \
+        --num_sizes=5 --num_steps=50 --learning_rate=1 --p_reg=10 --tv_reg=1",
+    "example12": f"--layer=inception_4c/output {_EVEN} --initial_size=361 --final_size=902 \
+        --num_sizes=3 --num_steps=100 --learning_rate=5 --p_reg=0.5 --tv_reg=5",
+    "example13": f"--layer=inception_4b/5x5_reduce {_EVEN} --initial_size=307 --final_size=614 \
+        --num_sizes=3 --num_steps=100 --learning_rate=5 --p_reg=0.5 --tv_reg=0.5",
+    "animals": f"--layer=inception_4c/output {_PHOTO} --num_sizes=3 --learning_rate=2.5 \
+        --p_reg=0.02 --tv_reg=0.3 --alpha_aux=8 --p_reg_aux=2e-12",
+    "strokes": f"--layer=conv2/3x3 {_PHOTO} --num_sizes=2 --learning_rate=2 --p_reg=0.1 \
+        --tv_reg=0.2",
+    "soft": f"--layer=inception_4b/output {_PHOTO} --num_sizes=2 --learning_rate=1.5 --p_reg=0.1 \
+        --tv_reg=0.3 --l1_weight=0",
+}
+
+
 # fmt: off
 def network_options(add):
+    add("--preset", metavar="NAME", choices=tuple(PRESETS), free=True, text=None,
+        help="many options by one name, for photographs animals, strokes or soft; those that are "
+        "given besides win")
+    add("--list_presets", action="store_true", free=True,
+        help="print all presets as options, and exit")
     add("--model", choices=tuple(MODELS), free=True,
         idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
         help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
@@ -1800,7 +1864,8 @@ def build_parser():
         "responds to in a picture, or in noise.",
         epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW; the "
         "longer side alone; or xF times the base size (the start picture's, or for noise the "
-        "network's input). No side may be below the network's input.",
+        "network's input). No side may be below the network's input. @FILE stands for the options "
+        "in a file.",
     )
     parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
     network_options(parser.group("network"))
@@ -5185,6 +5250,12 @@ def dream(image=None, **options):
 # ---- Commands ---------------------------------------------------------------------------------
 
 
+def list_presets(options):
+    """Prints the presets as options."""
+    for name, words in PRESETS.items():
+        say(f"{name:10} {' '.join(words.split())}")
+
+
 def list_models(options):
     """Prints the networks known by name: where found, size, whether verified."""
     for model in MODELS.values():
@@ -5309,6 +5380,7 @@ class LineHandler(logging.Handler):
 
 
 COMMANDS = {  # options that are done instead of a run
+    "list_presets": list_presets,
     "list_models": list_models,
     "list_layers": list_layers,
     "download_model": download_model,

@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, free_port
 from PIL import Image
 
+import cnn_vis
+
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
 SHELLCHECK = shutil.which(
@@ -132,7 +134,7 @@ def test_the_masked_cup_is_kept(tmp_path):
 # The original's settings: layer, number of sizes, steps, learning rate, decay rate, alpha, p_reg,
 # beta, tv_reg, and more.
 NOISE = {"initial_size": "270x480", "final_size": "1080x1920"}
-AUX = {"alpha_aux": 8, "p_reg_aux": 5e-11, "use_pixel_learning_rates": ""}
+AUX = {"alpha_aux": 8, "p_reg_aux": 5e-11, "use_pixel_learning_rates": True}
 PLACES = {"model": "googlenet_places205"}
 SETTINGS = {
     1: (
@@ -145,7 +147,7 @@ SETTINGS = {
         1e-10,
         2.5,
         0.5,
-        NOISE | {"batch_size": 25},
+        NOISE,
     ),
     2: ("inception_4c/output", 5, 100, 10, 0.25, 6, 1e-10, 2.5, 0.5, NOISE),
     3: ("inception_4e/output", 5, 100, 10, 0.25, 6, 1e-10, 2.5, 0.5, NOISE),
@@ -159,7 +161,7 @@ SETTINGS = {
         1e-11,
         2.5,
         0.01,
-        NOISE | {"batch_size": 10},
+        NOISE,
     ),
     5: (
         "inception_4b/3x3_reduce",
@@ -171,7 +173,7 @@ SETTINGS = {
         1e-9,
         2.0,
         0.3,
-        NOISE | PLACES | {"batch_size": 10},
+        NOISE | PLACES,
     ),
     6: (
         "inception_4c/pool",
@@ -183,7 +185,7 @@ SETTINGS = {
         1e-9,
         2.5,
         1,
-        NOISE | PLACES | {"batch_size": 20, "initialization_scale": 10, "initialization_blur": 1},
+        NOISE | PLACES | {"initialization_scale": 10, "initialization_blur": 1},
     ),
     7: ("inception_3a/1x1", 2, 30, 1, 0.9, 2, 0.5, 2.5, 0.05, {}),
     8: ("inception_3a/3x3_reduce", 2, 30, 1, 0.9, 2, 0.5, 2.5, 0.05, {}),
@@ -194,7 +196,7 @@ SETTINGS = {
     13: ("inception_4b/5x5_reduce", 3, 100, 5, 0.85, 2, 0.5, 2.5, 0.5, AUX),
 }
 NAMES = (
-    "layer",
+    "target_layer",
     "num_sizes",
     "num_steps",
     "learning_rate",
@@ -208,22 +210,26 @@ NAMES = (
 
 @pytest.mark.parametrize("number", SETTINGS)
 def test_example_settings(number, tmp_path):
+    """What the script's command comes to: the original's settings, and no others."""
     *values, more = SETTINGS[number]
-    expected = dict(zip(NAMES, values)) | more | {"output": f"example{number}.png"}
-    options = {
-        name[2:]: value for name, value in options_of(f"example{number}.sh", cwd=tmp_path).items()
+    python = stand_in(tmp_path, 'printf "%s\\n" "$@"; exit 9')
+    printed = run(f"example{number}.sh", cwd=tmp_path, status=9, CNN_VIS_PYTHON=python)
+    options = cnn_vis.PARSER.parse_args(printed.splitlines())
+    expected = dict(zip(NAMES, values)) | more | {"output_file": f"example{number}.png"}
+    changed = {
+        action.dest: getattr(options, action.dest)
+        for action in cnn_vis.PARSER.options
+        if getattr(options, action.dest) != getattr(cnn_vis.DEFAULTS, action.dest)
     }
-    picture = options.pop("image", None)
+    assert changed.pop("preset") == f"example{number}"
+    picture = changed.pop("initial_image", None)
     assert (picture is None) == (number <= 6)
     if picture:
-        width, height = Image.open(picture).size
+        size = Image.open(picture).size
         for name in ("initial_size", "final_size"):
-            assert float(options.pop(name)[1:]) * min(width, height) >= 224
-    assert options.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (
-            options[name] == value if isinstance(value, str) else float(options[name]) == value
-        ), name
+            assert float(changed.pop(name)) * min(size) / max(size) >= 224
+    assert changed.keys() <= expected.keys()
+    assert {name: getattr(options, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("number", SETTINGS)

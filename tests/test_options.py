@@ -358,3 +358,52 @@ def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path):
     (tmp_path / "missing" / "PIL" / "__init__.py").write_text(code)
     done = run_cli(*ONE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "missing"))
     assert_one_line(done, 2, "lacks PIL", "requirements.txt")
+
+
+@pytest.mark.parametrize("name", cnn_vis.PRESETS)
+def test_a_preset_is_what_its_options_are(name):
+    """In any order with others, which win; and it is not in the command that is kept."""
+    words = cnn_vis.PRESETS[name].split()
+    expected = vars(cnn_vis.PARSER.parse_args([*words, "--num_steps=3"])) | {"preset": name}
+    for given_words in (
+        ["--num_steps=3", f"--preset={name}"],
+        ["--pres", name, "--num-steps", "3"],
+    ):
+        assert vars(cnn_vis.PARSER.parse_args(given_words)) == expected
+    kept = cnn_vis.command_words(cnn_vis.PARSER.parse_args([f"--preset={name}"]))
+    again = vars(cnn_vis.PARSER.parse_args(kept))
+    assert again == vars(cnn_vis.PARSER.parse_args(words))
+
+
+def test_presets_are_listed_as_options(tmp_path):
+    lines = run_cli("--list_presets", cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == len(cnn_vis.PRESETS)
+    for line in lines:
+        name, *words = line.split()
+        assert words == cnn_vis.PRESETS[name].split()
+
+
+def test_options_come_from_a_file_too(tmp_path):
+    """Several in a line, quoted as in a shell, with dashes, with comments, and files in files."""
+    (tmp_path / "inner").write_text("--num-steps 1   # a quick one\n")
+    (tmp_path / "options").write_text(
+        "# for a trial\n--layer=inception_a/output --initial-size 32x32\n"
+        "@inner\n--output 'my own.png'\n"
+    )
+    done = run_cli(*TINY, "--iter_behavior=none", "@options", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my own.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["@options", "No such file"]),
+        ("--output 'a", ["quotation"]),
+        ("@options", ["itself"]),
+    ],
+)
+def test_files_of_options_that_cannot_be_are_one_line(text, words, tmp_path):
+    if text:
+        (tmp_path / "options").write_text(text)
+    assert_one_line(run_cli(*TINY, "@options", cwd=tmp_path), 2, *words)
