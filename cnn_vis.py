@@ -162,6 +162,8 @@ def read_mask(name, picture, path):
     if picture is None:
         raise refusal("mask", name, "noise has nothing to be kept; give an --image, or no mask")
     size, remarks = picture.shape[:2], []
+    if name == "alpha" and os.path.exists(name):
+        remarks.append("--mask alpha is the picture's own; for the file of that name write ./alpha")
     if name != "alpha":
         brightness, remarks = read_picture(existing_file("mask", name), "black", "mask")
         mask = np.asarray(Image.fromarray(brightness).convert("L"))
@@ -176,7 +178,7 @@ def read_mask(name, picture, path):
         remarks.append(f"{name}: the mask, {shapes[0]}, is stretched to the picture's {shapes[1]}")
         mask = resize(mask, size, bilinear=True)
     if not mask.any():
-        raise refusal("mask", name, "is black everywhere; white is where to dream")
+        raise refusal("mask", name, "the mask is black everywhere; paint white where to dream")
     return mask, remarks
 
 
@@ -663,8 +665,9 @@ def check_room(settings, sizes, tile_size, scratch=None, held=0):
     needs = [memory_needed(*pair, tile_size) for pair in zip(sizes, [(0, 0), *sizes])]
     largest = max(range(len(sizes)), key=lambda i: sum(needs[i]))
     arrays, besides = needs[largest]
-    has_divisors = bool(settings.use_pixel_learning_rates or settings.mask)
-    besides += 8 * math.prod(sizes[largest]) * has_divisors
+    extra = {"use_pixel_learning_rates": 8, "mask": 20, "keep_colors": 14}  # bytes a pixel
+    extra = sum(size for name, size in extra.items() if getattr(settings, name))
+    besides += extra * math.prod(sizes[largest])
     checks = [
         (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
     ]
@@ -898,13 +901,13 @@ def rmsprop(gradient, cache, decay, learning_rate):
     return gradient
 
 
-def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
+def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
     """Takes the step of a tile, x += step. Returns the step's mean absolute value; or None if it
     overflows: the channel in which it does, and those after it, are left as they were.
 
     `x`, float64 (3, H, W), is the tile's part of the image; `start` that of the start image, or
     None; `descent` the network's gradient, float32 (3, H, W); `cache` RMSProp's, float64 (3, H, W),
-    changed; `counts` what the step is divided by, float64 (H, W), or None. `terms` are the
+    changed; `divisors` those of the step, float64 (H, W), or None. `terms` are the
     regularizers, {name: term}, in the original's order.
     """
     total = 0.0
@@ -915,8 +918,8 @@ def step_tile(x, start, descent, cache, counts, terms, decay, learning_rate):
             from_start = None if start is None else start[place]
             gradient += term.gradient(argument(name, x[place], from_start))
         step = rmsprop(gradient, cache[place], decay, learning_rate)
-        if counts is not None:
-            step /= counts
+        if divisors is not None:
+            step /= divisors
         total += float(np.abs(step).sum())
         if not math.isfinite(total + cache[channel].sum()):
             return None
@@ -1102,10 +1105,7 @@ class Dream:
         self.scratch, self.mask = scratch, mask
         base = engine.tile_size if picture is None else picture.shape[:2]
         self.sizes = plan_sizes(settings, base, engine.tile_size)
-        for size in self.sizes:
-            if not any(self.tiles(size)):
-                problem = f"nothing of it is left at {size[0]}x{size[1]}; use a larger size"
-                raise refusal("mask", settings.mask, problem)
+        self._tiles = {}
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
         self.image, self.caches, self.before = None, None, {}
@@ -1130,16 +1130,29 @@ class Dream:
                 self.size, self.step, is_begun = self.size + 1, 0, False
 
     def tiles(self, size):
-        """The regions at a size, as `tiles` gives them, without those that the mask keeps."""
-        colours = tiles(size, self.engine.tile_size)
-        if self.mask is None:
-            return colours
-        mask = resize(self.mask, size, bilinear=True)
-        return [[r for r in colour if mask[r[0] : r[1], r[2] : r[3]].any()] for colour in colours]
+        """The regions at a size, as `tiles` gives them, without those that the mask keeps. Raises
+        BadRequest if it keeps all."""
+        size = tuple(size)
+        if size not in self._tiles:
+            colours = tiles(size, self.engine.tile_size)
+            if self.mask is not None:
+                dreams = resize(self.mask, size, bilinear=True) > 0
+                colours = [
+                    [r for r in c if dreams[r[0] : r[1], r[2] : r[3]].any()] for c in colours
+                ]
+            if not any(colours):
+                problem = f"nothing white is left of it at {size[0]}x{size[1]}; use larger sizes"
+                raise refusal("mask", self.settings.mask, problem)
+            self._tiles[size] = colours
+        return self._tiles[size]
+
+    def check_mask(self):
+        """Raises BadRequest if the mask leaves nothing to do at one of the sizes."""
+        for size in self.sizes:
+            self.tiles(size)
 
     def lay_out(self):
-        """Prepares what depends on the size alone: regions, start image, what steps are divided
-        by."""
+        """Prepares what depends on the size alone: regions, start image, the divisors of steps."""
         size, tile_size = self.sizes[self.size - 1], self.engine.tile_size
         regions = itertools.chain(*self.tiles(size))
         self.cache_index = {region: i for i, region in enumerate(regions)}
@@ -1147,18 +1160,17 @@ class Dream:
         if self.picture is not None:
             self.start = planes(resize(self.picture, size, bilinear=True))  # tiles lose the mean
         has_own_rates = self.settings.use_pixel_learning_rates
-        self.counts = tile_counts(size, tile_size) if has_own_rates else None
+        self.divisors = tile_counts(size, tile_size) if has_own_rates else None
         if self.mask is not None:
-            with np.errstate(divide="ignore"):  # no step at all where it is black
-                slowness = 255 / resize(self.mask, size, bilinear=True)
-            self.counts = slowness if self.counts is None else self.counts * slowness
+            self.divisors = np.ones(size) if self.divisors is None else self.divisors
+            self.divisors[resize(self.mask, size, bilinear=True) == 0] = np.inf
 
     def begin_size(self):
         """Brings the image to the size that was laid out; caches and schedules start over."""
         s, size, picture = self.settings, self.sizes[self.size - 1], None
         if self.image is not None:
             picture = resize(to_uint8(self.image, self.mean), size)
-            picture = self._kept_where_black(picture)
+            picture = self._with_what_is_kept(picture, lambda mask: np.uint8(255) * (mask > 0))
         elif self.start is not None:
             picture = self.start[0, ::-1].transpose(1, 2, 0)
         self.caches = None  # makes room; the image stays until all is there that follows it
@@ -1228,10 +1240,10 @@ class Dream:
         y0, y1, x0, x1 = region
         x, start = cut_tile(self.image, region), self._start_of(region, terms)
         cache = self.caches[self.cache_index[region]]
-        counts = None if self.counts is None else self.counts[y0:y1, x0:x1]
+        divisors = None if self.divisors is None else self.divisors[y0:y1, x0:x1]
         rates = (self.settings.decay_rate, self.learning_rate)
         with np.errstate(all="ignore"):  # overflow is reported in our own words
-            step_size = self.step_tile(x, start, descent, cache, counts, terms, *rates)
+            step_size = self.step_tile(x, start, descent, cache, divisors, terms, *rates)
         if step_size is None:
             is_first = (self.size, self.step) == (1, 0) and np.abs(x).max() < 1e6
             if is_first and not np.isfinite(descent).all():  # no step drove the picture there
@@ -1274,19 +1286,20 @@ class Dream:
 
     def look(self, picture):
         """What people are to see of a picture of the run: in the start picture's colours, if they
-        are to be kept, and as that was where the mask is black."""
+        are to be kept, and with what the mask keeps of it. In the run itself there is no grey: it
+        dreams wherever the mask is not black."""
         if self.settings.keep_colors and self.picture is not None:
             start = resize(self.picture, picture.shape[:2], bilinear=True)
             picture = with_colors_of(start, picture)
-        return self._kept_where_black(picture)
+        return self._with_what_is_kept(picture)
 
-    def _kept_where_black(self, picture):
-        """The picture, but as the start picture was where the mask is black."""
+    def _with_what_is_kept(self, picture, harden=lambda mask: mask):
+        """The picture with as much of the start picture as the mask lacks of white."""
         if self.mask is None:
             return picture
         size = picture.shape[:2]
-        kept = (resize(array, size, bilinear=True) for array in (self.picture, self.mask))
-        return composed(picture, *kept)
+        start, mask = (resize(array, size, bilinear=True) for array in (self.picture, self.mask))
+        return composed(picture, start, harden(mask))
 
     def is_done(self):
         """Whether all steps have been done."""
@@ -1421,7 +1434,7 @@ def keep_freed_memory():
 #          All others are the fields of Settings, which is made of this table where runs begin.
 #   idle   a function of the options that returns why this one has no effect, or something false
 #   file   "read" or "write" if it names a file of a run
-#   words  its values that name none
+#   words  values of such an option that are not file names
 #   text   the value as text for a command line; None: the option is never part of a kept command
 
 
@@ -1442,7 +1455,7 @@ class Parser(argparse.ArgumentParser):
         def add(*names, free=False, idle=None, file=None, words=(), text=str, **arguments):
             action = group.add_argument(*names, **arguments)
             action.free, action.idle, action.file, action.text = free, idle, file, text
-            action.names_file = lambda value: file and value is not None and value not in words
+            action.words = words
             self.options.append(action)
 
         return add
@@ -1877,6 +1890,11 @@ def build_parser():
     regularizer_options(parser.group("regularizers", keep))
     output_options(parser.group("output"))
     return parser
+
+
+def names_file(action, value):
+    """Whether the value of an option is the name of a file."""
+    return bool(action.file) and value is not None and value not in action.words
 
 
 def without_effect(options):
@@ -3267,8 +3285,8 @@ class CaffeProcesses:
             gpus = self._context.SimpleQueue() if self.gpus else None
             for gpu in self.gpus:
                 gpus.put(visible_gpu(gpu))
-            self._barrier = self._context.Barrier(self.number) if self.gpus else None
-            arguments = (self._log_end, gpus, self._barrier, free_memory())
+            barrier = self._context.Barrier(self.number) if self.gpus else None
+            arguments = (self._log_end, gpus, barrier, free_memory())
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 self.number, self._context, start_worker, arguments
             )
@@ -3277,12 +3295,19 @@ class CaffeProcesses:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is Stopped:  # from Python 3.14 on the executor has kill_workers() for this
-            for process in list((self._executor._processes or {}).values()):
-                process.kill()
+        if kind is Stopped:
+            self._kill()
         self.end()
         self._log.close()
         self._log_end.close()
+
+    def _there(self):
+        """The processes that have been started."""
+        return list((self._executor._processes or {}).values())
+
+    def _kill(self):  # from Python 3.14 on the executor has kill_workers() for this
+        for process in self._there():
+            process.kill()
 
     def end(self):
         """Waits for the processes to end; tasks not begun are dropped."""
@@ -3324,15 +3349,13 @@ class CaffeProcesses:
                 self.restart()
 
     def _see_deaths(self, futures):
-        """Waits for tasks that wait for one another. The executor may not see the end of the
-        process that it started last before one of the others does something: then all are ended."""
+        """Waits for tasks that wait for one another; as soon as one process has died, the rest are
+        killed. The executor alone may not see the death of the one that it started last."""
         from multiprocessing import connection
 
         while concurrent.futures.wait(futures, timeout=0.2).not_done:
-            there = list((self._executor._processes or {}).values())
-            if connection.wait([process.sentinel for process in there], 0):
-                for process in there:
-                    process.kill()
+            if connection.wait([process.sentinel for process in self._there()], 0):
+                self._kill()
 
     def call_together(self, task, *arguments):
         """The results of a task that every process does, one waiting for the other by
@@ -3341,7 +3364,7 @@ class CaffeProcesses:
             try:
                 futures = [self.submit(task, *arguments) for _ in range(self.number)]
             except RunFailed:
-                self._barrier.abort()  # for those that are there and wait
+                self._kill()  # those that are there would wait
                 raise
             self._see_deaths(futures)
             errors = [future.exception() for future in futures]
@@ -3515,7 +3538,7 @@ def compiled_step_tile():
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
     function.restype = ctypes.c_double
 
-    def compiled(x, start, descent, cache, counts, terms, decay, learning_rate):
+    def compiled(x, start, descent, cache, divisors, terms, decay, learning_rate):
         p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
         tv = terms.get("tv", TotalVariation(0, 2))
         difference = TV_OPERATORS[tv.operator][0]
@@ -3524,7 +3547,7 @@ def compiled_step_tile():
         places = np.array([difference.index(1), difference.index(-1), len(difference)], np.int64)
         descent = np.ascontiguousarray(descent, np.float32)
         start = None if start is None else np.ascontiguousarray(start, np.float64)
-        arrays = (x, start, descent, cache, counts, numbers, places)
+        arrays = (x, start, descent, cache, divisors, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])
         step_size = function(*x.shape[1:], row, plane, *addresses)
@@ -4929,7 +4952,7 @@ def check_apart(options, files, network):
     one name."""
     actions = [action for action in PARSER.options if action.file == "read"]
     given = [(action, getattr(options, action.dest)) for action in actions]
-    read = {a.option_strings[-1][2:]: path for a, path in given if a.names_file(path)}
+    read = {a.option_strings[-1][2:]: path for a, path in given if names_file(a, path)}
     read |= {"caffe_model": network.weights, "deploy_txt": network.deploy, "resume": files.resumed}
     read = {name: path for name, path in read.items() if path}
     for name, path in read.items():
@@ -4953,7 +4976,7 @@ def saved_options(path, checkpoint):
         raise unusable(path, f"holds a command that cannot be run ({error})") from None
     for action in PARSER.options:
         name = getattr(saved, action.dest)
-        if action.names_file(name):
+        if names_file(action, name):
             setattr(saved, action.dest, os.path.abspath(os.path.join(checkpoint.folder, name)))
     saved.output_file = Files.of_checkpoint(path)
     return saved
@@ -4967,7 +4990,7 @@ def resume(path, argv, scratch=None):
     options = PARSER.parse_args(argv, copy.copy(saved))
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        if action.names_file(new):
+        if names_file(action, new):
             new = os.path.abspath(new)
         if not action.free and new != old:
             old, new = (v if v is None else action.text(v) for v in (old, new))
@@ -4990,11 +5013,19 @@ def check_same_network(path, record, network):
             )
 
 
-def read_start(settings, checkpoint):
+def read_start(settings, checkpoint, resumed=None):
     """The start picture, None for noise; its mask, None without one; remarks on how they were read.
-    Raises BadRequest."""
+    Of a run that is resumed, they are in its checkpoint, in the file `resumed`. Raises
+    BadRequest."""
     if checkpoint is not None:
-        return *(checkpoint.arrays.pop(name, None) for name in ("picture", "mask")), []
+        picture, mask = (checkpoint.arrays.pop(name, None) for name in ("picture", "mask"))
+        asked = {"picture": settings.initial_image, "mask": settings.mask}
+        for (name, option), array in zip(asked.items(), (picture, mask)):
+            if (array is None) != (option is None) or (array is not None and not array.size):
+                raise unusable(resumed, f"its {name} is missing or none of its own")
+        if mask is not None and not (mask.shape == picture.shape[:2] and mask.any()):
+            raise unusable(resumed, "its mask is not one for its picture")
+        return picture, mask, []
     path, picture, remarks = settings.initial_image, None, []
     if path is not None:
         picture, remarks = read_picture(existing_file("image", path), settings.background)
@@ -5038,7 +5069,7 @@ def make_picture(options, signals, checkpoint=None):
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
     settings = choose_settings(options)
-    picture, mask, remarks = read_start(settings, checkpoint)
+    picture, mask, remarks = read_start(settings, checkpoint, options.resume)
     network = find_network(options)
     check_apart(options, files, network)
     with (
@@ -5052,6 +5083,7 @@ def make_picture(options, signals, checkpoint=None):
         arrays = {} if checkpoint is None else checkpoint.arrays
         held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
         check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
+        dream.check_mask()
         record = make_record(options, settings, network, dream.sizes)
         record["device"] = "GPU" if engine.spec.use_gpu else "CPU"
         kept = {}
@@ -5212,6 +5244,8 @@ def dream(image=None, **options):
     `if __name__ == "__main__":` around what it does. Notices go to the logger "cnn_vis". Raises
     BadRequest and RunFailed, the first when the first step is asked for.
     """
+    if not isinstance(options.get("mask"), (str, os.PathLike, type(None))):
+        raise BadRequest("mask: it must be a file name, or 'alpha'; save the array as a PNG")
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
@@ -5233,6 +5267,7 @@ def dream(image=None, **options):
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
     mask, more = read_mask(settings.mask, image, path)
     remarks += more
+    parsed.initial_image = path or (image is not None and "an array") or None  # for notices
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)
@@ -5244,6 +5279,7 @@ def dream(image=None, **options):
             log.info(line)
         run = Dream(settings, image, network.mean, engine, parsed.scratch, mask)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
+        run.check_mask()
         yield from run.run()
 
 

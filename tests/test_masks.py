@@ -66,19 +66,17 @@ def test_a_white_mask_changes_nothing(folder):
     assert np.array_equal(pixels(folder / "out.png"), pixels(folder / "plain.png"))
 
 
-def test_grey_slows_a_step(tmp_path):
-    """By what it lacks of white."""
-    picture = np.asarray(CARD)[:32, :32]  # one tile
-    options = dict(word[2:].split("=") for word in TINY) | {"layer": "inception_a/output"}
-    images = []
-    for brightness in (255, 51):
-        Image.new("L", (32, 32), brightness).save(tmp_path / "grey.png")
-        mask = str(tmp_path / "grey.png")
-        (progress,) = cnn_vis.dream(picture, mask=mask, num_steps=1, **options)
-        images.append(progress.image - cnn_vis.from_uint8(picture, progress.mean))
-    whole, grey = images
-    assert np.abs(whole).max() > 0.1
-    np.testing.assert_allclose(grey, whole / 5, rtol=1e-9)
+@pytest.mark.parametrize("more", [[], ["--num_sizes=2", "--initial_size=x0.5"]])
+def test_grey_is_between(more, folder):
+    """As far from the photograph as from the dream that it would be in white."""
+    Image.new("L", CARD.size, 64).save(folder / "grey.png")
+    dream("--output=white.png", *more, cwd=folder)
+    dream("--mask=grey.png", *more, cwd=folder)
+    ours, white, before = (
+        pixels(folder / name).astype(float) for name in ("out.png", "white.png", "in.png")
+    )
+    assert np.abs(white - before).mean() > 5
+    assert np.abs(ours - (before + (white - before) * 64 / 255)).max() <= 1
 
 
 def test_tiles_that_are_kept_are_not_computed():
@@ -114,6 +112,32 @@ def test_a_masked_run_is_stopped_resumed_and_reproduced(folder):
     assert "--keep_colors" in printed
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: arrays.pop("mask"),
+        lambda arrays: arrays.pop("picture"),
+        lambda arrays: arrays.update(mask=np.full((1, 1), 255, np.uint8)),
+        lambda arrays: arrays.update(mask=arrays["mask"].T.copy()),
+        lambda arrays: arrays.update(mask=np.zeros_like(arrays["mask"])),
+    ],
+)
+def test_a_checkpoint_with_another_mask_is_refused(change, folder):
+    """Nothing that was to be kept is dreamt over."""
+    running = start(
+        *DREAM, "--mask=mask.png", "--num_steps=9999", "--checkpoint_iter=1", cwd=folder
+    )
+    wait_for((folder / CHECKPOINT).exists)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    with np.load(folder / CHECKPOINT) as file:
+        arrays = dict(file)
+    change(arrays)
+    with open(folder / CHECKPOINT, "wb") as file:
+        np.savez(file, **arrays)
+    assert_one_line(run_cli("--resume", CHECKPOINT, cwd=folder), 2, "--resume", CHECKPOINT, "its ")
+
+
 def test_the_alpha_channel_can_be_the_mask(folder):
     """What is opaque dreams. The word is no file's name, wherever the run goes on."""
     cut = CARD.copy()
@@ -142,6 +166,10 @@ def test_a_mask_of_another_shape_is_stretched_and_told(folder):
         (["--image=in.png", "--mask=text.png"], ["--mask text.png", "cannot be read"]),
         (["--image=in.png", "--mask=dot.png", "--initial_size=x0.2"], ["--mask dot.png", "32x40"]),
         (["--image=in.png", "--mask=out.png"], ["would overwrite --mask"]),
+        (
+            ["--image=in.png", "--mask=mask.png", "--final_size=300000", "--num_sizes=2"],
+            ["--final_size 300000", "needs"],
+        ),
     ],
 )
 def test_masks_that_cannot_be_are_refused(arguments, words, folder):
