@@ -1,6 +1,7 @@
 """The GPU path: on the GPUs of this machine where Caffe was built for them, else on two that are
 emulated (cuda_on_cpu/README.md); what needs a GPU that fails, or one that counts, is emulated."""
 
+import collections
 import errno
 import json
 import multiprocessing
@@ -531,11 +532,15 @@ def test_only_tiles_and_gradients_are_copied(objective, tmp_path, logged):
 
 @emulated
 def test_both_gpus_have_their_share(tmp_path, logged):
+    """However late one is to start on a machine with much else to do."""
     folder, environment = logged
     done = run_cli(*DREAM, "--gpu=0,1", "--initial_size=200x300", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
-    launches = [log["launches"] for log in logs(folder)]
-    assert max(launches) < 1.5 * min(launches)
+    launches = collections.Counter()
+    for log in logs(folder):
+        launches[log["visible"]] += log["launches"]
+    assert set(launches) == {0, 1}
+    assert min(launches.values()) > 0.2 * launches.total()
 
 
 # ---- The kit for a day with a GPU ----------------------------------------------------------------

@@ -193,16 +193,20 @@ def test_links_exist(page):
 
 
 def test_gallery():
-    """Every picture has its command, of a script that is there (test_examples.py runs them all) and
-    options that it takes."""
+    """Every picture has its command, of the program or of a script that is there (test_examples.py
+    runs them all), with options that it takes."""
     import cnn_vis
 
     text = (ROOT / "examples" / "README.md").read_text()
-    pictures = re.findall(r"!\[[^\]]+\]\((pictures/[^)]+)\)\n\n```sh\nexamples/", text)
+    pictures = re.findall(
+        r"!\[[^\]]+\]\((pictures/[^)]+)\)\n\n```sh\n(?:examples/|python cnn_vis)", text
+    )
     assert len(pictures) == text.count("![") >= 10
     for path in (ROOT / "examples" / "pictures").iterdir():
         assert path.stat().st_size < 200_000, path
     known = {name for action in cnn_vis.PARSER.options for name in action.option_strings}
+    for line in re.findall(r"^python cnn_vis.py (.*)", text, re.MULTILINE):
+        cnn_vis.PARSER.parse_args(shlex.split(line, comments=True))
     for line in re.findall(r"^examples/.*", text, re.MULTILINE):
         script, *words = shlex.split(line, comments=True)
         assert os.access(ROOT / script, os.X_OK), script
