@@ -90,7 +90,7 @@ def layer_types():
 def tests(_):
     """The tests of the GPU path."""
     environment = {k: v for k, v in os.environ.items() if not IS_EMULATED or k not in EMULATION}
-    words = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4"]
+    words = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4"]
     words += [str(TESTS / "test_gpu.py"), "-k", "not kit"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     yield "test_gpu.py", done.stdout.strip().splitlines()[-1]
