@@ -141,20 +141,36 @@ def read_picture(path, background="white", option="image"):
     """The picture in the file `path` of an option as people see it, sRGB, uint8 (H, W, 3), and
     remarks on how it was read. The colour `background` shows where it is transparent. Raises
     BadRequest."""
+    picture, remarks = read_rgba(path, option)
+    return flattened(picture, background), remarks
+
+
+def flattened(picture, background):
+    """A PIL picture RGB or RGBA as an array uint8 (H, W, 3); the colour `background` shows where it
+    is transparent."""
     from PIL import Image
 
-    picture, remarks = read_rgba(path, option)
     if picture.mode != "RGB":
         behind = Image.new("RGBA", picture.size, background)
         picture = Image.alpha_composite(behind, picture).convert("RGB")
-    return np.asarray(picture), remarks
+    return np.asarray(picture)
 
 
-def read_mask(name, picture, path):
-    """The mask that --mask names for the start picture, which is of the file `path`, uint8 (H, W)
-    of its size, and remarks; None without --mask. It is the brightness of the picture in the file
-    `name`, black where that is transparent; for "alpha" how opaque the start picture is. Raises
-    BadRequest."""
+def read_masked(path, background, mask):
+    """As read_picture, and the mask that read_mask finds for the picture; returns (picture, mask,
+    remarks). Raises BadRequest."""
+    rgba, remarks = read_rgba(path)
+    picture = flattened(rgba, background)
+    alpha = np.asarray(rgba.getchannel("A")) if rgba.mode == "RGBA" else None
+    mask, more = read_mask(mask, picture, alpha, path)
+    return picture, mask, [*remarks, *more]
+
+
+def read_mask(name, picture, alpha=None, path="the array"):
+    """The mask that --mask names for the start picture, uint8 (H, W) of its size, and remarks; None
+    without --mask. It is the brightness of the picture in the file `name`, black where that is
+    transparent; for "alpha" it is `alpha`, the start picture's own, None if it is opaque. `path`
+    names the start picture in errors. Raises BadRequest."""
     from PIL import Image
 
     if name is None:
@@ -168,11 +184,10 @@ def read_mask(name, picture, path):
         brightness, remarks = read_picture(existing_file("mask", name), "black", "mask")
         mask = np.asarray(Image.fromarray(brightness).convert("L"))
     else:
-        opaque = path and read_rgba(path)[0]
-        if not path or opaque.mode != "RGBA":
-            problem = f"{path or 'the array'} has no transparent parts; give a picture as the mask"
+        if alpha is None:
+            problem = f"{path} has no transparent parts; give a picture as the mask"
             raise refusal("mask", name, problem)
-        mask = np.asarray(opaque.getchannel("A"))
+        mask = alpha
     if mask.shape != size:
         shapes = ["{}x{}".format(*shape) for shape in (mask.shape, size)]
         remarks.append(f"{name}: the mask, {shapes[0]}, is stretched to the picture's {shapes[1]}")
@@ -1163,16 +1178,18 @@ class Dream:
         self.divisors = tile_counts(size, tile_size) if has_own_rates else None
         if self.mask is not None:
             self.divisors = np.ones(size) if self.divisors is None else self.divisors
-            self.divisors[resize(self.mask, size, bilinear=True) == 0] = np.inf
+            self.divisors[resize(self.mask, size, bilinear=True) == 0] = np.inf  # no step at all
 
     def begin_size(self):
         """Brings the image to the size that was laid out; caches and schedules start over."""
-        s, size, picture = self.settings, self.sizes[self.size - 1], None
-        if self.image is not None:
+        s, size = self.settings, self.sizes[self.size - 1]
+        start = None if self.start is None else self.start[0, ::-1].transpose(1, 2, 0)
+        if self.image is None:
+            picture = start
+        else:
             picture = resize(to_uint8(self.image, self.mean), size)
-            picture = self._with_what_is_kept(picture, lambda mask: np.uint8(255) * (mask > 0))
-        elif self.start is not None:
-            picture = self.start[0, ::-1].transpose(1, 2, 0)
+            if self.mask is not None:
+                picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
         self.caches = None  # makes room; the image stays until all is there that follows it
         caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
         image = zeros((1, 3, *size), self.scratch)
@@ -1288,18 +1305,14 @@ class Dream:
         """What people are to see of a picture of the run: in the start picture's colours, if they
         are to be kept, and with what the mask keeps of it. In the run itself there is no grey: it
         dreams wherever the mask is not black."""
-        if self.settings.keep_colors and self.picture is not None:
-            start = resize(self.picture, picture.shape[:2], bilinear=True)
-            picture = with_colors_of(start, picture)
-        return self._with_what_is_kept(picture)
-
-    def _with_what_is_kept(self, picture, harden=lambda mask: mask):
-        """The picture with as much of the start picture as the mask lacks of white."""
-        if self.mask is None:
+        if self.picture is None or not (self.settings.keep_colors or self.mask is not None):
             return picture
-        size = picture.shape[:2]
-        start, mask = (resize(array, size, bilinear=True) for array in (self.picture, self.mask))
-        return composed(picture, start, harden(mask))
+        start = resize(self.picture, picture.shape[:2], bilinear=True)
+        if self.settings.keep_colors:
+            picture = with_colors_of(start, picture)
+        if self.mask is not None:
+            picture = composed(picture, start, resize(self.mask, picture.shape[:2], bilinear=True))
+        return picture
 
     def is_done(self):
         """Whether all steps have been done."""
@@ -5026,11 +5039,10 @@ def read_start(settings, checkpoint, resumed=None):
         if mask is not None and not (mask.shape == picture.shape[:2] and mask.any()):
             raise unusable(resumed, "its mask is not one for its picture")
         return picture, mask, []
-    path, picture, remarks = settings.initial_image, None, []
-    if path is not None:
-        picture, remarks = read_picture(existing_file("image", path), settings.background)
-    mask, more = read_mask(settings.mask, picture, path)
-    return picture, mask, [*remarks, *more]
+    if settings.initial_image is None:
+        return None, *read_mask(settings.mask, None)
+    path = existing_file("image", settings.initial_image)
+    return read_masked(path, settings.background, settings.mask)
 
 
 @dataclasses.dataclass
@@ -5255,19 +5267,21 @@ def dream(image=None, **options):
         if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
-    settings, remarks, path = choose_settings(parsed), [], None
+    settings = choose_settings(parsed)
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        path = expanded(os.fspath(image), os.path.exists(image))
-        image, remarks = read_picture(existing_file("image", path), settings.background)
-    elif image is not None:
+        path = existing_file("image", expanded(os.fspath(image), os.path.exists(image)))
+        image, mask, remarks = read_masked(path, settings.background, settings.mask)
+        parsed.initial_image = path  # for notices
+    elif image is None:
+        mask, remarks = read_mask(settings.mask, None)
+    else:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             kind = f"an array {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
-    mask, more = read_mask(settings.mask, image, path)
-    remarks += more
-    parsed.initial_image = path or (image is not None and "an array") or None  # for notices
+        mask, remarks = read_mask(settings.mask, image)
+        parsed.initial_image = "an array"
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)

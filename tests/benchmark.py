@@ -134,18 +134,22 @@ def measure_ours(spec, tile):
 def measure_workers(spec, tile):
     """All workers at once, through the program's own machinery: 60 tiles that do not wait for one
     another."""
-    count, height, width = 60, *tile.shape[2:]
-    image = np.concatenate([tile] * count, axis=3).astype(np.float64)
-    regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
     with cnn_vis.Workers(spec, cnn_vis.count_cores()) as workers:
         workers.describe()
+        return tiles_through(workers, np.concatenate([tile] * 60))
 
-        def gradients():
-            turns = [(regions, False)]
-            for _ in cnn_vis.tile_gradients(workers, image, turns, cnn_vis.Steps()):
-                pass
 
-        return milliseconds(gradients, 3) / count
+def tiles_through(engine, tiles_in):
+    """ms for each of the tiles (N, 3, H, W), side by side in one picture."""
+    count, _, height, width = tiles_in.shape
+    image = np.concatenate(tiles_in, axis=2)[np.newaxis].astype(np.float64)
+    regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
+
+    def gradients():
+        for _ in cnn_vis.tile_gradients(engine, image, [(regions, False)], cnn_vis.Steps()):
+            pass
+
+    return milliseconds(gradients, 3) / count
 
 
 def torch_network(spec, device="cpu"):
@@ -355,7 +359,7 @@ def one_measurement(args):
 
 def program(folder, *words):
     """The running program, started in `folder`."""
-    words = [*words, "--iter_behavior=none", "--checkpoint_iter=0", "--quiet", "--gpu=-1"]
+    words = ["--iter_behavior=none", "--checkpoint_iter=0", "--quiet", "--gpu=-1", *words]
     return subprocess.Popen([sys.executable, cnn_vis.__file__, *words], cwd=folder)
 
 

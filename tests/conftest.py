@@ -30,6 +30,14 @@ TINY = [
 ]
 
 
+# Caffe for emulated GPUs (cuda_on_cpu/README.md), and the environment that finds it.
+CUDA_ON_CPU = pathlib.Path(sys.prefix) / "cuda_on_cpu"
+EMULATION = {
+    "PYTHONPATH": str(CUDA_ON_CPU),
+    "LD_LIBRARY_PATH": str(CUDA_ON_CPU / "caffe" / "driver"),
+}
+
+
 def run_cli(*arguments, cwd, timeout=110, **environment):
     """Runs the script in a process of its own, in this environment with changes (None: without that
     variable); returns the finished process with its stdout and stderr as text."""

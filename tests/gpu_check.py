@@ -12,22 +12,19 @@ part that fails says so in its table and lets the others go on; the exit code is
 import argparse
 import contextlib
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
 import benchmark
 import numpy as np
+from conftest import CUDA_ON_CPU, EMULATION, ROOT, TINY
 from PIL import Image
 
 import cnn_vis
 
-TESTS = pathlib.Path(__file__).resolve().parent
-EMULATED_PACKAGE = pathlib.Path(sys.prefix) / "cuda_on_cpu"
-IS_EMULATED = os.environ.get("LD_LIBRARY_PATH", "").startswith(str(EMULATED_PACKAGE))
+IS_EMULATED = os.environ.get("LD_LIBRARY_PATH") == EMULATION["LD_LIBRARY_PATH"]
 
 
 class Work:
@@ -38,12 +35,7 @@ class Work:
         self.batches, self.tiles, self.repeat = (1, 2, 4, 8, 16, 32), 320, 20
         self.commands = {"427x640": 50, "1080x1920": 20, "4096x4096": 3}
         if quick:
-            golden = TESTS / "golden"
-            self.words = [
-                f"--deploy_txt={golden}/deploy.prototxt",
-                f"--caffe_model={golden}/tiny_inception.caffemodel",
-                f"--mean_image={golden}/mean.npy",
-            ]
+            self.words = [*TINY]
             layer = "inception_a/output"
             self.batches, self.tiles, self.repeat = (1, 4), 8, 1
             self.commands = {"64x96": 4}
@@ -91,7 +83,7 @@ def tests(_):
     """The tests of the GPU path."""
     environment = {k: v for k, v in os.environ.items() if not IS_EMULATED or k not in EMULATION}
     words = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4"]
-    words += [str(TESTS / "test_gpu.py"), "-k", "not kit"]
+    words += [str(ROOT / "tests" / "test_gpu.py"), "-k", "not kit"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     yield "test_gpu.py", done.stdout.strip().splitlines()[-1]
     if done.returncode:
@@ -160,16 +152,7 @@ def processes(work):
         cnn_vis.Workers.EACH = each
         with cnn_vis.Workers(work.spec, gpus=[0]) as workers:
             workers.describe()
-            height, width = workers.tile_size
-            image = np.concatenate(list(noise(work.tiles, workers.tile_size)), axis=2)
-            image = image[np.newaxis].astype(np.float64)
-            regions = [(0, height, i * width, (i + 1) * width) for i in range(work.tiles)]
-
-            def run(engine=workers, image=image, regions=regions):
-                for _ in cnn_vis.tile_gradients(engine, image, [(regions, False)], cnn_vis.Steps()):
-                    pass
-
-            ms = benchmark.milliseconds(run, 3) / work.tiles
+            ms = benchmark.tiles_through(workers, noise(work.tiles, workers.tile_size))
             number = workers.processes.number  # fewer than asked for, if these are too many
             yield f"{number} process{'es' * (number > 1)}", f"{ms:.2f}"
 
@@ -207,11 +190,8 @@ def command(folder, work, steps):
     """(seconds of a run, [(GPU's utilization in percent, MiB of its memory), ...] along the way)"""
     settings = [f"--{name}={value}" for name, value in benchmark.SETTINGS.items()]
     words = [*work.words, *settings, "--image=in.png", "--gpu=0", f"--num_steps={steps}"]
-    words += ["--iter_behavior=none", "--checkpoint_iter=0", "--quiet"]
     with gpu_watch() as watched:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, cnn_vis.__file__, *words], cwd=folder, check=True)
-        seconds = time.perf_counter() - start
+        seconds = benchmark.seconds(folder, *words)
     return seconds, watched
 
 
@@ -282,10 +262,6 @@ def torch_times(work):
 # ---- Command line --------------------------------------------------------------------------------
 
 PARTS = (machine, gradients, speed, processes, commands, torch, tests)
-EMULATION = {
-    "PYTHONPATH": str(EMULATED_PACKAGE),
-    "LD_LIBRARY_PATH": str(EMULATED_PACKAGE / "caffe" / "driver"),
-}
 
 
 def main():
@@ -299,8 +275,8 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="some of it only")
     args = parser.parse_args()
     if not IS_EMULATED and not cnn_vis.count_gpus():
-        if not EMULATED_PACKAGE.exists():
-            sys.exit(f"there is no GPU, and none to emulate one: make {EMULATED_PACKAGE}/built")
+        if not CUDA_ON_CPU.exists():
+            sys.exit(f"there is no GPU, and none to emulate one: make {CUDA_ON_CPU}/built")
         words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | EMULATION)
 

@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import (
     CHECKPOINT,
+    CUDA_ON_CPU,
+    EMULATION,
     GOLDEN,
     ROOT,
     RUN,
@@ -34,13 +35,13 @@ from conftest import (
     workers,
 )
 from test_caffe import CONVOLUTIONS
+from test_engines import SPEC
 from test_golden import CASES, tiny_pictures
 
 import cnn_vis
 
-PACKAGE = pathlib.Path(sys.prefix) / "cuda_on_cpu"
-NO_DRIVER = {"PYTHONPATH": str(PACKAGE), "CUDA_VISIBLE_DEVICES": None}
-EMULATED = NO_DRIVER | {"LD_LIBRARY_PATH": str(PACKAGE / "caffe" / "driver")}
+NO_DRIVER = {"PYTHONPATH": EMULATION["PYTHONPATH"], "CUDA_VISIBLE_DEVICES": None}
+EMULATED = NO_DRIVER | EMULATION
 IS_REAL = cnn_vis.count_gpus() > 0 and cnn_vis.in_a_worker(cnn_vis.can_use_gpu)
 GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
 COUNT = cnn_vis.count_gpus() if IS_REAL else 2
@@ -66,7 +67,7 @@ DREAM = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _there_is_a_gpu():
-    assert IS_REAL or PACKAGE.exists(), f"`make {PACKAGE.relative_to(ROOT)}/built` makes it"
+    assert IS_REAL or CUDA_ON_CPU.exists(), f"`make {CUDA_ON_CPU.relative_to(ROOT)}/built` makes it"
 
 
 def dream(*arguments, cwd, **environment):
@@ -460,11 +461,6 @@ def test_a_batch_is_tried_before_the_run(on_cpu, tmp_path):
 
 def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
     """Those that are there wait for the others, and must not for ever."""
-    spec = cnn_vis.NetworkSpec(
-        cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel"),
-        "inception_a/output",
-        cnn_vis.AmplifyLayer(),
-    )
     popen = multiprocessing.get_context("spawn").Process._Popen
     started = []
 
@@ -478,7 +474,7 @@ def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
     monkeypatch.setattr(context.Process, "_Popen", staticmethod(fails_at_the_second))
     with (
         pytest.raises(cnn_vis.RunFailed, match="workers cannot be started"),
-        cnn_vis.Workers(spec, gpus=[0]) as workers,
+        cnn_vis.Workers(SPEC, gpus=[0]) as workers,
     ):
         workers.describe()
     assert len(started) == 2
