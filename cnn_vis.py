@@ -709,21 +709,18 @@ def memory_needed(size, smaller, tile_size):
 
 # ---- Objective, regularizers, step ------------------------------------------------------------
 # Every term of the sum that a step goes down has loss(x), a number, and gradient(x), of x's shape.
-# An objective is a term of the target's activations, float32 (N, C, ...); a regularizer is one of
-# an image or a part of it, float64 (1, C, H, W), with its weight included.
+# A target is a term of a layer's activations, float32 (N, C, ...), and has one of three forms; a
+# regularizer is a term of an image or a part of it, float64 (1, C, H, W), with its weight included.
 
 
 @dataclasses.dataclass(frozen=True)
 class AmplifyLayer:
-    """Lets every activation `a` of the target grow: minus the sum of l1 a|a| / 2 + l2 a^2 / 2,
-    where the square continues as a straight line beyond `clip`."""
+    """Lets every activation `a` grow: minus the sum of l1 a|a| / 2 + l2 a^2 / 2, where the square
+    continues as a straight line beyond `clip`."""
 
     l1: float = 1.0
     l2: float = 1.0
     clip: float = 5.0
-
-    def check(self, target, channels):
-        """Raises BadRequest if the target, with so many channels, does not fit."""
 
     def loss(self, a):
         """The loss of activations (N, C, ...)."""
@@ -740,33 +737,183 @@ class AmplifyLayer:
 
 @dataclasses.dataclass(frozen=True)
 class AmplifyNeuron:
-    """Lets one channel of the target grow: minus the sum of its activations."""
+    """Lets one channel grow, or all for None: minus the sum of its activations."""
 
-    neuron: int = 0
+    neuron: int | None = 0
 
-    def check(self, target, channels):
-        """Raises BadRequest if the target, with so many channels, does not fit."""
-        if self.neuron >= channels:
-            problem = f"{target} has {channels} channels, numbered from 0"
-            raise refusal("target_neuron", self.neuron, problem)
+    def _place(self):
+        return np.s_[:] if self.neuron is None else np.s_[:, self.neuron]
 
     def loss(self, a):
         """The loss of activations (N, C, ...)."""
-        return -float(a[:, self.neuron].sum(dtype=np.float64))
+        return -float(a[self._place()].sum(dtype=np.float64))
 
     def gradient(self, a):
         """The gradient of the loss with respect to `a`, of its shape and dtype."""
         gradient = np.zeros_like(a)
-        gradient[:, self.neuron] = -1
+        gradient[self._place()] = -1
         return gradient
 
 
-IMAGE_TYPES = {  # --image_type: the objective that the settings ask for
-    "amplify_layer": lambda settings: AmplifyLayer(
+@dataclasses.dataclass(frozen=True)
+class Resemble:
+    """Lets the activations x at every place grow like those of a guide that they resemble most:
+    minus the sum of the largest x . y over the guide's places. It is Google's (Mordvintsev, Tyka
+    and Olah, the DeepDream notebook of 2015). `features` are the y, float32 (C, Q); a network adds
+    them once it has seen the guide."""
+
+    features: np.ndarray | None = None
+    BLOCK = 1 << 22  # products that are held in memory
+
+    def on(self, channels):
+        """The same on some of the channels, or None: on all."""
+        return self if channels is None else Resemble(self.features[list(channels)])
+
+    def loss(self, a):
+        """The loss of activations (N, C, ...)."""
+        return -float(sum(products.max(axis=1).sum() for _, _, products in self._products(a)))
+
+    def gradient(self, a):
+        """The gradient of the loss with respect to `a`, of its shape and dtype."""
+        gradient = np.empty(a.shape, a.dtype)
+        for n, places, products in self._products(a):
+            nearest = self.features[:, products.argmax(axis=1)]
+            gradient[n].reshape(a.shape[1], -1)[:, places] = -nearest
+        return gradient
+
+    def _products(self, a):
+        """Yields (n, a slice of the places of a[n], their products with all y: (places, Q))."""
+        block = max(1, self.BLOCK // self.features.shape[1])
+        for n, x in enumerate(a.reshape(*a.shape[:2], -1)):
+            for first in range(0, x.shape[1], block):
+                places = slice(first, first + block)
+                yield n, places, x[:, places].T @ self.features
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One term of the objective: `form` on the `channels` of a layer. They are numbers, besides
+    words of --layer that stand for numbers until find_channels has found those; None: all."""
+
+    layer: str
+    form: object = AmplifyLayer()
+    channels: tuple | None = None
+    weight: float = 1.0
+
+    def __str__(self):
+        """The term as --layer takes it."""
+        weight = "" if self.weight == 1 else f"{self.weight:.12g}*"
+        layer = f'"{self.layer}"' if re.search(r"[+*:\s]", self.layer) else self.layer
+        channels = "" if self.channels is None else f":{','.join(map(str, self.channels))}"
+        return f"{weight}{layer}{channels}"
+
+    def check(self, channels):
+        """Raises BadRequest if the layer, with so many channels, does not have those of the
+        target."""
+        numbers = [n for n in self.channels or () if type(n) is int]
+        asked = {("layer", f"{self.layer}:{n}"): n for n in numbers}
+        if isinstance(self.form, AmplifyNeuron) and self.channels is None:
+            asked = {("target_neuron", self.form.neuron): self.form.neuron}
+        for (option, value), number in asked.items():
+            if number >= channels:
+                problem = f"{self.layer} has {channels} channels, numbered from 0"
+                raise refusal(option, value, problem)
+
+    def loss(self, a):
+        """The loss of activations (N, C, ...), without the weight."""
+        return self.form.loss(a if self.channels is None else a[:, list(self.channels)])
+
+    def gradient(self, a):
+        """The gradient of that loss with respect to `a`, of its shape and dtype."""
+        if self.channels is None:
+            return self.form.gradient(a)
+        gradient = np.zeros_like(a)
+        gradient[:, list(self.channels)] = self.form.gradient(a[:, list(self.channels)])
+        return gradient
+
+
+def descents(targets, activations):
+    """The gradient of the sum of the Targets with respect to each one's activations (N, C, ...), a
+    list of arrays of their shapes and dtypes. In each of the N tiles a target's gradient is scaled
+    to the L2 norm of the first one's, and then weighted; of one alone only the sign counts."""
+    gradients = [target.gradient(a) for target, a in zip(targets, activations)]
+    if len(targets) == 1:
+        return gradients if targets[0].weight > 0 else [-gradients[0]]
+    norms = [np.sqrt(np.square(rows(g), dtype=np.float64).sum(axis=1)) for g in gradients]
+    for target, gradient, norm in zip(targets, gradients, norms):
+        rows(gradient)[...] *= (target.weight * norms[0] / (norm + EPSILON))[:, np.newaxis]
+    return gradients
+
+
+def loss(targets, activations):
+    """The sum of the Targets' losses of each one's activations, as they are weighted; of one alone
+    only the sign of the weight counts."""
+    weights = [t.weight if len(targets) > 1 else np.sign(t.weight) for t in targets]
+    return sum(w * t.loss(a) for w, t, a in zip(weights, targets, activations))
+
+
+def rows(a):
+    """The array with its axes after the first as one, a view."""
+    return a.reshape(len(a), -1)
+
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+TERM = re.compile(  # weight, layer in quotes or without, channels, what follows
+    rf'\s*(?:({_NUMBER})\s*\*\s*)?(?:"([^"]+)"|([^"*+:]*[^"*+:\s]))\s*(?::([^"*+:]+))?(\+|$)'
+)
+
+
+def parse_targets(text):
+    """The Targets that --layer names, of the first form: "[WEIGHT*]LAYER[:CHANNELS] + ...". Raises
+    BadRequest that points at the place of a mistake."""
+    targets, place, joint = [], 0, "+"
+    while joint:
+        term = TERM.match(text, place)
+        if term is None:
+            here = f"character {place + 1}, {text[place:].strip()[:40] or 'the end'}"
+            form = '[WEIGHT*]LAYER[:CHANNELS], with quotes around names that hold + * or ":"'
+            raise refusal("layer", text, f"at {here}: a term is {form}")
+        weight, quoted, plain, channels, joint = term.groups()
+        weight, channels = float(weight or 1), channels and parse_channels(channels, term[0])
+        if not (weight and math.isfinite(weight)):
+            raise refusal("layer", term[0].strip(" +"), "a weight must be a number other than 0")
+        targets.append(Target(quoted or plain, channels=channels, weight=weight))
+        place = term.end()
+    return tuple(targets)
+
+
+def parse_channels(text, term):
+    """The channels that a term of --layer names: numbers, and words that stand for some. Raises
+    BadRequest."""
+    found = {}
+    for word in map(str.strip, text.split(",")):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        if not (numbers or word) or ends and not numbers or re.fullmatch("strong0*", word):
+            problem = f"at {word or text!r}: give numbers and ranges, as 17,40-47, or strong5"
+            raise refusal("layer", term.strip(" +"), problem)
+        found |= dict.fromkeys(numbers or [word])
+    return tuple(found)
+
+
+IMAGE_TYPES = {  # --image_type: the form that the settings ask for, on all channels or on some
+    "amplify_layer": lambda settings, channels: AmplifyLayer(
         settings.amplify_l1_weight, settings.amplify_l2_weight, settings.amplify_grad_clip
     ),
-    "amplify_neuron": lambda settings: AmplifyNeuron(settings.target_neuron),
+    "amplify_neuron": lambda settings, channels: AmplifyNeuron(
+        settings.target_neuron if channels is None else None
+    ),
+    "guide": lambda settings, channels: Resemble(),  # of --guide
 }
+
+
+def choose_targets(settings):
+    """The Targets that the settings ask for. Raises BadRequest."""
+    form = IMAGE_TYPES["guide" if settings.guide else settings.image_type]
+    return tuple(
+        dataclasses.replace(target, form=form(settings, target.channels))
+        for target in parse_targets(settings.target_layer)
+    )
 
 
 def power(x, exponent):
@@ -899,7 +1046,7 @@ def _spread_slope(x, slope, operator, axis):
     down -= spread
 
 
-EPSILON = 1e-8  # under RMSProp's square root
+EPSILON = 1e-8  # against division by 0; under RMSProp's square root
 
 
 def rmsprop(gradient, cache, decay, learning_rate):
@@ -1598,6 +1745,12 @@ def input_size(text):
     return size
 
 
+def terms(text):
+    """A type for argparse: targets as parse_targets reads them."""
+    parse_targets(given(text))
+    return text
+
+
 def behaviors(text):
     """A type for argparse: words of BEHAVIORS joined by +, as a set; "none" is the empty set."""
     words, known = set(text.split("+")), (*BEHAVIORS, "none")
@@ -1696,6 +1849,8 @@ def network_options(add):
         help="list these networks and whether they are installed, and exit")
     add("--list_layers", action="store_true", free=True,
         help="list the layers of the network that can be amplified, and exit")
+    add("--list_classes", action="store_true", free=True,
+        help="list the classes of the network's classifier, and exit")
     add("--download_model", metavar="NAME", free=True,
         choices=tuple(model.name for model in MODELS.values() if model.url),
         help="download a network (%(choices)s), check it, and exit")
@@ -1735,21 +1890,36 @@ def network_options(add):
 
 
 def target_options(add):
-    add("--image_type", choices=tuple(IMAGE_TYPES), default="amplify_layer",
+    def names_all_channels(options):
+        return all(target.channels for target in parse_targets(options.target_layer))
+
+    def is_not(image_type):
+        return lambda o: (
+            o.guide and "--guide" or o.image_type != image_type and f"--image_type {o.image_type}"
+        )
+
+    add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
+        idle=lambda o: o.guide and "--guide",
         help="amplify the whole layer, or one channel of it")
-    add("--target_layer", "--layer", metavar="NAME", default="inception_4d/3x3_reduce",
-        help="layer to amplify")
+    add("--target_layer", "--layer", metavar="TERMS", type=terms,
+        default="inception_4d/3x3_reduce",
+        help="layer to amplify, or terms: [WEIGHT*]LAYER[:CHANNELS] + ...; channels are numbers "
+        "and ranges, as 17,40-47; strong5, the five strongest in the start picture; or of a "
+        "classifier classes by name")
     add("--target_neuron", metavar="N", type=number(int, 0), default=0,
-        idle=when("image_type", "amplify_layer"),
-        help="channel for amplify_neuron, numbered from 0")
+        idle=lambda o: is_not("amplify_neuron")(o)
+        or names_all_channels(o) and f"--layer {o.target_layer}",
+        help="channel for amplify_neuron, numbered from 0, where --layer names none")
+    add("--guide", metavar="FILE", type=file_name, file="read",
+        help="amplify what the layer finds in this picture, wherever it finds something like it")
     add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
-        idle=when("image_type", "amplify_neuron"),
+        idle=is_not("amplify_layer"),
         help="for amplify_layer: weight of the absolute activations in the target's gradient")
     add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
-        idle=when("image_type", "amplify_neuron"),
+        idle=is_not("amplify_layer"),
         help="for amplify_layer: weight of the clipped activations in the target's gradient")
     add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
-        idle=when("image_type", "amplify_neuron"),
+        idle=is_not("amplify_layer"),
         help="for amplify_layer: activation at which the l2 part is clipped")
 
 
@@ -2045,13 +2215,20 @@ def stand_in_notice(asked, name):
 @dataclasses.dataclass(frozen=True)
 class NetworkFiles:
     """The files of a network, as paths, and its name. `fit_classifier` tells whether the classifier
-    takes its width from the weights; `mean` is the number to subtract from pixels."""
+    takes its width from the weights; `mean` is the number to subtract from pixels; `guide` is the
+    guide of a run, as NumPy keeps it, uint8 (H, W, 3)."""
 
     deploy: str
     weights: str | None
     name: str = "network"
     fit_classifier: bool = False
     mean: float | None = None
+    guide: str | None = None
+
+    def paths(self):
+        """{field: path} of the files."""
+        named = {name: getattr(self, name) for name in ("weights", "deploy", "guide")}
+        return {name: path for name, path in named.items() if path}
 
 
 def find_files(options):
@@ -2087,6 +2264,19 @@ def find_network(options):
     return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
 
 
+@contextlib.contextmanager
+def with_guide(files, guide):
+    """The NetworkFiles with the picture `guide`, uint8 (H, W, 3) or None, as one of them: a file
+    without a name that is there as long as this lasts."""
+    if guide is None:
+        yield files
+        return
+    with open(os.memfd_create("guide"), "wb") as file:
+        np.save(file, guide)
+        file.flush()
+        yield dataclasses.replace(files, guide=f"/proc/{os.getpid()}/fd/{file.fileno()}")
+
+
 def existing_file(option, path):
     """`path`, the file that an option names. Raises BadRequest."""
     if not os.path.isfile(path):
@@ -2119,6 +2309,36 @@ def read_mean(path):
     return mean
 
 
+CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classifier's width
+
+
+def class_names(width):
+    """The names of a classifier's classes, each a line of synonyms; None if they are not known."""
+    path = os.path.join(HERE, "models", "classes", f"{CLASSES.get(width)}.txt")
+    return read_text(path).splitlines() if os.path.isfile(path) else None
+
+
+def class_number(name, names):
+    """The number of the class that `name` stands for. Raises ValueError, whose message tells what
+    is wrong and the remedy."""
+
+    def plain(text):
+        return " ".join(re.split(r"[\s_]+", text.strip().lower()))
+
+    by_name = collections.defaultdict(list)
+    for number, line in enumerate(names):
+        for synonym in dict.fromkeys(map(plain, line.split(","))):
+            by_name[synonym].append(number)
+    found = by_name.get(plain(name), [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"classes {' and '.join(map(str, found))} are called so; give a number")
+    close = difflib.get_close_matches(plain(name), by_name, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see --list_classes"
+    raise ValueError(f"no class is called so; {hint}")
+
+
 def file_hash(path, algorithm):
     """The hash of a file as "algorithm:hex"."""
     digest = hashlib.new(algorithm)
@@ -2135,7 +2355,7 @@ def sha256_of(path):
 
 def content_of(network):
     """What tells the NetworkFiles from others wherever they lie: {field: SHA-256}."""
-    return {name: sha256_of(getattr(network, name)) for name in ("weights", "deploy")}
+    return {name: sha256_of(path) for name, path in network.paths().items()}
 
 
 def has_known_hash(path, model):
@@ -2844,18 +3064,19 @@ def check_values(spec, net):
     return [f"{some(empty)}: {what}"] if empty else []
 
 
-def cut(net, target, blob_counts):
-    """Cuts the NetParameter `net` down to what the gradient of `target` with respect to the input
-    takes; changes it in place.
+def cut(net, targets, blob_counts):
+    """Cuts the NetParameter `net` down to what the gradient of the blobs `targets` with respect to
+    the input takes; changes it in place. Returns those of them that others of its layers read.
 
-    Kept are the target's ancestors and the layers that work in place on it. Caffe's force_backward
-    would also compute the gradient of every weight. Instead only one weight is left to learn, the
-    first layer's bias: then Caffe runs backward from a loss (put on the last writer of the target)
-    down to that layer, and propagate_down takes it on to the input. If that is impossible (a first
-    layer without bias or with shared weights, several of them) force_backward does the same
-    slowly. `blob_counts` is {layer name: number of its weight blobs}.
+    Kept are the targets' ancestors and the layers that work in place on them. Caffe's
+    force_backward would also compute the gradient of every weight. Instead only one weight is left
+    to learn, the first layer's bias: then Caffe runs backward from a loss (put on the last writer
+    of each target that no other layer reads) down to that layer, and propagate_down takes it on to
+    the input. If that is impossible (a first layer without bias or with shared weights, several of
+    them) force_backward does the same slowly. `blob_counts` is {layer name: number of its weight
+    blobs}.
     """
-    kept, needed = [], {target}
+    kept, needed = [], set(targets)
     for layer in reversed(net.layer):
         if not needed.isdisjoint(layer.top):
             kept.insert(0, layer)
@@ -2874,10 +3095,16 @@ def cut(net, target, blob_counts):
                 param.lr_mult = 0
         first[0].param[1].lr_mult = 1
         first[0].propagate_down[:] = [True]
-        kept[-1].loss_weight[:] = [1.0 if top == target else 0.0 for top in kept[-1].top]
+    read = {blob for layer in kept for blob in layer.bottom if blob not in layer.top}
+    ends = set(targets) - read
+    for layer in reversed(kept if has_bias else ()):
+        if not ends.isdisjoint(layer.top):
+            layer.loss_weight[:] = [1.0 if top in ends else 0.0 for top in layer.top]
+            ends.difference_update(layer.top)
     names = {layer.name for layer in kept}
     for layer in [layer for layer in net.layer if layer.name not in names]:
         net.layer.remove(layer)
+    return read.intersection(targets)
 
 
 # Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in
@@ -2896,29 +3123,28 @@ def use_fast_layers(net, fast):
             layer.type = fast[layer.type]
 
 
-def end_in_objective(net, target, objective):
-    """Appends the objective to the NetParameter `net`, cut at the target, if this Caffe has it as a
-    layer, and returns whether it has. The forward pass then writes the gradient of the loss where
-    backward takes it up: on a GPU the activations need not leave it."""
-    kind = type(objective).__name__
+def end_in_objective(net, blob, form):
+    """Appends the form of a target to the NetParameter `net`, cut at its blob, if this Caffe has it
+    as a layer, and returns whether it has. The forward pass then writes the gradient of the loss
+    where backward takes it up: on a GPU the activations need not leave it."""
+    kind = type(form).__name__
     if kind not in import_caffe().layer_type_list():
         return False
     net.layer[-1].ClearField("loss_weight")  # that backward is wanted, the objective tells now
-    layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[target], loss_weight=[1])
+    layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[blob], loss_weight=[1])
     layer.top[:] = [layer.name]
-    layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(objective)))
+    layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(form)))
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSpec:
-    """All that a worker needs to load the network: its files; the target layer; the objective, of a
-    kind in IMAGE_TYPES; whether it runs on a GPU; the (height, width) of its input, if that is not
-    the prototxt's; whether a GPU may multiply in TF32."""
+    """All that a worker needs to load the network: its files; a tuple of Targets; whether it runs
+    on a GPU; the (height, width) of its input, if that is not the prototxt's; whether a GPU may
+    multiply in TF32."""
 
     files: NetworkFiles
-    target: str
-    objective: object
+    targets: tuple
     use_gpu: bool = False
     input_size: tuple | None = None
     tf32: bool = False
@@ -2931,17 +3157,14 @@ class NetworkSpec:
 
 
 class Network:
-    """A Caffe net from its input to the target layer. Raises BadRequest if `spec` cannot be loaded.
+    """A Caffe net from its input to the targets. Raises BadRequest if `spec` cannot be loaded.
 
-    Attributes: tile_size, (height, width) of the input; target_shape, (C, ...) of one tile's
-    activations; notices, a list of lines for the user.
+    Attributes: tile_size, (height, width) of the input; target_shapes, (C, ...) of one tile's
+    activations for each target; notices, a list of lines for the user.
     """
 
     def __init__(self, spec):
-        # One BLAS thread: processes scale where threads hardly do, and sums then do not depend on
-        # the number of workers.
-        threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        os.environ.update(threads)
+        os.environ.update(ONE_THREAD)  # where it was not started with it
         caffe = import_caffe()
         if spec.use_gpu:
             if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
@@ -2953,29 +3176,62 @@ class Network:
             caffe.set_mode_cpu()
         weights = read_weights(spec.files.weights)
         description = Description(spec.files.deploy, spec.input_size)
-        net, target = description.net, description.find(spec.target)
+        net, targets = description.net, [description.find(t.layer) for t in spec.targets]
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
-        cut(net, target, {name: len(shapes) for name, shapes in weights.items()})
+        read = cut(net, targets, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net, spec.fast_layers())
-        self._has_objective = end_in_objective(net, target, spec.objective)
+        first, is_sum = spec.targets[0], len(targets) > 1
+        is_plain = not is_sum and first.channels is None and first.weight > 0
+        self._has_objective = is_plain and end_in_objective(net, targets[0], first.form)
         self._spec, self._net = spec, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
         self.notices = description.notices + check_values(spec, self._net)
         (name,) = self._net.inputs
-        self._input, self._target = self._net.blobs[name], self._net.blobs[target]
-        self._start = list(self._net._layer_names).index(description.starts[target])
-        self.tile_size, self.target_shape = tuple(self._input.shape)[2:], self._target_shape()
+        self._input, self._blobs = self._net.blobs[name], [self._net.blobs[t] for t in targets]
+        # Backward takes up the gradients of the targets at the layers that make them. An in-place
+        # ReLU after one has shaped the activations, but their own gradient is not passed through
+        # it; that which layers behind it send back is.
+        layers = list(self._net._layer_names)
+        self._stops = collections.defaultdict(list)  # {number of a layer: targets that it makes}
+        for number, blob in enumerate(targets):
+            self._stops[layers.index(description.starts[blob])].append(number)
+        self._read = [blob in read or blob in targets[:i] for i, blob in enumerate(targets)]
+        self.tile_size = tuple(self._input.shape)[2:]
+        self.target_shapes = [*map(self._target_shape, spec.targets, self._blobs)]
+        self._targets = spec.targets
+        if spec.files.guide:
+            self._targets = self._guided(np.load(spec.files.guide, allow_pickle=False))
 
-    def _target_shape(self):
+    @staticmethod
+    def _target_shape(target, blob):
         """The shape of the target for one tile. Raises BadRequest if it does not suit."""
-        spec, shape = self._spec, tuple(self._target.shape)[1:]
+        shape = tuple(blob.shape)[1:]
         if not shape:
             problem = "its output is a single number, without channels"
-            raise refusal("layer", spec.target, f"{problem}; {ANOTHER_LAYER}")
-        spec.objective.check(spec.target, shape[0])
+            raise refusal("layer", target.layer, f"{problem}; {ANOTHER_LAYER}")
+        target.check(shape[0])
         return shape
+
+    def _guided(self, guide):
+        """The targets, of the form Resemble, with what they find in the picture `guide`: its
+        shorter side is fitted to a tile's, and of a longer one there are several tiles."""
+        scale = max(n / side for n, side in zip(self.tile_size, guide.shape))
+        sizes = zip(self.tile_size, guide.shape)
+        size = tuple(max(n, round(scale * side)) for n, side in sizes)
+        image = np.empty((1, 3, *size))
+        from_uint8(resize(guide, size, bilinear=True), self._spec.files.mean, image)
+        seen = [[] for _ in self._blobs]
+        for region in itertools.chain(*tiles(size, self.tile_size)):
+            batch = cut_tile(image, region)[np.newaxis].astype(np.float32)
+            for parts, a in zip(seen, self.activations(batch)):
+                parts.append(a[0].reshape(a.shape[1], -1).copy())
+        forms = (Resemble(np.concatenate(parts, axis=1)) for parts in seen)
+        return [
+            dataclasses.replace(target, form=form.on(target.channels))
+            for target, form in zip(self._spec.targets, forms)
+        ]
 
     def batch_for_memory(self, share):
         """How many tiles at once fit in this process's share of the GPU's free memory, if so many
@@ -2989,23 +3245,91 @@ class Network:
     def gradients(self, batch, measure=True):
         """The gradient of the objective's loss with respect to the tiles `batch`, float32
         (N, 3, H, W), valid until the next call; and the loss of each, None unless measured."""
+        self._forward(batch)
+        targets, starts = self._targets, sorted(self._stops, reverse=True)
+        own = None if self._has_objective else descents(targets, self._activations())
+        for start, end in itertools.pairwise([*starts, -1]):
+            for i in self._stops[start] if own else ():
+                diff = self._blobs[i].diff
+                np.add(diff, own[i], out=diff) if self._read[i] else np.copyto(diff, own[i])
+            self._net._backward(start, end + 1)
+        losses = [None] * len(batch)
+        if measure:
+            activations = self._activations()
+            parts = ([a[i : i + 1] for a in activations] for i in range(len(batch)))
+            losses = [loss(targets, part) for part in parts]
+        return read_only(self._input, "diff"), losses
+
+    def activations(self, batch):
+        """The activations of each target, float32 (N, C, ...), for the tiles `batch`, a list of
+        arrays valid until the next call."""
+        self._forward(batch)
+        return self._activations()
+
+    def _activations(self):
+        return [read_only(blob, "data") for blob in self._blobs]
+
+    def _forward(self, batch):
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
         self._input.data[...] = batch
         self._net.forward()
-        objective = self._spec.objective
-        if not self._has_objective:
-            self._target.diff[...] = objective.gradient(self._target.data)
-        # From the layer that makes the target: an in-place ReLU after it has shaped the activations
-        # but is not passed backward.
-        self._net._backward(self._start, 0)
-        losses = [None] * len(batch)
-        if measure:
-            activations = read_only(self._target, "data")
-            parts = activations[np.newaxis] if len(batch) == 1 else activations[:, np.newaxis]
-            losses = [objective.loss(a) for a in parts]
-        return read_only(self._input, "diff"), losses
+
+
+def find_channels(spec, settings, picture, mask, mean):
+    """Task: the Targets of `spec` with numbers in place of words: of the channels with the largest
+    mean absolute activation in the start image at the first size, and of classes. The other
+    arguments are a Dream's. Raises BadRequest."""
+    network, targets = Network(spec), []
+    is_strong = [any(map(strong, target.channels or ())) for target in spec.targets]
+    activity = mean_activity(network, settings, picture, mask, mean) if any(is_strong) else ()
+    for i, (target, shape) in enumerate(zip(spec.targets, network.target_shapes)):
+        found = {}
+        for word in target.channels or ():
+            if number := strong(word):
+                order = np.argsort(-activity[i], kind="stable")
+                found |= dict.fromkeys(sorted(map(int, order[:number])))
+            else:
+                found[class_of(target.layer, word, shape)] = None
+        channels = tuple(found) if target.channels else None
+        targets.append(dataclasses.replace(target, channels=channels))
+    return tuple(targets)
+
+
+def strong(word):
+    """The N of "strongN", or None for any other channel of a Target."""
+    found = re.fullmatch(r"strong(\d{1,6})", str(word))
+    return found and int(found[1])
+
+
+def class_of(layer, word, shape):
+    """The number of a channel of the layer: itself, or a class's. Raises BadRequest."""
+    if type(word) is int:
+        return word
+    names = class_names(shape[0]) if math.prod(shape) == shape[0] else None
+    if names is None:
+        problem = "channels are numbers and ranges, as 17,40-47, or strong5"
+        remedy = "classes can be named only for a classifier of ImageNet or Places"
+        raise refusal("layer", f"{layer}:{word}", f"{problem}; {remedy}")
+    try:
+        return class_number(word, names)
+    except ValueError as error:
+        raise refusal("layer", f"{layer}:{word}", error) from None
+
+
+def mean_activity(network, settings, picture, mask, mean):
+    """The mean absolute activation of each target's channels, a list of arrays (C,), over the tiles
+    of the start image at the first size."""
+    dream = Dream(settings, picture, mean, network, mask=mask)
+    dream.lay_out()
+    dream.begin_size()
+    activity = [np.zeros(shape[0]) for shape in network.target_shapes]
+    for region in itertools.chain(*dream.tiles(dream.sizes[0])):
+        tile = cut_tile(dream.image, region)[np.newaxis].astype(np.float32)
+        for total, a in zip(activity, network.activations(tile)):
+            total += np.abs(a[0].reshape(len(total), -1)).mean(axis=1, dtype=np.float64)
+    return activity
 
 
 def read_only(blob, kind):
@@ -3022,9 +3346,9 @@ class Engine:
     """What computes the gradients of tiles, as the loop sees it; a context manager.
 
     `spec` is its NetworkSpec; `device` tells where it runs, in words; `notices` is a list of lines
-    for the user. After `describe`: tile_size, (height, width) of a tile; target_shape, (C, ...) of
-    a tile's activations; batch_size, how many tiles `send` takes at most; number, how many devices
-    compute batches, each of which wants some of every turn.
+    for the user. After `describe`: tile_size, (height, width) of a tile; target_shapes, (C, ...) of
+    a tile's activations for each target; batch_size, how many tiles `send` takes at most; number,
+    how many devices compute batches, each of which wants some of every turn.
 
     Which tile is computed where and with which others must not change its gradient. A failure that
     the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
@@ -3083,7 +3407,7 @@ attach = functools.cache(map_memory)  # in a worker, which has one memory for li
 
 
 def describe(spec, batch_size=None, share=1):
-    """Task: (tile_size, target_shape, batch size, notices) of the network, after a trial of it: it
+    """Task: (tile_size, target_shapes, batch size, notices) of the network, after a trial of it: it
     takes the memory it needs, and fails now if it ever does. Without a batch size, that is what
     suits the device. `share` processes share a GPU, and try it together."""
     try:
@@ -3099,7 +3423,7 @@ def describe(spec, batch_size=None, share=1):
         if together is not None:
             together.abort()
         raise
-    return network.tile_size, network.target_shape, batch_size, network.notices
+    return network.tile_size, network.target_shapes, batch_size, network.notices
 
 
 def check_batch(batch_size, slots, tile_size):
@@ -3188,6 +3512,22 @@ def read_text(path):
     """The text of a small file."""
     with open(path) as file:
         return file.read()
+
+
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@contextlib.contextmanager
+def one_thread_each():
+    """While processes are started: their BLAS takes one thread. Processes scale where threads
+    hardly do, and sums then do not depend on the number of workers."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextlib.contextmanager
@@ -3329,7 +3669,7 @@ class CaffeProcesses:
     def submit(self, task, *arguments):
         """The future of a task, which may start a process."""
         try:
-            with system_limits(), signals_held_back():
+            with system_limits(), signals_held_back(), one_thread_each():
                 return self._executor.submit(task, *arguments)
         except concurrent.futures.BrokenExecutor as error:  # told when the result is asked for
             future = concurrent.futures.Future()
@@ -3453,15 +3793,15 @@ class Workers(Engine):
                 found = [self.processes.call(describe, self.spec)]
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
+                layers = " + ".join(target.layer for target in self.spec.targets)
                 problem = "Caffe cannot compute a gradient for this layer"
-                problem = f"{problem}; {ANOTHER_LAYER}"
-                raise refusal("layer", self.spec.target, problem) from None
+                raise refusal("layer", layers, f"{problem}; {ANOTHER_LAYER}") from None
             if self.spec.input_size:
                 problem = f"the network cannot take it ({error}); leave it out"
                 raise input_size_refusal(self.spec.input_size, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
-        self.tile_size, self.target_shape, _, notices = found[0]
+        self.tile_size, self.target_shapes, _, notices = found[0]
         self.notices += notices
         # More than one would not help on the CPU, and a sum might depend on the tiles beside it.
         self.batch_size = min(size for _, _, size, _ in found) if self.gpus else 1
@@ -3589,6 +3929,8 @@ def portable():
 
 def in_module(module, value):
     """A value of this script, a dataclass or a simpler one, as one of the script `module`."""
+    if isinstance(value, tuple):
+        return tuple(in_module(module, part) for part in value)
     if not dataclasses.is_dataclass(value):
         return value
     fields = {f.name: in_module(module, getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -3725,7 +4067,7 @@ class Loan:
                 self._workers.__exit__(Stopped)
 
 
-DESCRIBED = ("tile_size", "target_shape", "notices")  # of an Engine, by describe()
+DESCRIBED = ("tile_size", "target_shapes", "notices")  # of an Engine, by describe()
 
 
 def end_loan(run):
@@ -3745,9 +4087,8 @@ def on_loan(run, task, spec, *arguments):
     """In a Dask worker: (None, what a method of the run's Loan returns), or (name of an exception
     of this script, message)."""
     files = spec.files  # by content, see Crew
-    files = dataclasses.replace(
-        files, deploy=kept_path(files.deploy), weights=kept_path(files.weights)
-    )
+    there = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
+    files = dataclasses.replace(files, **there)
     spec = dataclasses.replace(spec, files=files)
     try:
         with Loan.of(run, spec) as loan:
@@ -4067,12 +4408,12 @@ class Cluster(Engine):
 
 def open_engine(options, settings, files):
     """The Engine that the options ask for, not yet entered. Raises BadRequest."""
-    objective = IMAGE_TYPES[settings.image_type](settings)
-    place = (files, settings.target_layer, objective)
+    targets = choose_targets(settings)
     if options.scheduler:
-        return Cluster(NetworkSpec(*place, input_size=settings.input_size), options.scheduler)
+        spec = NetworkSpec(files, targets, input_size=settings.input_size)
+        return Cluster(spec, options.scheduler)
     gpus, device = choose_gpus(options.gpu)
-    spec = NetworkSpec(*place, bool(gpus), settings.input_size, settings.tf32)
+    spec = NetworkSpec(files, targets, bool(gpus), settings.input_size, settings.tf32)
     number, batch_size = options.workers or count_cores(), options.batch_size
     return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
 
@@ -4081,6 +4422,9 @@ def idle(options, engine):
     """Notices of options that were set and change nothing, whatever the device or on the engine's
     one."""
     yield from without_effect(options)
+    targets = engine.spec.targets
+    if len(targets) == 1 and abs(targets[0].weight) != 1:
+        yield f"--layer {targets[0]}: a single term's weight has no effect"
     use_gpu = engine.spec.use_gpu
     for name in ("workers",) if use_gpu else ("batch_size", "tf32"):
         if getattr(options, name) and not options.scheduler:
@@ -4304,7 +4648,7 @@ RECORD_FIELDS = {  # what is relied on, when a record is read
 def make_record(options, settings, network, sizes):
     """The record of a run: program and versions; the command, with what the program chose itself;
     what identifies the network; the layer, the sizes, the seed."""
-    found = {"seed": settings.seed}
+    found = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.name in MODELS:
         found["model"] = network.name
     words = ["python", "cnn_vis.py", *command_words(options, **found)]
@@ -4312,7 +4656,7 @@ def make_record(options, settings, network, sizes):
         "program": f"cnn_vis.py {__version__}",
         "command": shlex.join(words),
         "network": network.name,
-        "layer": settings.target_layer,
+        "layer": options.target_layer,
         "sizes": sizes,
         "seed": settings.seed,
         **identify(network),
@@ -4379,6 +4723,7 @@ CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
     "before": (np.float32, None, 3, None, None),
     "picture": (np.uint8, None, None, 3),
     "mask": (np.uint8, None, None),
+    "guide": (np.uint8, None, None, 3),
 }
 
 
@@ -4876,6 +5221,7 @@ DEFAULTS = PARSER.parse_args([])
 Settings = dataclasses.make_dataclass(
     "Settings",
     [(a.dest, object, getattr(DEFAULTS, a.dest)) for a in PARSER.options if not a.free],
+    namespace={"__module__": __name__},  # so that it can be sent to workers
     frozen=True,
 )
 Settings.__doc__ = """What the picture depends on besides the network: options, by name."""
@@ -4887,6 +5233,20 @@ def choose_settings(options):
     if values["initial_image"] is None and values["seed"] is None:
         values["seed"] = np.random.SeedSequence().entropy % 2**32
     return Settings(**values)
+
+
+def settled(settings, files, given):
+    """The settings with numbers in place of the words that --layer has for channels, and remarks.
+    Raises BadRequest, RunFailed."""
+    targets = choose_targets(settings)
+    if not any(type(channel) is str for target in targets for channel in target.channels or ()):
+        return settings, []
+    spec = NetworkSpec(files, targets, input_size=settings.input_size)
+    start = (settings, given.picture, given.mask, files.mean)
+    targets = in_a_worker(find_channels, spec, *start)
+    text = " + ".join(map(str, targets))
+    remark = f"--layer {settings.target_layer} is {text}"
+    return dataclasses.replace(settings, target_layer=text), [remark]
 
 
 class Signals:
@@ -5005,6 +5365,8 @@ def resume(path, argv, scratch=None):
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
         if names_file(action, new):
             new = os.path.abspath(new)
+        if action.dest == "target_layer" and new == checkpoint.record.get("layer"):
+            new = options.target_layer = old  # the numbers that its words stood for
         if not action.free and new != old:
             old, new = (v if v is None else action.text(v) for v in (old, new))
             problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
@@ -5026,23 +5388,50 @@ def check_same_network(path, record, network):
             )
 
 
-def read_start(settings, checkpoint, resumed=None):
-    """The start picture, None for noise; its mask, None without one; remarks on how they were read.
-    Of a run that is resumed, they are in its checkpoint, in the file `resumed`. Raises
-    BadRequest."""
-    if checkpoint is not None:
-        picture, mask = (checkpoint.arrays.pop(name, None) for name in ("picture", "mask"))
-        asked = {"picture": settings.initial_image, "mask": settings.mask}
-        for (name, option), array in zip(asked.items(), (picture, mask)):
-            if (array is None) != (option is None) or (array is not None and not array.size):
-                raise unusable(resumed, f"its {name} is missing or none of its own")
-        if mask is not None and not (mask.shape == picture.shape[:2] and mask.any()):
-            raise unusable(resumed, "its mask is not one for its picture")
-        return picture, mask, []
-    if settings.initial_image is None:
-        return None, *read_mask(settings.mask, None)
-    path = existing_file("image", settings.initial_image)
-    return read_masked(path, settings.background, settings.mask)
+@dataclasses.dataclass
+class Given:
+    """The pictures that a run is given, each None if it is not: the start picture, uint8 (H, W, 3);
+    its mask, uint8 (H, W); the guide, uint8 (H, W, 3)."""
+
+    picture: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    guide: np.ndarray | None = None
+
+    def arrays(self):
+        """Those that there are, {name: array}."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
+def read_given(settings, image=None):
+    """The Given of the settings, and remarks on how it was read; an array `image` is the start
+    picture. Raises BadRequest."""
+    if image is not None:
+        picture, (mask, remarks) = image, read_mask(settings.mask, image)
+    elif settings.initial_image is None:
+        picture, (mask, remarks) = None, read_mask(settings.mask, None)
+    else:
+        path = existing_file("image", settings.initial_image)
+        picture, mask, remarks = read_masked(path, settings.background, settings.mask)
+    guide = None
+    if settings.guide is not None:
+        path = existing_file("guide", settings.guide)
+        guide, more = read_picture(path, settings.background, "guide")
+        remarks = [*remarks, *more]
+    return Given(picture, mask, guide), remarks
+
+
+def kept_given(settings, checkpoint, path):
+    """The Given of a run that is resumed, out of its Checkpoint `path`. Raises BadRequest."""
+    asked = {"picture": settings.initial_image, "mask": settings.mask, "guide": settings.guide}
+    given = Given(**{name: checkpoint.arrays.pop(name, None) for name in asked})
+    for name, option in asked.items():
+        array = getattr(given, name)
+        if (array is None) != (option is None) or (array is not None and not array.size):
+            raise unusable(path, f"its {name} is missing or none of its own")
+    mask = given.mask
+    if mask is not None and not (mask.shape == given.picture.shape[:2] and mask.any()):
+        raise unusable(path, "its mask is not one for its picture")
+    return given
 
 
 @dataclasses.dataclass
@@ -5053,6 +5442,7 @@ class Run:
     options: argparse.Namespace
     files: Files
     watchers: Watchers
+    given: Given
     dream: Dream
     record: dict
     kept: dict
@@ -5068,9 +5458,7 @@ class Run:
     def checkpoint(self):
         """The run so far, as a Checkpoint."""
         numbers, arrays = self.dream.state()
-        starts = {"picture": self.dream.picture, "mask": self.dream.mask}
-        arrays |= {name: array for name, array in starts.items() if array is not None}
-        arrays |= self.kept | self.watchers.keep()
+        arrays |= self.given.arrays() | self.kept | self.watchers.keep()
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
@@ -5081,17 +5469,23 @@ def make_picture(options, signals, checkpoint=None):
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
     settings = choose_settings(options)
-    picture, mask, remarks = read_start(settings, checkpoint, options.resume)
+    if checkpoint is None:
+        given, remarks = read_given(settings)
+    else:
+        given, remarks = kept_given(settings, checkpoint, options.resume), []
     network = find_network(options)
     check_apart(options, files, network)
+    settings, more = settled(settings, network, given)
     with (
+        with_guide(network, given.guide) as network,
         open_engine(options, settings, network) as engine,
         sole_writer(outputs + files.resumed_from()),
     ):
         if checkpoint is not None:
             check_same_network(options.resume, checkpoint.record, network)
         engine.describe()
-        dream = Dream(settings, picture, network.mean, engine, options.scratch, mask)
+        place = (network.mean, engine, options.scratch)
+        dream = Dream(settings, given.picture, *place, given.mask)
         arrays = {} if checkpoint is None else checkpoint.arrays
         held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
         check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
@@ -5107,9 +5501,9 @@ def make_picture(options, signals, checkpoint=None):
                 engine.notices.append(f"this run was begun on a {begun_on}; {rounding}")
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
-        announce(options, network, dream, remarks)
+        announce(options, network, dream, [*remarks, *more])
         make_room(options, files)
-        watch(Run(options, files, watchers, dream, record, kept), signals)
+        watch(Run(options, files, watchers, given, dream, record, kept), signals)
 
 
 def restore(dream, checkpoint, path):
@@ -5133,7 +5527,8 @@ def announce(options, network, dream, remarks):
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
     log.info(
         f"{network.name} ({network.weights}), {dream.settings.target_layer} "
-        f"{'x'.join(map(str, engine.target_shape))}, {engine.device}, "
+        f"{' + '.join('x'.join(map(str, shape)) for shape in engine.target_shapes)}, "
+        f"{engine.device}, "
         f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}{seed}"
     )
 
@@ -5270,28 +5665,32 @@ def dream(image=None, **options):
     settings = choose_settings(parsed)
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        path = existing_file("image", expanded(os.fspath(image), os.path.exists(image)))
-        image, mask, remarks = read_masked(path, settings.background, settings.mask)
+        path = expanded(os.fspath(image), os.path.exists(image))
+        settings, image = dataclasses.replace(settings, initial_image=path), None
         parsed.initial_image = path  # for notices
-    elif image is None:
-        mask, remarks = read_mask(settings.mask, None)
-    else:
+    elif image is not None:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             kind = f"an array {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
-        mask, remarks = read_mask(settings.mask, image)
         parsed.initial_image = "an array"
+    given, remarks = read_given(settings, image)
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)
-    if image is None:
+    if given.picture is None:
         remarks.append(f"noise seed {settings.seed}")
-    with open_engine(parsed, settings, network) as engine:
+    settings, more = settled(settings, network, given)
+    remarks = [*remarks, *more]
+    with (
+        with_guide(network, given.guide) as network,
+        open_engine(parsed, settings, network) as engine,
+    ):
         engine.describe()
         for line in [*idle(parsed, engine), *remarks, *engine.notices]:
             log.info(line)
-        run = Dream(settings, image, network.mean, engine, parsed.scratch, mask)
+        place = (network.mean, engine, parsed.scratch)
+        run = Dream(settings, given.picture, *place, given.mask)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
         run.check_mask()
         yield from run.run()
@@ -5320,6 +5719,29 @@ def list_models(options):
 
 def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
+    for name, shape, layer in find_layers(options):
+        other = "" if layer == name else f"  (layer {layer})"
+        name = str(Target(name))
+        say(printable(f"{name:32} {'x'.join(map(str, shape))}{other}"))
+
+
+def list_classes(options):
+    """Prints the classes of the network's classifier, with their numbers, as --layer takes them."""
+    for name, shape, _ in reversed(find_layers(options)):
+        names = class_names(shape[0]) if math.prod(shape) == shape[0] else None
+        if names:
+            log.info(f"note: the channels of {name}")
+            for number, line in enumerate(names):
+                say(f"{number:4} {line}")
+            return
+    widths = some([f"{name} ({width})" for width, name in CLASSES.items()])
+    problem = f"the network has no classifier with classes that are known: {widths}"
+    raise BadRequest(f"--list_classes: {problem}; choose another --model")
+
+
+def find_layers(options):
+    """[(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
+    amplified in the network of the options; says what cannot. Raises BadRequest."""
     files = find_files(options)
     if notice := stand_in_notice(options.model, files.name):
         log.info(notice)
@@ -5338,9 +5760,7 @@ def list_layers(options):
     notices += stops
     for notice in notices:
         log.info(f"note: {notice}")
-    for name, shape, layer in layers:
-        other = "" if layer == name else f"  (layer {layer})"
-        say(printable(f"{name:32} {'x'.join(map(str, shape))}{other}"))
+    return layers
 
 
 def first_to_fail(*arguments):
@@ -5433,6 +5853,7 @@ COMMANDS = {  # options that are done instead of a run
     "list_presets": list_presets,
     "list_models": list_models,
     "list_layers": list_layers,
+    "list_classes": list_classes,
     "download_model": download_model,
     "reproduce": reproduce,
 }

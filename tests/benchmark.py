@@ -74,9 +74,9 @@ def original_gradient(net, spec, tile):
     """The gradient of a tile float32 (1, 3, H, W)."""
     net.blobs["data"].data[...] = tile
     net.forward()
-    blob = net.blobs[spec.target]
-    blob.diff[...] = spec.objective.gradient(blob.data)
-    net.backward(start=spec.target)
+    blob = net.blobs[spec.targets[0].layer]
+    blob.diff[...] = spec.targets[0].gradient(blob.data)
+    net.backward(start=spec.targets[0].layer)
     return net.blobs["data"].diff.copy()
 
 
@@ -166,7 +166,7 @@ def torch_network(spec, device="cpu"):
         .requires_grad_(False)
         .to(device, memory_format=torch.channels_last)
     )
-    key = spec.target.split("/")[0].removeprefix("inception_")
+    key = spec.targets[0].layer.split("/")[0].removeprefix("inception_")
 
     class Cut(GoogLeNet):
         """Stops at the target, as ours does."""
@@ -342,7 +342,7 @@ def load(args):
 
     words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
     files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(words))
-    spec = cnn_vis.NetworkSpec(files, args.layer, cnn_vis.AmplifyLayer())
+    spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(args.layer),))
     return spec, files.mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
 
 

@@ -41,7 +41,7 @@ class Work:
             self.commands = {"64x96": 4}
         self.words.append(f"--layer={layer}")
         self.files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(self.words))
-        self.spec = cnn_vis.NetworkSpec(self.files, layer, cnn_vis.AmplifyLayer(), use_gpu=True)
+        self.spec = cnn_vis.NetworkSpec(self.files, (cnn_vis.Target(layer),), use_gpu=True)
 
 
 def on_gpu(task, *arguments):
@@ -69,7 +69,7 @@ def machine(work):
     )
     yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "not told")
     yield "cores", cnn_vis.count_cores()
-    yield "network", f"{work.files.name}, {work.spec.target}"
+    yield "network", f"{work.files.name}, {work.spec.targets[0]}"
     types = on_gpu(layer_types)
     yield "convolutions", "cuDNN" if "CudnnConvolution" in types else "Caffe's own, cuBLAS"
     yield from cnn_vis.versions().items()
@@ -105,7 +105,7 @@ def distances(spec, layers):
     """Task: {layer: |GPU's gradient - CPU's| / |CPU's|}."""
     found = {}
     for layer in layers:
-        place = {"files": spec.files, "target": layer, "objective": spec.objective}
+        place = {"files": spec.files, "targets": (cnn_vis.Target(layer),)}
         both = []
         for use_gpu in (False, True):  # one after the other: the mode is the process's
             network = cnn_vis.Network(cnn_vis.NetworkSpec(**place, use_gpu=use_gpu))
@@ -136,7 +136,7 @@ def by_batch(times):
 def batch_times(work, fast, tf32):
     """Task: {tiles in a batch: ms for each tile}."""
     cnn_vis.GPU_LAYERS = fast
-    spec = cnn_vis.NetworkSpec(work.files, work.spec.target, work.spec.objective, True, None, tf32)
+    spec = cnn_vis.NetworkSpec(work.files, work.spec.targets, True, None, tf32)
     network, found = cnn_vis.Network(spec), {}
     for size in work.batches:
         batch = noise(size, network.tile_size)

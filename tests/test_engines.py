@@ -33,7 +33,7 @@ from PIL import Image
 import cnn_vis
 
 FILES = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
-SPEC = cnn_vis.NetworkSpec(FILES, "inception_a/output", cnn_vis.AmplifyLayer())
+SPEC = cnn_vis.NetworkSpec(FILES, (cnn_vis.Target("inception_a/output"),))
 
 
 class Local:
@@ -94,7 +94,7 @@ def test_an_engine_gives_each_ticket_its_own_tile(kind, expected):
     """Whatever the order in which they are asked for; losses where they are wanted."""
     with kind.engine(SPEC) as engine:
         engine.describe()
-        assert (engine.tile_size, engine.target_shape) == ((32, 32), (18, 16, 16))
+        assert (engine.tile_size, engine.target_shapes) == ((32, 32), [(18, 16, 16)])
         assert engine.device
         left = list(enumerate(zip(some_tiles(40), expected)))
         while left:
@@ -137,15 +137,15 @@ def test_an_engine_makes_up_for_processes_that_are_killed(kind, expected):
 
 
 WRONG = {
-    "target_neuron 99": {"objective": cnn_vis.AmplifyNeuron(99)},
-    "layer nosuch": {"target": "nosuch"},
-    "layer data": {"target": "data"},
+    "target_neuron 99": cnn_vis.Target("inception_a/output", cnn_vis.AmplifyNeuron(99)),
+    "layer nosuch": cnn_vis.Target("nosuch"),
+    "layer data": cnn_vis.Target("data"),
 }
 
 
 @pytest.mark.parametrize("said", WRONG)
 def test_an_engine_says_what_is_wrong_with_a_request(kind, said):
-    wrong = dataclasses.replace(SPEC, **WRONG[said])
+    wrong = dataclasses.replace(SPEC, targets=(WRONG[said],))
     with pytest.raises(cnn_vis.BadRequest, match=said), kind.engine(wrong) as engine:
         engine.describe()
 

@@ -118,7 +118,7 @@ import sys, numpy, cnn_vis
 files = cnn_vis.NetworkFiles(*sys.argv[1:3])
 target, neuron, use_gpu = sys.argv[3:]
 objective = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
-spec = cnn_vis.NetworkSpec(files, target, objective, use_gpu == "gpu")
+spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(target, objective),), use_gpu == "gpu")
 network = cnn_vis.Network(spec)
 batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")
 for tiles in (batch, batch[:1], batch):

@@ -25,7 +25,7 @@ MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
 def test_the_gradient_through_caffe_is_the_slope(target, objective):
     """From the picture through a real net: slopes of the objective, in single precision."""
     files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
-    network = cnn_vis.Network(cnn_vis.NetworkSpec(files, target, objective))
+    network = cnn_vis.Network(cnn_vis.NetworkSpec(files, (cnn_vis.Target(target, objective),)))
     random = np.random.default_rng(5)
     batch = random.normal(0, 60, (2, 3, 32, 32)).astype(np.float32)
     gradient = network.gradients(batch)[0].copy()
@@ -127,7 +127,7 @@ def test_every_listed_layer_can_be_amplified():
     files = cnn_vis.NetworkFiles(deploy, str(MINI))
     names = [name for name, *_ in cnn_vis.layer_shapes(files)[0]]
     for name in names[::7] + names[-1:]:
-        spec = cnn_vis.NetworkSpec(files, name, cnn_vis.AmplifyLayer())
+        spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(name),))
         gradient, (loss,) = cnn_vis.Network(spec).gradients(batch)
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0, name
@@ -224,7 +224,7 @@ def test_damaged_networks_are_loaded_or_refused_in_one_line(kind, tmp_path):
             path.write_bytes(mutated(data, randomly))
             given = {name: str(path if name == kind else file) for name, file in files.items()}
             network = cnn_vis.NetworkFiles(**given, fit_classifier=bool(number % 2))
-            spec = cnn_vis.NetworkSpec(network, "inception_a/output", cnn_vis.AmplifyLayer())
+            spec = cnn_vis.NetworkSpec(network, (cnn_vis.Target("inception_a/output"),))
             try:
                 processes.call(cnn_vis.describe, spec)
                 outcomes.append("loaded")

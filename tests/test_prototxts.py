@@ -207,12 +207,11 @@ def test_input_size_is_the_size_of_tiles(tmp_path):
     so, and is not listed."""
     spec = cnn_vis.NetworkSpec(
         cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel"),
-        "inception_a/output",
-        cnn_vis.AmplifyLayer(),
+        (cnn_vis.Target("inception_a/output"),),
         input_size=(48, 64),
     )
     network = cnn_vis.Network(spec)
-    assert (network.tile_size, network.target_shape) == ((48, 64), (18, 24, 32))
+    assert (network.tile_size, network.target_shapes) == ((48, 64), [(18, 24, 32)])
     assert np.abs(network.gradients(np.ones((1, 3, 48, 64), np.float32))[0]).max() > 0
     done = run_cli(*ONE, "--input_size=48x64", "--initial_size=48x64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -323,7 +322,9 @@ def test_odd_networks_have_the_gradients_of_plain_caffe(kind, tmp_path):
     files = random_weights(written(tmp_path, text))
     assert list(cnn_vis.Description(files[0][13:]).starts) == ["conv1", *names]
     for name in names:
-        spec = cnn_vis.NetworkSpec(cnn_vis.NetworkFiles(files[0][13:], files[1][14:]), name, Sum())
+        spec = cnn_vis.NetworkSpec(
+            cnn_vis.NetworkFiles(files[0][13:], files[1][14:]), (cnn_vis.Target(name, Sum()),)
+        )
         batch = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32)).astype(np.float32)
         gradient, _ = cnn_vis.Network(spec).gradients(batch)
         if "name" in kind or "stages" in kind:  # by hand: plain Caffe cannot start there
