@@ -134,6 +134,7 @@ def one_line(error):
 
 GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
 MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as an attack
+DEPTHS = {8: np.uint8, 16: np.uint16}  # of a picture that is written: the bits of a channel
 HEIC = (".heic", ".heif", ".avif")  # endings of files that pillow-heif reads
 
 
@@ -480,10 +481,10 @@ def alpha_to_8_bits(values):
     return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
-def to_uint8(image, mean, rescale=False):
-    """`image` (1, 3, H, W) as people see it: uint8 (H, W, 3), truncated; with `rescale` it is
-    stretched to the full range instead of clipped."""
-    picture = np.empty((*image.shape[2:], 3), np.uint8)
+def to_picture(image, mean, rescale=False, depth=8):
+    """`image` (1, 3, H, W) as people see it: uint8 (H, W, 3), truncated, or uint16 for the depth
+    16; with `rescale` it is stretched to the full range instead of clipped."""
+    picture = np.empty((*image.shape[2:], 3), DEPTHS[depth])
     low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
     for rows in strips(image.shape[2]):
         strip = GAIN * image[0, ::-1, rows]
@@ -492,7 +493,10 @@ def to_uint8(image, mean, rescale=False):
             strip -= low
             strip *= 255
             strip /= (high - low) or 1
-        picture[rows] = np.clip(strip, 0, 255, out=strip).transpose(1, 2, 0)
+        np.clip(strip, 0, 255, out=strip)
+        if depth == 16:
+            strip *= 257
+        picture[rows] = strip.transpose(1, 2, 0)
     return picture
 
 
@@ -509,7 +513,7 @@ def planes(picture):
 
 def from_uint8(picture, mean, out=None):
     """The image (1, 3, H, W) of a picture, written to `out` if it is given. No gain, so this is not
-    the inverse of to_uint8."""
+    the inverse of to_picture."""
     image = np.empty((1, 3, *picture.shape[:2])) if out is None else out
     image[0] = picture[:, :, ::-1].transpose(2, 0, 1)
     image -= mean
@@ -525,21 +529,25 @@ def resize(picture, size, bilinear=False):
 
 
 def composed(picture, start, mask):
-    """`picture` where the mask, uint8 (H, W), is white; `start`, of its size, where it is black."""
-    from PIL import Image
-
-    images = map(Image.fromarray, map(np.ascontiguousarray, (picture, start, mask)))
-    return np.asarray(Image.composite(*images))
+    """`picture` where the mask, uint8 (H, W), is white; `start`, of its size and depth, where it is
+    black."""
+    made = np.empty_like(picture)
+    for rows in strips(len(picture)):
+        share = mask[rows, :, np.newaxis].astype(np.uint32)
+        made[rows] = (picture[rows] * share + start[rows] * (255 - share) + 127) // 255
+    return made
 
 
 def with_colors_of(start, picture):
-    """`picture` in the colours of `start`, of its size: brightness of the one, hue and saturation
-    of the other (YCbCr, as JPEG has it)."""
-    from PIL import Image
-
-    images = (Image.fromarray(np.ascontiguousarray(p)).convert("YCbCr") for p in (picture, start))
-    (brightness, *_), (_, *colors) = (image.split() for image in images)
-    return np.asarray(Image.merge("YCbCr", (brightness, *colors)).convert("RGB"))
+    """`picture` in the colours of `start`, of its size and depth: brightness of the one, hue and
+    saturation of the other (YCbCr, as JPEG has it, where equal chroma is an equal distance from
+    the brightness)."""
+    made = np.empty_like(picture)
+    for rows in strips(len(picture)):
+        brighter = (picture[rows].astype(float) - start[rows]) @ (0.299, 0.587, 0.114)
+        exact = start[rows] + brighter[:, :, np.newaxis]
+        made[rows] = np.clip(exact.round(), 0, np.iinfo(made.dtype).max)
+    return made
 
 
 def noise(image, scale, blur, mean, seed=None):
@@ -551,7 +559,7 @@ def noise(image, scale, blur, mean, seed=None):
     for plane in image[0]:
         for rows in strips(len(plane)):
             plane[rows] = scale * random.randn(*plane[rows].shape)
-    from_uint8(gaussian_filter(to_uint8(image, mean), sigma=blur), mean, image)
+    from_uint8(gaussian_filter(to_picture(image, mean), sigma=blur), mean, image)
 
 
 def zeros(shape, folder=None, dtype=np.float64):
@@ -1241,9 +1249,9 @@ class Progress:
         """The number of steps done so far, at all sizes."""
         return (self.size - 1) * self.num_steps + self.step
 
-    def picture(self, rescale=False):
-        """The picture as it stands, uint8 (H, W, 3)."""
-        picture = to_uint8(self.image, self.mean, rescale)
+    def picture(self, rescale=False, depth=8):
+        """The picture as it stands, uint8 (H, W, 3), or uint16 for the depth 16."""
+        picture = to_picture(self.image, self.mean, rescale, depth)
         return self.look(picture) if self.look else picture
 
 
@@ -1334,7 +1342,7 @@ class Dream:
         if self.image is None:
             picture = start
         else:
-            picture = resize(to_uint8(self.image, self.mean), size)
+            picture = resize(to_picture(self.image, self.mean), size)
             if self.mask is not None:
                 picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
         self.caches = None  # makes room; the image stays until all is there that follows it
@@ -1454,7 +1462,8 @@ class Dream:
         dreams wherever the mask is not black."""
         if self.picture is None or not (self.settings.keep_colors or self.mask is not None):
             return picture
-        start = resize(self.picture, picture.shape[:2], bilinear=True)
+        start = resize(self.picture, picture.shape[:2], bilinear=True).astype(picture.dtype)
+        start *= np.iinfo(picture.dtype).max // 255
         if self.settings.keep_colors:
             picture = with_colors_of(start, picture)
         if self.mask is not None:
@@ -1606,7 +1615,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-        self.options = []
+        self.options, self.given = [], set()
 
     def group(self, title, description=None):
         """Begins a group in the help; returns the function that adds an option to it."""
@@ -1622,12 +1631,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        self._args = [self._underscored(arg) for arg in args]
+        self._args, self.given = [self._underscored(arg) for arg in args], set()
         try:
             found, rest = super().parse_known_args(self._args, copy.copy(namespace))
             if found.preset:  # comes first, so that all else wins
-                words = [*PRESETS[found.preset].split(), *self._args]
-                found, rest = super().parse_known_args(words, namespace)
+                found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
+                self.given = set()
+                found, rest = super().parse_known_args(self._args, found)
         except RecursionError:
             self.error("@FILE: the file names itself")
         return found, rest
@@ -1648,13 +1658,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         remedy = "see --help"
         message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
-        if "expected one argument" in message:
+        if re.search("expected (at least )?one argument", message):
             pairs = [*itertools.pairwise(self._args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
             value = next((value for name, value in pairs if name in names), "--")
             if value.startswith("-") and not value.startswith("--"):
                 remedy = f"write {names[-1]}={value}"
         raise BadRequest(f"{message.removeprefix('argument ')}; {remedy}")
+
+
+class Several(argparse.Action):
+    """An option that takes several values, also by being given several times: one value is stored
+    as it is, more as a list. What comes from a preset or a checkpoint gives way."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = listed(getattr(namespace, self.dest)) if self.dest in parser.given else []
+        values = [*earlier, *listed(values)]
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+        parser.given.add(self.dest)
+
+
+def listed(value):
+    """The values of an option that may have several."""
+    return value if isinstance(value, list) else [value]
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -1891,7 +1917,8 @@ def network_options(add):
 
 def target_options(add):
     def names_all_channels(options):
-        return all(target.channels for target in parse_targets(options.target_layer))
+        layers = listed(options.target_layer)
+        return all(target.channels for text in layers for target in parse_targets(text))
 
     def is_not(image_type):
         return lambda o: (
@@ -1901,11 +1928,11 @@ def target_options(add):
     add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
         idle=lambda o: o.guide and "--guide",
         help="amplify the whole layer, or one channel of it")
-    add("--target_layer", "--layer", metavar="TERMS", type=terms,
+    add("--target_layer", "--layer", metavar="TERMS", type=terms, action=Several,
         default="inception_4d/3x3_reduce",
         help="layer to amplify, or terms: [WEIGHT*]LAYER[:CHANNELS] + ...; channels are numbers "
         "and ranges, as 17,40-47; strong5, the five strongest in the start picture; or of a "
-        "classifier classes by name")
+        "classifier classes by name; given several times: a picture for each")
     add("--target_neuron", metavar="N", type=number(int, 0), default=0,
         idle=lambda o: is_not("amplify_neuron")(o)
         or names_all_channels(o) and f"--layer {o.target_layer}",
@@ -1927,8 +1954,9 @@ def start_options(add):
     def has_image(options):
         return options.initial_image and "--image"
 
-    add("--initial_image", "--image", metavar="FILE", type=file_name, file="read",
-        help="picture to start from (default: noise)")
+    add("--initial_image", "--image", metavar="FILE", type=file_name, file="read", nargs="+",
+        action=Several,
+        help="picture to start from (default: noise); several, or a folder: a picture for each")
     add("--background", metavar="COLOUR", type=colour, default="white",
         idle=lambda o: not o.initial_image and "no --image",
         help="shown where the picture is transparent: a name or #rrggbb")
@@ -2021,7 +2049,8 @@ def output_options(add):
         return "show" not in options.iter_behavior and "no show in --iter_behavior"
 
     add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
-        file="write", help="the finished picture")
+        file="write", help="the finished picture; of several in one run FOLDER/, or a name with "
+        "{name}, the start picture's, and {layer} in it")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
         help="do --iter_behavior every N steps")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
@@ -2045,6 +2074,8 @@ def output_options(add):
         idle=is_not_shown, help="width of the show window, in inches")
     add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
         idle=is_not_shown, help="height of the show window, in inches")
+    add("--depth", type=int, choices=tuple(DEPTHS), default=8, free=True,
+        help="bits of a channel in the saved pictures; 16 for .png and .tif")
     add("--rescale_image", action="store_true",
         help="stretch saved and shown pictures to the full range, instead of clipping")
 
@@ -2983,6 +3014,13 @@ def structure_error(deploy, path):
     return None
 
 
+def check_layers(files, input_size, names):
+    """Task: raises BadRequest if the network lacks one of the layers."""
+    description = Description(files.deploy, input_size)
+    for name in names:
+        description.find(name)
+
+
 def layer_shapes(files, input_size=None, without=(), first=None):
     """Task: [(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
     amplified; notices of what cannot; the names of all layers but those in `without` and those
@@ -3377,6 +3415,11 @@ class Engine:
         (3, H, W); the loss, None unless measured), ...]."""
         raise NotImplementedError
 
+    def change(self, spec):
+        """Goes over to another NetworkSpec, for the same device, and describes that. Returns
+        whether the engine can; if it cannot, nothing has changed."""
+        return False
+
     def __enter__(self):
         return self
 
@@ -3389,10 +3432,15 @@ class Engine:
 # is left behind.
 
 
-@functools.cache
+loaded = {}  # in a worker: {NetworkSpec: Network}, one at most
+
+
 def load_network(spec):
-    """The worker's network: loaded for its first task, kept for all others."""
-    return Network(spec)
+    """The worker's network: loaded for its first task, kept for all others with that `spec`."""
+    if spec not in loaded:
+        loaded.clear()
+        loaded[spec] = Network(spec)
+    return loaded[spec]
 
 
 def map_memory(pid, descriptor, shape):
@@ -3781,6 +3829,11 @@ class Workers(Engine):
                 self.processes.__exit__(None)
                 self._set_out(*instead)
         self._map_slots()
+
+    def change(self, spec):
+        self.spec, self.notices = dataclasses.replace(spec, use_gpu=self.spec.use_gpu), []
+        self.describe()
+        return True
 
     def _try_network(self):
         try:
@@ -4406,16 +4459,44 @@ class Cluster(Engine):
             self._crew.client.close(timeout=2)
 
 
-def open_engine(options, settings, files):
-    """The Engine that the options ask for, not yet entered. Raises BadRequest."""
-    targets = choose_targets(settings)
+def open_engine(options, spec):
+    """The Engine for a NetworkSpec that the options ask for, not yet entered. Raises BadRequest."""
     if options.scheduler:
-        spec = NetworkSpec(files, targets, input_size=settings.input_size)
-        return Cluster(spec, options.scheduler)
+        return Cluster(dataclasses.replace(spec, tf32=False), options.scheduler)
     gpus, device = choose_gpus(options.gpu)
-    spec = NetworkSpec(files, targets, bool(gpus), settings.input_size, settings.tf32)
+    spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     number, batch_size = options.workers or count_cores(), options.batch_size
     return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
+
+
+class Engines:
+    """The engines of runs that differ in nothing but their start pictures and targets, one after
+    the other; a context manager. Processes that are there are used again."""
+
+    def __init__(self, options):
+        self.options, self._engine = options, None
+
+    def get(self, settings, files):
+        """The Engine for a run, which has described its network. Raises BadRequest, RunFailed."""
+        place = (files, choose_targets(settings))
+        spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
+        if self._engine is None or not self._engine.change(spec):
+            self.close()
+            self._engine = open_engine(self.options, spec)
+            self._engine.describe()
+        return self._engine
+
+    def close(self, kind=None):
+        """Ends the engine; at once if `kind` is Stopped."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.__exit__(kind, None, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(kind)
 
 
 def idle(options, engine):
@@ -4556,7 +4637,9 @@ def remove_parts(path):
                 os.remove(part)
 
 
-FORMATS = {  # by a file name's extension: PIL's name, the greatest side in pixels, PIL's options
+# Formats of the finished picture, by the file name's extension: PIL's name, the greatest side in
+# pixels, PIL's options. PNG and TIFF can have 16 bits.
+FORMATS = {
     ".png": ("PNG", MAX_SIDE, {}),
     ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
@@ -4581,7 +4664,7 @@ def check_output(option, path, formats=FORMATS):
     if not os.path.isdir(folder):
         raise refuse(f"the folder {folder} does not exist; create it first")
     if os.path.isdir(path):
-        raise refuse("this is a folder; give a file name")
+        raise refuse(f"this is a folder; give a file name, or {path.rstrip('/')}/")
     if os.path.exists(path) and not os.path.isfile(path):
         raise refuse("this is not a regular file; give another name")
     if is_protected(path):
@@ -4604,6 +4687,13 @@ def is_protected(path):
     return False
 
 
+def check_depth(path, depth):
+    """Raises BadRequest if the format of `path` cannot hold so many bits for a channel."""
+    form = FORMATS[extension_of(path)][0]
+    if depth == 16 and form not in ("PNG", "TIFF"):
+        raise refusal("depth", depth, f"{path}: {form} has 8 bits; name a .png or .tif")
+
+
 def check_sides(path, sizes):
     """Raises BadRequest if the format of `path` cannot hold pictures as large as the `sizes`."""
     name, greatest, _ = FORMATS[extension_of(path)]
@@ -4613,22 +4703,56 @@ def check_sides(path, sizes):
 
 
 def write_picture(picture, path, record=None, name=None):
-    """Writes a picture to `path`, tagged as sRGB, whole or not at all; the extension decides the
-    format. A PNG carries the dict `record`, which tells how it was made. Raises RunFailed, whose
-    message calls the file `name`."""
+    """Writes a picture, uint8 or uint16 (H, W, 3), to `path`, tagged as sRGB, whole or not at all;
+    the extension decides the format. A PNG carries the dict `record`, which tells how it was made.
+    Raises RunFailed, whose message calls the file `name`."""
     from PIL import Image, ImageCms, PngImagePlugin
 
     form, _, extra = FORMATS[extension_of(path)]
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    extra = extra | {"icc_profile": profile}
-    if form == "PNG" and record:
+    info = PngImagePlugin.PngInfo()
+    if record:
         command = os.fsencode(record["command"]).decode(errors="backslashreplace")
-        extra["pnginfo"] = PngImagePlugin.PngInfo()
-        extra["pnginfo"].add_text("Software", record["program"])
-        extra["pnginfo"].add_itxt("Comment", command)
-        extra["pnginfo"].add_itxt(RECORD_KEY, json.dumps(record))
+        info.add_text("Software", record["program"])
+        info.add_itxt("Comment", command)
+        info.add_itxt(RECORD_KEY, json.dumps(record))
+    extra = extra | {"icc_profile": profile} | ({"pnginfo": info} if form == "PNG" else {})
     with whole_file(path, name) as file:
-        Image.fromarray(picture).save(file, form, **extra)
+        if picture.dtype == np.uint8:
+            Image.fromarray(picture).save(file, form, **extra)
+        elif form == "PNG":
+            write_deep_png(picture, file, profile, info.chunks)
+        else:
+            import tifffile
+
+            options = {"photometric": "rgb", "compression": "zlib", "iccprofile": profile}
+            tifffile.imwrite(file, picture, **options)
+
+
+def write_deep_png(picture, file, profile, texts):
+    """Writes a picture uint16 (H, W, 3) as a PNG, which Pillow cannot; `texts` are (kind, data) of
+    chunks with text."""
+
+    def write(kind, data):
+        checksum = zlib.crc32(kind + data).to_bytes(4, "big")
+        file.write(len(data).to_bytes(4, "big") + kind + data + checksum)
+
+    height, width = picture.shape[:2]
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    file.write(b"\x89PNG\r\n\x1a\n")
+    write(b"IHDR", sides + bytes((16, 2, 0, 0, 0)))  # 16 bits, RGB
+    write(b"iCCP", b"sRGB\0\0" + zlib.compress(profile))
+    for kind, data, *_ in texts:
+        write(kind, data)
+    compressor, above = zlib.compressobj(6), np.zeros(6 * width, np.uint8)
+    for part in strips(height):
+        rows = picture[part].astype(">u2").view(np.uint8).reshape(-1, 6 * width)
+        lines = np.full((len(rows), 1 + 6 * width), 2, np.uint8)  # 2: less the line above
+        lines[:, 1:] = rows - np.vstack((above, rows[:-1]))
+        above = rows[-1]
+        write(b"IDAT", compressor.compress(lines.tobytes()))
+    write(b"IDAT", compressor.flush())
+    write(b"IEND", b"")
 
 
 # How a picture was made is one record, a dict, in PNGs, sidecars and checkpoints alike.
@@ -4867,8 +4991,8 @@ class Watcher:
     def when_due(self, progress):
         """After every --output_iter steps of a size."""
 
-    def finish(self, progress, picture):
-        """When the finished `picture` has been written. A RunFailed ends the run."""
+    def finish(self, progress):
+        """When the finished picture has been written. A RunFailed ends the run."""
 
     def close(self):
         """However the run ends."""
@@ -4914,7 +5038,7 @@ class Save(Watcher):
     """save: NAME_SIZE_STEP.EXT."""
 
     def when_due(self, progress):
-        picture = progress.picture(self.options.rescale_image)
+        picture = progress.picture(self.options.rescale_image, self.options.depth)
         path = self.files.on_the_way(progress.size, progress.step)
         write_picture(picture, path, self.run.made(size=progress.size, step=progress.step))
 
@@ -5034,7 +5158,7 @@ class Statistics(Watcher):
         stats = (progress.stats[name] for name in STATS)
         self.rows.append([progress.size, *size, progress.step, *stats])
 
-    def finish(self, progress, picture):
+    def finish(self, progress):
         if self.rows:
             self.when_due(progress)
 
@@ -5107,10 +5231,10 @@ class Gif(Watcher):
         picture = progress.picture(self.options.rescale_image)
         self.frames.append(self._frame(picture, progress.sizes[-1]))
 
-    def finish(self, progress, picture):
+    def finish(self, progress):
         from PIL import Image
 
-        last = self._frame(picture, progress.sizes[-1])
+        last = self._frame(progress.picture(self.options.rescale_image), progress.sizes[-1])
         is_there = self.frames and np.array_equal(self.frames[-1], last)
         first, *others = map(Image.fromarray, self.frames if is_there else [*self.frames, last])
         durations = [100] * len(others) + [2000]
@@ -5309,6 +5433,7 @@ def plan_outputs(options, files, watchers):
     """The paths that the run writes, besides checkpoints and pictures with a number. Raises
     BadRequest if one cannot be written."""
     check_output("output", files.picture)
+    check_depth(files.picture, options.depth)
     if options.stats:
         check_output("stats", options.stats, ())
     outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
@@ -5361,9 +5486,18 @@ def resume(path, argv, scratch=None):
     checkpoint = Checkpoint.read(existing_file("resume", path), scratch)
     saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
+    check_unchanged(path, checkpoint, saved, options)
+    if options.output_file is None:
+        raise refusal("resume", path, "name the picture to write with --output")
+    return options, checkpoint
+
+
+def check_unchanged(path, checkpoint, saved, options):
+    """Raises BadRequest if a run with the options is not the one that the Checkpoint `path` was
+    made by, with the options `saved`. What that found itself is put into the options."""
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        if names_file(action, new):
+        if names_file(action, new) and not isinstance(new, list):
             new = os.path.abspath(new)
         if action.dest == "target_layer" and new == checkpoint.record.get("layer"):
             new = options.target_layer = old  # the numbers that its words stood for
@@ -5371,9 +5505,6 @@ def resume(path, argv, scratch=None):
             old, new = (v if v is None else action.text(v) for v in (old, new))
             problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
             raise refusal(action.dest, new, problem)
-    if options.output_file is None:
-        raise refusal("resume", path, "name the picture to write with --output")
-    return options, checkpoint
 
 
 def check_same_network(path, record, network):
@@ -5462,9 +5593,8 @@ class Run:
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
-def make_picture(options, signals, checkpoint=None):
+def make_picture(options, signals, engines, checkpoint=None):
     """Makes the picture that the options ask for; `checkpoint` is one to continue from."""
-    check_surroundings()
     files = Files(options.output_file, options.resume)
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
@@ -5478,12 +5608,11 @@ def make_picture(options, signals, checkpoint=None):
     settings, more = settled(settings, network, given)
     with (
         with_guide(network, given.guide) as network,
-        open_engine(options, settings, network) as engine,
         sole_writer(outputs + files.resumed_from()),
     ):
         if checkpoint is not None:
             check_same_network(options.resume, checkpoint.record, network)
-        engine.describe()
+        engine = engines.get(settings, network)
         place = (network.mean, engine, options.scratch)
         dream = Dream(settings, given.picture, *place, given.mask)
         arrays = {} if checkpoint is None else checkpoint.arrays
@@ -5504,6 +5633,147 @@ def make_picture(options, signals, checkpoint=None):
         announce(options, network, dream, [*remarks, *more])
         make_room(options, files)
         watch(Run(options, files, watchers, given, dream, record, kept), signals)
+
+
+# Several pictures in one run of the program: each is made as one alone would be, with the options
+# of its own.
+
+
+def plan_batch(options):
+    """The options of each picture, in order, if they ask for several, or name the output by a
+    template; else None. Raises BadRequest."""
+    images, layers = [], listed(options.target_layer)
+    for path in listed(options.initial_image):
+        images += pictures_in(path) if path and os.path.isdir(path) else [path]
+    output, folder = options.output_file, options.output_file.endswith("/")
+    template = output + ("{name}_{layer}.png" if folder else "")
+    if len(images) * len(layers) == 1 and template == filled(template, None, ""):
+        options.initial_image = images[0]
+        return None
+    jobs, taken = [], {}
+    for layer, image in itertools.product(layers, images):
+        job = copy.copy(options)
+        job.initial_image, job.target_layer = image, layer
+        job.output_file = filled(template, image, layer)
+        job.stats = job.stats and filled(job.stats, image, layer)
+        for option, path in {"output": job.output_file, "stats": job.stats}.items():
+            if path and taken.setdefault(os.path.realpath(path), job) is not job:
+                problem = f"{len(images) * len(layers)} pictures, and more than one {path}"
+                remedy = "use {name} and {layer} in the name"
+                remedy += ", or give a FOLDER/" if option == "output" else ""
+                raise refusal(option, path, f"{problem}; {remedy}")
+        jobs.append(job)
+    for image in filter(None, images):
+        if os.path.realpath(image) in taken:
+            problem = f"the run would overwrite --image {image}; choose another folder or name"
+            raise refusal("output", output, problem)
+    return jobs
+
+
+def filled(template, image, layer):
+    """The name of a file, with {name} and {layer} replaced by the start picture's and the
+    layer's."""
+    name = os.path.splitext(os.path.basename(image))[0] if image else "noise"
+    return template.replace("{name}", name).replace("{layer}", re.sub(r"[\s/]+", "-", layer))
+
+
+def pictures_in(folder):
+    """The paths of the pictures in a folder, by their names. Raises BadRequest."""
+    from PIL import Image
+
+    Image.init()
+    known = {*Image.EXTENSION, *HEIC}
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
+    if not paths:
+        raise refusal("image", folder, "there are no pictures in this folder; name another")
+    return paths
+
+
+def make_pictures(jobs, signals, engines):
+    """Makes the pictures whose options are the `jobs`, and goes on where an earlier run of the same
+    command was stopped. Raises RunFailed if some could not be made, once all others are."""
+    for job in jobs:
+        if job.initial_image:
+            existing_file("image", job.initial_image)
+    network = find_network(jobs[0])
+    layers = dict.fromkeys(
+        target.layer for job in jobs for target in parse_targets(job.target_layer)
+    )
+    in_a_worker(check_layers, network, jobs[0].input_size, tuple(layers))
+    for job in jobs:
+        make_folder_of(job.output_file)
+        check_output("output", job.output_file)
+        check_depth(job.output_file, job.depth)
+    identity = identify(network)
+    left = [job for job in jobs if not is_made(job, identity)]
+    if len(left) < len(jobs):
+        log.info(f"note: {len(jobs) - len(left)} of {len(jobs)} pictures are there already")
+    failed = 0
+    for job in left:
+        try:
+            signals.held = False
+            if signals.signum:
+                raise Stopped(signals.signum)
+            make_picture(*under_way(job, signals, engines))
+        except Stopped as stop:
+            hint = "the same command, given again, goes on with all that are left"
+            raise Stopped(stop.signum, f"{stop}; {hint}") from None
+        except (BadRequest, RunFailed, MemoryError) as error:
+            engines.close()
+            failed += 1
+            error = OutOfMemory() if isinstance(error, MemoryError) else error
+            log.error(f"error: {job.output_file}: {one_line(error)}")
+    if failed:
+        raise RunFailed(f"{failed} of {len(left)} pictures could not be made; see above")
+
+
+def make_folder_of(path):
+    """Makes the folder of the file `path`, if it is not there. Raises BadRequest."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as error:
+        problem = f"its folder cannot be made ({error.strerror}); choose another place"
+        raise refusal("output", path, problem) from None
+
+
+def is_made(options, identity):
+    """Whether the picture of the options is there, by its record finished and made by the same
+    settings and network, of which `identity` tells; a JPEG that has no record is taken for it."""
+    path = options.output_file
+    if not os.path.isfile(path):
+        return False
+    try:
+        record, words = read_record(path)
+        saved = PARSER.parse_args(words[2:])
+    except (BadRequest, SystemExit):
+        return extension_of(path) != ".png"
+    for action in PARSER.options:
+        old, new = (getattr(choice, action.dest) for choice in (saved, options))
+        if names_file(action, new) and names_file(action, old):
+            old, new = map(os.path.basename, (old, new))
+        is_found = action.dest == "seed" and new is None
+        is_found = is_found or action.dest == "target_layer" and new == record.get("layer")
+        if not (action.free or is_found or old == new):
+            return False
+    return "step" not in record and all(record.get(n) == v for n, v in identity.items())
+
+
+def under_way(options, signals, engines):
+    """The arguments of make_picture for a picture of several: with its checkpoint, if it was begun
+    by the same options."""
+    path, begun = Files(options.output_file).checkpoint, copy.copy(options)
+    if not os.path.isfile(path):
+        return options, signals, engines
+    try:
+        checkpoint = Checkpoint.read(path, options.scratch)
+        saved = saved_options(path, checkpoint)
+        begun.seed = saved.seed if begun.seed is None else begun.seed
+        check_unchanged(path, checkpoint, saved, begun)
+        begun.resume = path
+        return begun, signals, engines, checkpoint
+    except BadRequest:
+        return options, signals, engines
 
 
 def restore(dream, checkpoint, path):
@@ -5586,7 +5856,7 @@ def finish(run):
     """Writes the picture as it stands, and everything that goes with it. Raises RunFailed."""
     dream, files = run.dream, run.files
     progress = dream.progress()
-    picture = progress.picture(run.options.rescale_image)
+    picture = progress.picture(run.options.rescale_image, run.options.depth)
     where = {} if dream.is_done() else {"size": dream.size, "step": dream.step}
     record = run.made(**where)
     write_picture(picture, files.picture, record, f"--output {files.picture}")
@@ -5596,7 +5866,7 @@ def finish(run):
     failures = []
     for watcher in run.watchers:
         try:
-            watcher.finish(progress, picture)
+            watcher.finish(progress)
         except RunFailed as error:
             failures.append(str(error))
     if failures:
@@ -5682,11 +5952,8 @@ def dream(image=None, **options):
         remarks.append(f"noise seed {settings.seed}")
     settings, more = settled(settings, network, given)
     remarks = [*remarks, *more]
-    with (
-        with_guide(network, given.guide) as network,
-        open_engine(parsed, settings, network) as engine,
-    ):
-        engine.describe()
+    with with_guide(network, given.guide) as network, Engines(parsed) as engines:
+        engine = engines.get(settings, network)
         for line in [*idle(parsed, engine), *remarks, *engine.notices]:
             log.info(line)
         place = (network.mean, engine, parsed.scratch)
@@ -5869,7 +6136,12 @@ def command_line(argv, signals):
     checkpoint = None
     if options.resume:
         options, checkpoint = resume(options.resume, argv, options.scratch)
-    return make_picture(options, signals, checkpoint)
+    check_surroundings()
+    jobs = None if checkpoint else plan_batch(options)
+    with Engines(options) as engines:
+        if jobs:
+            return make_pictures(jobs, signals, engines)
+        return make_picture(options, signals, engines, checkpoint)
 
 
 def main(argv=None):

@@ -113,7 +113,7 @@ def original_run(spec, picture, mean, steps):
                 image[place] += original_update(
                     image[place], start[place], cnn.astype(np.float64), cache
                 )
-    return cnn_vis.to_uint8(image, mean)
+    return cnn_vis.to_picture(image, mean)
 
 
 # ---- Measurements, each in a process of its own -----------------------------------------------
@@ -214,7 +214,7 @@ def measure_maths(_, tile):
     """Regularizers and step of a tile, at the settings of the README's examples and at the
     defaults."""
     engine, results = types.SimpleNamespace(tile_size=tile.shape[2:]), {}
-    picture = cnn_vis.to_uint8(tile.astype(np.float64), 100)
+    picture = cnn_vis.to_picture(tile.astype(np.float64), 100)
     cnn = np.random.RandomState(1).randn(*tile.shape[1:]).astype(np.float32)
     for name, changes in {"examples": SETTINGS, "defaults": {}}.items():
         dream = cnn_vis.Dream(cnn_vis.Settings(**changes), picture, 103, engine)
