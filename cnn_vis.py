@@ -1638,6 +1638,9 @@ class Parser(argparse.ArgumentParser):
                 found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
                 self.given = set()
                 found, rest = super().parse_known_args(self._args, found)
+            for name, value in vars(found).items():
+                if isinstance(value, Values) and not names_several(found.output_file):
+                    setattr(found, name, value.last)
         except RecursionError:
             self.error("@FILE: the file names itself")
         return found, rest
@@ -1668,14 +1671,32 @@ class Parser(argparse.ArgumentParser):
 
 
 class Several(argparse.Action):
-    """An option that takes several values, also by being given several times: one value is stored
-    as it is, more as a list. What comes from a preset or a checkpoint gives way."""
+    """An option that may have several values, also by being given several times if the output names
+    several pictures; if not, the last one counts, as with every option. One value is stored as it
+    is, more as a list. What comes from a preset or a checkpoint gives way."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        earlier = listed(getattr(namespace, self.dest)) if self.dest in parser.given else []
-        values = [*earlier, *listed(values)]
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+        values = values[0] if isinstance(values, list) and len(values) == 1 else values
+        if self.dest in parser.given:
+            all_values = [*listed(getattr(namespace, self.dest)), *listed(values)]
+            values = Values(all_values, last=values)
         parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Values(list):
+    """The values of an option that was given several times, and those of the last time."""
+
+    def __init__(self, values, last):
+        super().__init__(values)
+        self.last = last
+
+
+def names_several(output):
+    """Whether the value of --output names a picture for each start picture and layer."""
+    return output is not None and (
+        output.endswith("/") or "{name}" in output or "{layer}" in output
+    )
 
 
 def listed(value):
@@ -2340,7 +2361,7 @@ def read_mean(path):
     return mean
 
 
-CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classifier's width
+CLASSES = {1000: "imagenet", 365: "places365"}  # lists in models/classes, by a classifier's width
 
 
 def class_names(width):
@@ -5645,9 +5666,9 @@ def plan_batch(options):
     images, layers = [], listed(options.target_layer)
     for path in listed(options.initial_image):
         images += pictures_in(path) if path and os.path.isdir(path) else [path]
-    output, folder = options.output_file, options.output_file.endswith("/")
-    template = output + ("{name}_{layer}.png" if folder else "")
-    if len(images) * len(layers) == 1 and template == filled(template, None, ""):
+    output = options.output_file
+    template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
+    if len(images) * len(layers) == 1 and not names_several(output):
         options.initial_image = images[0]
         return None
     jobs, taken = [], {}
