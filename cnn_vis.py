@@ -2361,7 +2361,7 @@ def read_mean(path):
     return mean
 
 
-CLASSES = {1000: "imagenet", 365: "places365"}  # lists in models/classes, by a classifier's width
+CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classifier's width
 
 
 def class_names(width):

@@ -2,15 +2,19 @@
 """A contact sheet of pictures, and with --html a page of them at full size.
 
     sheet.py OUT.png [--columns N] [--width W] [--html OUT.html] [--title TEXT] PICTURE=LABEL...
+    sheet.py FOLDER [--title TEXT]
 
-The label is what follows the last "="; without one it is the file's name. The page shows the
-command that made each picture, which cnn_vis.py leaves in a PNG.
+The second form makes FOLDER/index.html, a page of all pictures in the folder that browsers show,
+but for those that runs saved along the way. The label is what follows the last "="; without one it
+is the file's name. The page shows the command that made each picture, which cnn_vis.py leaves in a
+PNG.
 """
 
 import argparse
 import html
 import os
 import pathlib
+import re
 import shlex
 import urllib.parse
 
@@ -47,6 +51,18 @@ def split_argument(argument):
     path, equals, label = argument.rpartition("=")
     path = pathlib.Path(path if equals else argument)
     return path, label if equals else path.stem
+
+
+def dreams_in(folder):
+    """[(path, label), ...] of the pictures in a folder, by name, without those along the way."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".webp"))
+    names = {path.name for path in paths}
+
+    def is_finished(name):
+        whole = re.sub(r"_\d+_\d+(?=\.\w+$)", "", name)
+        return whole == name or whole not in names
+
+    return [(path, path.stem) for path in paths if is_finished(path.name)]
 
 
 def shorten(text, font, width):
@@ -108,8 +124,13 @@ def page(pictures, title, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("output", metavar="OUT.png", help="the sheet; the format is by the ending")
-    parser.add_argument("pictures", metavar="PICTURE=LABEL", nargs="+", type=split_argument)
+    parser.add_argument(
+        "output",
+        metavar="OUT.png",
+        type=pathlib.Path,
+        help="the sheet, in the format of its ending; or a folder",
+    )
+    parser.add_argument("pictures", metavar="PICTURE=LABEL", nargs="*", type=split_argument)
     parser.add_argument("--columns", metavar="N", type=int, default=4, help="default: %(default)s")
     parser.add_argument(
         "--width",
@@ -125,7 +146,12 @@ def main():
         "--title", metavar="TEXT", default="cnn-vis", help="of the page; default: %(default)s"
     )
     options = parser.parse_args()
-    contact_sheet(options.pictures, options.columns, options.width).save(options.output)
+    if options.output.is_dir() and not options.pictures:
+        options.pictures, options.html = dreams_in(options.output), options.output / "index.html"
+    elif options.pictures:
+        contact_sheet(options.pictures, options.columns, options.width).save(options.output)
+    if not options.pictures:
+        parser.error(f"{options.output}: there are no pictures to show")
     if options.html:
         options.html.write_text(
             page(options.pictures, options.title, options.html.parent), encoding="utf-8"

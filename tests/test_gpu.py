@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from conftest import (
+    CARD,
     CHECKPOINT,
     CUDA_ON_CPU,
     EMULATION,
@@ -114,11 +115,12 @@ def assert_near(path, other):
 
 
 GRADIENT = """
-import sys, numpy, cnn_vis
+import dataclasses, sys, numpy, cnn_vis
 files = cnn_vis.NetworkFiles(*sys.argv[1:3])
-target, neuron, use_gpu = sys.argv[3:]
-objective = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
-spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(target, objective),), use_gpu == "gpu")
+terms, neuron, use_gpu = sys.argv[3:]
+form = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
+targets = (dataclasses.replace(target, form=form) for target in cnn_vis.parse_targets(terms))
+spec = cnn_vis.NetworkSpec(files, tuple(targets), use_gpu == "gpu")
 network = cnn_vis.Network(spec)
 batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")
 for tiles in (batch, batch[:1], batch):
@@ -158,6 +160,9 @@ def gradients(folder, device, target, neuron="", change="", **environment):
         ("inception_a/output", "9", 2 * BOUND),
         ("classifier", "", 2 * BOUND),
         ("prob", "", 100 * BOUND),  # differences of what is nearly the same
+        ("inception_a/output:3,5-7", "", 2 * BOUND),
+        ("2*inception_a/output + inception_a/1x1:1 + -1*classifier", "", 3 * BOUND),
+        ("conv1/5x5_s2 + 3*inception_a/3x3_reduce", "4", 3 * BOUND),
     ],
 )
 def test_gradients_are_the_cpus(target, neuron, bound, tmp_path):
@@ -190,6 +195,14 @@ def test_pictures_are_the_originals(case, tmp_path):
 def test_a_run_is_on_the_gpus_that_are_asked_for(gpu, told, on_cpu, tmp_path):
     assert f", {told}, " in dream(*gpu, cwd=tmp_path)
     assert_near(tmp_path / "out.png", on_cpu)
+
+
+def test_a_guided_run_is_the_cpus(tmp_path):
+    CARD.save(tmp_path / "guide.png")
+    words = ["--guide=guide.png", "--layer=inception_a/output + pool1/norm1:1-5"]
+    dream(*words, "--gpu=0", cwd=tmp_path)
+    dream(*words, "--gpu=-1", "--output=cpu.png", cwd=tmp_path)
+    assert_near(tmp_path / "out.png", tmp_path / "cpu.png")
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 32])

@@ -1,0 +1,13 @@
+#!/bin/sh
+# A cat that becomes what three other pictures show: a cup of coffee, coins, a motorcycle. All of them side by side are in
+# guides.png.
+# Usage: guides.sh [MORE OPTIONS]
+set -eu
+. "$(dirname "$0")/common.sh"
+image=$(photograph chelsea.png)
+for guide in coffee coins motorcycle_left; do
+    "$python" "$cnn_vis" --output "guided_by_$guide.png" --image "$image" --guide "$(photograph "$guide.png")" \
+        --preset animals --iter_behavior none "$@"
+done
+"$python" "$root/examples/sheet.py" guides.png --columns 2 --width 450 "$image=the photograph" \
+    guided_by_coffee.png=coffee guided_by_coins.png=coins guided_by_motorcycle_left.png=motorcycle
