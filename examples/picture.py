@@ -3,11 +3,9 @@
 
     picture.py fit PICTURE OUT SIDE            resizes it: its shorter side becomes SIDE pixels long
     picture.py zoom PICTURE OUT FACTOR LIKE    enlarges it about its middle, cut to the size of LIKE
-    picture.py blend PICTURE OUT SHARE WITH    mixes in another one, SHARE (0 to 1) of the whole
 
 cnn_vis.py writes 1.2 times the contrast that it reads. Where what it wrote becomes what it reads,
-that would grow from frame to frame; so zoom gives PICTURE the brightness and contrast of LIKE, and
-blend gives WITH those of PICTURE.
+that would grow from frame to frame; so zoom gives PICTURE the brightness and contrast of LIKE.
 """
 
 import argparse
@@ -52,17 +50,10 @@ def zoom(picture, factor, model):
     )
 
 
-def blend(picture, share, other):
-    """The Image with `share` of it replaced by `other`, brought to its size and contrast."""
-    return Image.blend(
-        picture, match(other.resize(picture.size, Image.Resampling.BICUBIC), picture), share
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for function, *names in ((fit, "side"), (zoom, "factor", "like"), (blend, "share", "with")):
+    for function, *names in ((fit, "side"), (zoom, "factor", "like")):
         command = commands.add_parser(function.__name__)
         command.set_defaults(function=function)
         command.add_argument("picture", type=read)

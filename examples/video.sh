@@ -1,7 +1,8 @@
 #!/bin/bash
-# A video, dreamed frame by frame; each frame has some of the dream before mixed in, which holds the dreams together.
+# A video, dreamed frame by frame. Each frame starts from the dream before it, carried along by optical flow, so that
+# the film flickers far less.
 # The frames lie in OUT.mp4.frames until all are done, so it can be stopped and started again.
-# BLEND=0.5 is the share of the dream before; less of it suits pictures that move fast.
+# BLEND=0.9 is the share of the dream that is carried on, from 0 to 1; FLOW=dis, or farneback, finds the flow.
 # Usage: video.sh IN.mp4 OUT.mp4 [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -10,6 +11,8 @@ for file in "${1:--}" "${2:--}"; do
     case $file in -*) usage 'IN.mp4 OUT.mp4 [MORE OPTIONS]' ;; esac
 done
 command -v ffmpeg > /dev/null || { echo 'video.sh: ffmpeg is needed: apt-get install ffmpeg' >&2 && exit 1; }
+"$python" -c 'import cv2' 2> /dev/null \
+    || { echo "video.sh: OpenCV is needed: $python -m pip install -r $root/examples/requirements.txt" >&2 && exit 1; }
 input=$1 output=$2 work=$2.frames
 shift 2
 
@@ -24,11 +27,16 @@ previous=
 for frame in "$work"/in/*.png; do
     dreamed=$work/out/${frame##*/}
     if [ ! -e "$dreamed" ]; then
-        "$python" "$root/examples/picture.py" blend "$frame" "$work/next.png" "${BLEND:-0.5}" "${previous:-$frame}"
-        dream "$dreamed" --image "$work/next.png" --layer inception_4c/output --num_steps 10 --learning_rate 1.5 \
+        start=$frame
+        if [ -n "$previous" ]; then
+            start=$work/next.png
+            "$python" "$root/examples/flow.py" "$frame" "$start" "${BLEND:-0.9}" "$previous" \
+                "$work/out/${previous##*/}" "${FLOW:-dis}"
+        fi
+        dream "$dreamed" --image "$start" --layer inception_4c/output --num_steps 10 --learning_rate 0.5 \
             --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
     fi
-    previous=$dreamed
+    previous=$frame
 done
 # Players want even sides. The sound, if any, is the input's.
 ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?' \

@@ -425,21 +425,6 @@ def test_picture_fit_and_zoom(tmp_path):
     assert np.ptp(np.nonzero(bright.any(0))) + 1 == pytest.approx(40, abs=1)
 
 
-def test_picture_blend(tmp_path):
-    """The other picture's contrast does not matter, only its pattern."""
-    for name, values in (("frame", (90, 110)), ("dream", (140, 100)), ("harsh", (210, 10))):
-        Image.fromarray(np.repeat(np.uint8(values), 300).reshape(2, 100, 3)).save(
-            tmp_path / f"{name}.png"
-        )
-    for name in ("dream", "harsh"):
-        picture_py(
-            "blend", tmp_path / "frame.png", tmp_path / "out.png", 0.25, tmp_path / f"{name}.png"
-        )
-        assert np.asarray(Image.open(tmp_path / "out.png"))[:, 0, 0] == pytest.approx(
-            [95, 105], abs=1
-        )
-
-
 def test_zoom(cat):
     """Goes on from the last frame that there is; the film needs ffmpeg."""
     printed = run("zoom.sh", cat, 1, *FAST, cwd=cat.parent, SIDE="224")
@@ -510,7 +495,9 @@ def path_without(program, folder):
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_video(tmp_path):
-    """Three frames and their sound, begun by an earlier run."""
+    """Three frames and their sound, begun by an earlier run. What the frames become is checked in
+    test_video.py."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
     source = [
         "-f",
         "lavfi",

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Carries a video's dream from one frame to the next, along the optical flow (video.sh uses it).
+
+    flow.py FRAME OUT SHARE PREVIOUS DREAM [dis | farneback]
+
+OUT, the picture to dream on from, is FRAME and SHARE (0 to 1) of what was dreamed before: DREAM's
+difference from its own frame PREVIOUS, moved to where its places are in FRAME. Nothing is carried
+to places that do not look alike in both frames, as where something new comes into view.
+
+cnn_vis.py writes more contrast than it has, 1.2 times at each size. That is no part of the dream
+and would grow from frame to frame, so it is undone before the difference is taken.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import cv2
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from picture import match, read
+
+import cnn_vis
+
+MISFIT = 30  # grey levels; places that differ by more do not show the same
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("frame", type=read)
+    parser.add_argument("out")
+    parser.add_argument("share", type=float)
+    parser.add_argument("previous", type=read)
+    parser.add_argument("dream")
+    parser.add_argument("method", nargs="?", choices=("dis", "farneback"), default="dis")
+    options = parser.parse_args()
+    frame, previous = np.asarray(options.frame), np.asarray(options.previous)
+    try:
+        dreamed, where = difference(options.dream, previous)
+    except cnn_vis.BadRequest as error:  # its mask has gone
+        sys.exit(f"flow.py: {error}")
+    start = carry(dreamed, previous, frame, options.share * where, options.method)
+    Image.fromarray(start).save(options.out)
+
+
+# ---- What was dreamed -------------------------------------------------------------------------
+
+
+def difference(path, frame):
+    """What cnn_vis.py added to `frame`, uint8 (H, W, 3), in the PNG `path`: grey levels, float32
+    (H, W, 3); and where it was to dream, from 0 to 1: a number, or as its mask tells, (H, W, 1)."""
+    dream = read(path).resize(frame.shape[1::-1], Image.Resampling.BICUBIC)
+    try:
+        record, words = cnn_vis.read_record(str(path))
+        options = cnn_vis.PARSER.parse_args(words[2:])
+    except cnn_vis.BadRequest:
+        options = None
+    if options is None or options.rescale_image:  # nobody knows what was done to its contrast
+        return np.float32(match(dream, Image.fromarray(frame))) - frame, 1
+    mask, _ = cnn_vis.read_mask(options.mask, frame)
+    where = 1 if mask is None else mask[:, :, np.newaxis] / np.float32(255)
+    gain = 1 + (cnn_vis.GAIN ** len(record["sizes"]) - 1) * where
+    dream = np.asarray(dream)
+    if options.keep_colors:
+        dream, frame = brightness(dream, frame)
+    change = added(dream, frame, gain, record["mean"])
+    return np.repeat(change, 3 // change.shape[2], axis=2), where
+
+
+def brightness(dream, frame):
+    """The brightness of two pictures uint8 (H, W, 3), of which the first has the colours of the
+    second: float32 (H, W, 1) each. It differs by what two of the three channels at least differ by;
+    the third may have been cut at black or white."""
+    converted = Image.fromarray(frame).convert("YCbCr")
+    change = np.float32(dream) - np.float32(converted.convert("RGB"))
+    own = np.float32(converted.getchannel(0))[:, :, np.newaxis]
+    own += 0.5  # Pillow truncates
+    return own + np.median(change, axis=2, keepdims=True), own
+
+
+def added(dream, frame, gain, mean):
+    """The difference, float32 (H, W, C), between what cnn_vis.py wrote and its frame, 0 to 255 both
+    and (H, W, C), without the gain, a number or (H, W, 1), by which it has raised contrast about
+    the grey level `mean`."""
+    truncated = (gain - 1) / (cnn_vis.GAIN - 1) / 2  # grey levels: half of one, raised like others
+    change = (dream + truncated - mean) / gain + mean - frame
+    # Black and white may have been darker and brighter: the frame's own are as good.
+    change[(dream <= 0) & (change > 0) | (dream >= 255) & (change < 0)] = 0
+    return change.astype(np.float32)
+
+
+# ---- Where it goes ----------------------------------------------------------------------------
+
+
+def carry(dreamed, previous, frame, share, method="dis"):
+    """`frame` with a share, a number or (H, W, 1), of what was dreamed into the frame `previous`;
+    frames and result are uint8 (H, W, 3), `dreamed` is float32 (H, W, 3)."""
+    flow = flow_between(frame, previous, method)
+    weight = share * trust(frame, previous, flow)[:, :, np.newaxis]
+    start = frame + weight * warp(dreamed, flow)
+    return np.clip(np.round(start), 0, 255).astype(np.uint8)
+
+
+def flow_between(frame, other, method="dis"):
+    """Where each pixel of `frame` lies in `other`, both uint8 (H, W, 3), as seen from its place in
+    `frame`: (x, y) in pixels, float32 (H, W, 2)."""
+    frame, other = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (frame, other))
+    if method == "farneback":
+        return cv2.calcOpticalFlowFarneback(frame, other, None, 0.5, 5, 21, 3, 7, 1.5, 0)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return dis.calc(frame, other, None)
+
+
+def sources(flow):
+    """The places, x and y, float32 (H, W) each, that the flow points to."""
+    y, x = np.indices(flow.shape[:2], np.float32)
+    return x + flow[:, :, 0], y + flow[:, :, 1]
+
+
+def warp(values, flow):
+    """The array (H, W, C) as its places lie after the flow: each pixel is fetched from where `flow`
+    points to; beyond the edges, from the edge."""
+    return cv2.remap(values, *sources(flow), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def trust(frame, previous, flow):
+    """How far what was dreamed into `previous` belongs to each pixel of `frame`, both uint8
+    (H, W, 3): float32 (H, W), 1 where they fit, 0 where they do not, and between beside that."""
+    height, width = flow.shape[:2]
+    x, y = sources(flow)
+    inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
+    misfit = np.abs(warp(previous, flow).astype(np.int16) - frame).max(axis=2)
+    fits = ((misfit <= MISFIT) & inside).astype(np.float32)
+    return np.minimum(fits, cv2.GaussianBlur(cv2.erode(fits, np.ones((3, 3))), (0, 0), 1.5))
+
+
+if __name__ == "__main__":
+    main()
