@@ -4501,7 +4501,13 @@ class Engines:
         """The Engine for a run, which has described its network. Raises BadRequest, RunFailed."""
         place = (files, choose_targets(settings))
         spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
-        if self._engine is None or not self._engine.change(spec):
+        engine = self._engine
+        if engine is not None:
+            device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
+            if dataclasses.replace(spec, **device) == engine.spec:
+                engine.notices = []  # they have been told
+                return engine
+        if engine is None or not engine.change(spec):
             self.close()
             self._engine = open_engine(self.options, spec)
             self._engine.describe()

@@ -73,10 +73,7 @@ def brightness(dream, frame):
     """The brightness of two pictures uint8 (H, W, 3), of which the first has the colours of the
     second: float32 (H, W, 1) each. It differs by what two of the three channels at least differ by;
     the third may have been cut at black or white."""
-    converted = Image.fromarray(frame).convert("YCbCr")
-    change = np.float32(dream) - np.float32(converted.convert("RGB"))
-    own = np.float32(converted.getchannel(0))[:, :, np.newaxis]
-    own += 0.5  # Pillow truncates
+    change, own = np.float32(dream) - frame, frame @ np.float32([[0.299], [0.587], [0.114]])
     return own + np.median(change, axis=2, keepdims=True), own
 
 

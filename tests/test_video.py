@@ -128,7 +128,7 @@ def written(start, pattern, mean=112.0):
     """What the program writes if it starts from `start`, uint8 (H, W, 3), and adds the pattern."""
     image = cnn_vis.from_uint8(start, mean)
     image += pattern[:, :, ::-1].transpose(2, 0, 1)
-    return cnn_vis.to_uint8(image, mean)
+    return cnn_vis.to_picture(image, mean)
 
 
 def test_added_is_what_was_added():
