@@ -19,7 +19,7 @@ The rooms of this file:
 
     The program       Pictures; Sizes and tiles; Objective, regularizers, step; The dream
     What carries it   Options; Networks by name; The network; Engines; Files of a run;
-                      Along the way; A run; Commands
+                      Along the way; The page of web; A run; Commands
 
 A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
 the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
@@ -39,6 +39,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -2069,6 +2070,9 @@ def output_options(add):
     def is_not_shown(options):
         return "show" not in options.iter_behavior and "no show in --iter_behavior"
 
+    def has_no_page(options):
+        return "web" not in options.iter_behavior and "no web in --iter_behavior"
+
     add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
         file="write", help="the finished picture; of several in one run FOLDER/, or a name with "
         "{name}, the start picture's, and {layer} in it")
@@ -2078,7 +2082,13 @@ def output_options(add):
         idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
         help=f"what to do along the way: {', '.join(BEHAVIORS)}, joined by +, or none; save writes "
         "NAME_SIZE_STEP.EXT beside the output, plot NAME_plot.png, gif NAME_run.gif; without a "
-        "display, show and plot_pix write NAME_show.png and NAME_plot_pix.png")
+        "display, show and plot_pix write NAME_show.png and NAME_plot_pix.png; web is a page to "
+        "watch the run in a browser")
+    add("--web_port", metavar="N", type=number(int, 0, 65535), default=0, free=True,
+        idle=has_no_page, help="port of the page that web shows; 0: a free one, which is printed")
+    add("--web_host", metavar="HOST", type=given, default="127.0.0.1", free=True, text=None,
+        idle=has_no_page, help="address at which web listens; by default other machines cannot "
+        "reach it, and with an address of the network everybody there can look")
     add("--stats", metavar="FILE", type=output_name, free=True, file="write",
         help="measure every step, and write the statistics as CSV")
     add("--sidecar", action="store_true", free=True,
@@ -5283,6 +5293,368 @@ class Checkpoints(Watcher):
             self.run.checkpoint().write(self.files.checkpoint)
 
 
+class Pace:
+    """How far a run has come, in tiles, and how fast it goes."""
+
+    def __init__(self, dream):
+        steps, at_size = dream.settings.num_steps, dream.size - 1
+        self.counts = [sum(map(len, dream.tiles(size))) for size in dream.sizes]
+        self.total = steps * sum(self.counts)
+        self.done = steps * sum(self.counts[:at_size]) + dream.step * self.counts[at_size]
+        self._done_before, self._begun = self.done, time.monotonic()
+
+    def advance(self, progress):
+        """Counts the tiles of a step; returns their number."""
+        count = self.counts[progress.size - 1]
+        self.done += count
+        return count
+
+    def rate(self):
+        """Tiles per second, on the average."""
+        return (self.done - self._done_before) / (time.monotonic() - self._begun)
+
+    def seconds_left(self):
+        """How long the rest will take at this rate; None before the first step."""
+        rate = self.rate()
+        return (self.total - self.done) / rate if rate else None
+
+
+class Snapshot:
+    """A picture along the way, for browsers: a copy of the image in a Progress, with blocks of
+    pixels made one where a side is above SIDE. It becomes a JPEG when the first one asks."""
+
+    SIDE = 2048
+
+    def __init__(self, progress):
+        image, side = progress.image, max(progress.image.shape[2:])
+        step = math.ceil(side / self.SIDE)
+        image = block_means(image, step) if step > 1 else image.copy()
+        self.steps = progress.steps_done()
+        self._progress = dataclasses.replace(progress, image=image)
+        self._encoding, self._jpeg = threading.Lock(), None
+
+    def jpeg(self, rescale):
+        """The picture as the bytes of a JPEG."""
+        with self._encoding:
+            if self._jpeg is None:
+                self._jpeg = encode_jpeg(self._progress.picture(rescale))
+                self._progress = None  # the copy has served
+            return self._jpeg
+
+
+def block_means(image, side):
+    """The image (1, 3, H, W) with the mean of each block of side x side pixels, or of what there is
+    of it at the edges, as one pixel."""
+    for _ in range(2):  # rows, then columns
+        total = image[:, :, ::side].copy("K")
+        for i in range(1, side):
+            part = image[:, :, i::side]
+            total[:, :, : part.shape[2]] += part
+        starts = range(0, image.shape[2], side)
+        total /= np.diff([*starts, image.shape[2]])[:, np.newaxis]
+        image = total.swapaxes(2, 3)
+    return image
+
+
+def encode_jpeg(picture):
+    """The bytes of a picture as a JPEG to look at."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+class Web(Watcher):
+    """web: a page on which a browser shows the run while it lasts.
+
+    The run's thread only notes where it is, and copies the image if a request is waiting for a
+    picture; all else is done in threads of the server, which share what `_changed` guards. Steps
+    are measured every --output_iter steps, and while somebody looks as often as PAUSE allows.
+    """
+
+    at_end = True  # it is followed from the first step to the last
+    PAUSE = 0.25  # seconds from one event to the next, and from one measured step to the next
+    PATIENCE = 15  # seconds after which a request that waits for something new is answered without
+    FAREWELL = 2  # seconds at most in which listeners may fetch the end
+    POINTS = 500  # of the curve, at most
+
+    def __init__(self, options, files):
+        super().__init__(options, files)
+        self._changed = threading.Condition()
+        self._version, self._seen, self._end = 0, None, None
+        self._snapshot, self._curve = None, []  # of [steps done, objective]
+        self._is_wanted = False  # whether a request waits for a picture
+        self._visitors = 0  # requests that the end waits for
+        self._looked = self._measured = -math.inf  # when a picture was asked for, a step measured
+        self._asked = {}  # step: what wants_stats has answered, which holds for the whole step
+        open_web_server(self, options.web_host, options.web_port).server_close()  # to see if it can
+
+    def wants_stats(self, step):
+        if step not in self._asked:
+            now = time.monotonic()
+            is_watched = self._is_wanted or now - self._looked < 10 * self.PAUSE
+            is_wanted = is_watched and now - self._measured >= self.PAUSE
+            self._measured = now if is_wanted else self._measured
+            self._asked[step] = is_wanted or step % self.options.output_iter == 0
+        return self._asked[step]
+
+    def begin(self, run):
+        super().begin(run)
+        self._pace = Pace(run.dream)
+        self._server = open_web_server(self, self.options.web_host, self.options.web_port)
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+        lines = [f"watch the run at {self._server.url}"]
+        if not self._server.is_local:
+            place = f"port {self._server.port} of this machine"
+            lines.append(f"whoever can reach {place} can see the picture and the command")
+        for line in lines:  # with --quiet, too: without its address there is no page
+            say(printable(f"note: {line}"), "stderr")
+
+    def after_step(self, progress):
+        self._pace.advance(progress)
+        self._asked = {step: asked for step, asked in self._asked.items() if step > progress.step}
+        with self._changed:
+            if progress.stats and math.isfinite(progress.stats["objective"]):
+                if len(self._curve) == self.POINTS:
+                    del self._curve[1::2]
+                objective = float(f"{progress.stats['objective']:.5g}")
+                self._curve.append([progress.steps_done(), objective])
+            self._tell(progress, self._is_wanted)
+
+    def close(self):
+        """Lets those who look fetch the end, and ends the server."""
+        dream, error = self.run.dream, sys.exc_info()[1]
+        end = "done" if dream.is_done() and not error else "stopped"
+        is_failure = error and not isinstance(error, Stopped)
+        with self._changed:
+            self._end = ["failed", one_line(error)] if is_failure else [end, ""]
+            self._snapshot = None
+            self._tell(dream.progress(), self._visitors and dream.image is not None)
+            self._changed.wait_for(lambda: not self._visitors, self.FAREWELL)
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _tell(self, progress, with_picture):
+        """Notes where the run is, for those who look."""
+        self._version += 1
+        self._seen = dataclasses.replace(progress, image=None)
+        if with_picture:
+            with contextlib.suppress(MemoryError):  # it is not worth the run
+                self._snapshot = Snapshot(progress)
+            self._is_wanted = False
+        self._changed.notify_all()
+
+    # What follows runs in threads of the server.
+
+    @contextlib.contextmanager
+    def visitor(self):
+        """While a request is answered that the end of the run should wait for."""
+        with self._changed:
+            self._visitors += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._visitors -= 1
+                self._changed.notify_all()
+
+    def picture(self, after):
+        """(steps done, JPEG) of the picture as it stands, once that is after more than `after`
+        steps, or at the end; None if there is none in time."""
+        with self._changed:
+            before = self._snapshot
+
+            def is_there():
+                shot = self._snapshot
+                is_new = shot is not before or (shot and shot.steps == self._seen.steps_done())
+                return self._end or (is_new and shot.steps > after)
+
+            self._looked = time.monotonic()
+            self._is_wanted = self._is_wanted or not is_there()
+            is_answered = self._changed.wait_for(is_there, self.PATIENCE)
+            self._looked, snapshot = time.monotonic(), self._snapshot
+        if not is_answered or snapshot is None:
+            return None
+        return snapshot.steps, snapshot.jpeg(self.options.rescale_image)
+
+    def events(self):
+        """Yields what is new, as dicts for the page: all at first, then changes; empty ones to see
+        whether the listener is still there. The last one has an end."""
+        news, version, drawn = self._plan(), None, None
+        while True:
+            with self._changed:
+                if self._version == version:
+                    self._changed.wait(self.PATIENCE)
+                news |= {} if self._version == version else self._state()
+                if self._curve and self._curve[-1] != drawn:
+                    news["curve"], drawn = self._curve.copy(), self._curve[-1]
+                version, has_ended = self._version, self._end is not None
+            yield news
+            if has_ended:
+                return
+            news = {}
+            with self._changed:
+                self._changed.wait_for(lambda: self._end, self.PAUSE)
+
+    def _plan(self):
+        """What is known beforehand."""
+        dream = self.run.dream
+        plan = {"command": self.run.record["command"], "sizes": dream.sizes, "curve": []}
+        return plan | {"steps": dream.settings.num_steps, "tiles": self._pace.counts}
+
+    def _state(self):
+        """Where the run is."""
+        seen = self._seen or self.run.dream
+        return {
+            "size": seen.size,
+            "step": seen.step,
+            "rate": self._pace.rate(),
+            "left": self._pace.seconds_left(),
+            "seconds": time.monotonic() - self.run.begun,
+            "end": self._end,
+        }
+
+
+def open_web_server(web, host, port):
+    """A server for the page of a Web, bound but not yet answering. Raises BadRequest.
+
+    It answers GET and HEAD of three paths. A site that a browser is also showing must not read
+    them, even under a name that it has made lead to this machine (DNS rebinding). So the Host of a
+    request has to be this server's: an address, which nobody can make lead elsewhere, localhost or
+    what --web_host says; and the Origin, if there is one, the same.
+    """
+    import http.server
+    import ipaddress
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10  # seconds for which a client may keep a thread waiting to read or write
+
+        def do_GET(self):
+            path, _, query = self.path.partition("?")
+            answers = {"/": self.page, "/events": self.events, "/picture.jpg": self.picture}
+            if not self.is_for_us():
+                problem = f"open {self.server.url}"
+                self.reply(403, problem.encode())
+            elif self.command not in ("GET", "HEAD"):
+                self.reply(405, b"only GET and HEAD", Allow="GET, HEAD")
+            elif path in answers:
+                answers[path](query)
+            else:
+                self.reply(404, b"there is nothing here but /")
+
+        def __getattr__(self, name):
+            if name.startswith("do_"):  # any other method
+                return self.do_GET
+            raise AttributeError(name)
+
+        def is_for_us(self):
+            """Whether a request may be answered, by what the browser says of it."""
+            host, *others = self.headers.get_all("Host", [""])
+            origins = self.headers.get_all("Origin", [])
+            site, mode = (self.headers.get(f"Sec-Fetch-{name}") for name in ("Site", "Mode"))
+            is_own = site in (None, "same-origin", "none") or mode == "navigate"  # by a link
+            is_same = all(origin == f"http://{host}" for origin in origins)
+            return not others and self.server.has_name(host) and is_same and is_own
+
+        def page(self, _):
+            self.reply(200, PAGE.encode(), "text/html; charset=utf-8")
+
+        def picture(self, query):
+            if self.command == "HEAD":  # not worth a picture
+                self.reply(200, None, "image/jpeg")
+                return
+            after = re.fullmatch(r"after=(\d{1,15})", query)
+            with web.visitor():
+                found = web.picture(int(after[1]) if after else -1)
+                if found:
+                    self.reply(200, found[1], "image/jpeg", Steps=found[0])
+                else:
+                    self.reply(204)
+
+        def events(self, _):
+            self.reply(200, None, "text/event-stream")
+            if self.command == "HEAD":
+                return
+            with web.visitor():
+                for news in web.events():
+                    line = f"data: {json.dumps(news)}" if news else ": nothing new"
+                    self.wfile.write(f"{line}\n\n".encode())
+                self.rfile.read(1)  # until the page, having all, hangs up
+
+        def reply(self, status, body=b"", kind="text/plain; charset=utf-8", **more):
+            """Sends an answer; its headers alone if `body` is None."""
+            self.send_response(status)
+            headers = more | page_headers() | {"Content-Type": kind}
+            if body is not None and status != 204:
+                headers["Content-Length"] = len(body)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body and self.command != "HEAD":
+                self.wfile.write(body)
+
+        def send_error(self, code, *_):  # of requests that are none
+            self.reply(code, b"not a request that is understood here")
+
+        def version_string(self):
+            return "cnn-vis"
+
+        def log_message(self, *_):
+            pass
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = allow_reuse_address = True
+        request_queue_size = most = 64  # connections at once
+
+        def __init__(self, family, address):
+            self.address_family, self._places = family, threading.Semaphore(self.most)
+            super().__init__(address, Handler)
+            self.port, bound = self.server_address[1], ipaddress.ip_address(self.server_address[0])
+            self.is_local, self._names = bound.is_loopback, {"localhost", host.lower()}
+            shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(bound), host)
+            shown = f"[{shown}]" if ":" in shown else shown
+            self.url = f"http://{shown}:{self.port}/"
+
+        def has_name(self, text):
+            """Whether a Host is this server's."""
+            text = text.lower() + (":80" if self.port == 80 and text[-3:] != ":80" else "")
+            name, _, port = text.rpartition(":")
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(name.strip("[]"))
+                name = "localhost" if address.is_loopback or not self.is_local else name
+            return name in self._names and port == str(self.port)
+
+        def process_request(self, *request):
+            if self._places.acquire(blocking=False):
+                super().process_request(*request)
+            else:
+                self.shutdown_request(request[0])
+
+        def process_request_thread(self, *request):
+            try:
+                super().process_request_thread(*request)
+            finally:
+                self._places.release()
+
+        def handle_error(self, *_):
+            error = sys.exc_info()[1]
+            if not isinstance(error, OSError):  # that is a client that has gone
+                log.error(f"--iter_behavior web: {one_line(error)}")
+
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return Server(family, address)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            remedy = "choose another, or leave it out"
+            raise refusal("web_port", port, f"{error.strerror}; {remedy}") from None
+        problem = f"cannot listen there ({getattr(error, 'strerror', None) or one_line(error)})"
+        remedy = "give an address or a name of this machine, or leave it out"
+        raise refusal("web_host", host, f"{problem}; {remedy}") from None
+
+
 class Bar(Watcher):
     """The progress bar on a terminal; lines in a log."""
 
@@ -5290,33 +5662,27 @@ class Bar(Watcher):
         from tqdm import tqdm
 
         super().begin(run)
-        dream, steps = run.dream, run.dream.settings.num_steps
-        self._counts = [sum(map(len, dream.tiles(size))) for size in dream.sizes]
-        done = (
-            steps * sum(self._counts[: dream.size - 1]) + dream.step * self._counts[dream.size - 1]
-        )
+        self._pace, batch = Pace(run.dream), run.batch
+        others = batch.done + (batch.count - batch.number) * self._pace.total  # about
         has_columns = sys.stderr.isatty() and os.get_terminal_size(2).columns > 0
         self._bar = tqdm(
-            desc="starting", total=steps * sum(self._counts), initial=done, unit=" tiles",
+            desc="starting", total=self._pace.total + others, initial=batch.done + self._pace.done,
             bar_format="{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left",
-            leave=False, dynamic_ncols=True, disable=not has_columns,
+            unit=" tiles", leave=False, dynamic_ncols=True, disable=not has_columns,
         )  # fmt: skip
-        self._left, self._done, self._begun = self._bar.total - done, 0, time.monotonic()
 
     def after_step(self, progress):
-        count = self._counts[progress.size - 1]
-        self._done += count
-        self._bar.set_description_str(str(progress), refresh=False)
-        self._bar.update(count)
+        self._bar.set_description_str(f"{self.run.batch}{progress}", refresh=False)
+        self._bar.update(self._pace.advance(progress))
 
     def when_due(self, progress):
         if self._bar.disable:
-            rate = self._done / (time.monotonic() - self._begun)
-            left = self._bar.format_interval((self._left - self._done) / rate)
-            log.info(f"{progress}: {rate:.1f} tiles/s, {left} left")
+            left = self._bar.format_interval(self._pace.seconds_left())
+            log.info(f"{self.run.batch}{progress}: {self._pace.rate():.1f} tiles/s, {left} left")
 
     def close(self):
         self._bar.close()
+        self.run.batch.done += self._pace.total
 
 
 BEHAVIORS = {  # words of --iter_behavior
@@ -5326,6 +5692,7 @@ BEHAVIORS = {  # words of --iter_behavior
     "plot_pix": PlotPix,
     "plot": Plot,
     "gif": Gif,
+    "web": Web,
 }
 WATCHERS = (*BEHAVIORS.values(), Stats, Checkpoints, Bar)
 
@@ -5362,6 +5729,273 @@ class Watchers(list):
     def keep(self):
         """What they keep in a checkpoint, {name: array}."""
         return {name: array for watcher in self for name, array in watcher.keep().items()}
+
+
+# ---- The page of web -------------------------------------------------------------------------
+# All that it shows comes in events, and is put into it as text.
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>cnn-vis</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --back: #f4f2ee; --panel: #fff; --ink: #201e1b; --dim: #716c64; --line: #e0dcd4;
+  --accent: #b3501b; --good: #2f7d4f; --bad: #b3261e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #121110; --panel: #1b1a18; --ink: #ece8e1; --dim: #9b958b; --line: #34312d;
+    --accent: #f0925a; --good: #6cc48f; --bad: #f2857d;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--back); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  display: grid; grid-template-columns: minmax(0, 1fr) 22rem; height: 100vh;
+}
+main { container-type: size; margin: 1.75rem; display: grid; place-items: center; }
+#picture {
+  display: block; width: min(100cqw, 100cqh * var(--ratio)); aspect-ratio: var(--ratio);
+  border-radius: 4px; box-shadow: 0 2px 18px #0005;
+}
+#wait { color: var(--dim); }
+aside {
+  background: var(--panel); border-left: 1px solid var(--line); padding: 1.5rem;
+  overflow-y: auto; display: flex; flex-direction: column; gap: 1.5rem;
+}
+header { display: flex; justify-content: space-between; align-items: center; }
+h1 { font-size: 1.05rem; margin: 0; }
+h2 { font-size: .8rem; font-weight: 500; color: var(--dim); margin: 0 0 .4rem; }
+#state { font-size: .8rem; color: var(--accent); }
+#state::before {
+  content: ""; display: inline-block; width: .55em; height: .55em; margin-right: .5em;
+  border-radius: 50%; background: currentColor;
+}
+#state.running::before { animation: beat 1.6s ease-in-out infinite; }
+#state.done { color: var(--good); }
+#state.failed { color: var(--bad); }
+#state.stopped, #state.gone { color: var(--dim); }
+@keyframes beat { 50% { opacity: .25; } }
+@media (prefers-reduced-motion: reduce) { #state::before { animation: none !important; } }
+#message { margin: -.75rem 0 0; overflow-wrap: anywhere; }
+#message:empty { display: none; }
+#where { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .8rem; }
+#where small { display: block; font-size: .95rem; line-height: 1.6; color: var(--dim); }
+#sizes { display: flex; gap: 3px; height: 8px; }
+#sizes i { background: var(--line); border-radius: 4px; min-width: 3px; overflow: hidden; }
+#sizes b { display: block; height: 100%; background: var(--accent); }
+dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; margin: 0; }
+dt { font-size: .8rem; color: var(--dim); }
+dd { margin: 0; font-size: 1.15rem; }
+#curve { display: block; width: 100%; height: 11rem; overflow: visible; }
+#curve path { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; }
+#curve circle { fill: var(--accent); }
+#curve line { stroke: var(--line); }
+#curve .size { stroke: var(--dim); stroke-dasharray: 1 4; }
+#curve text { fill: var(--dim); font-size: 11px; }
+#command {
+  font: 12px/1.6 ui-monospace, monospace; margin: 0; padding: .8rem; background: var(--back);
+  border-radius: 4px; white-space: pre-wrap; user-select: all;
+}
+#command span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
+@media (max-width: 55rem) {
+  body { display: block; height: auto; }
+  main { container-type: inline-size; min-height: 8rem; margin: 1rem; }
+  aside { border: 0; }
+}
+</style>
+<main><p id="wait">The picture appears after the next step.</p></main>
+<aside>
+  <header><h1>cnn-vis</h1><span id="state" role="status" class="gone">connecting</span></header>
+  <p id="message"></p>
+  <section><p id="where">&nbsp;</p><div id="sizes"></div></section>
+  <dl>
+    <div><dt>tiles/s</dt><dd id="rate">–</dd></div>
+    <div><dt>time left</dt><dd id="left">–</dd></div>
+    <div><dt>elapsed</dt><dd id="seconds">–</dd></div>
+  </dl>
+  <section>
+    <h2 id="objective">Objective</h2>
+    <svg id="curve" role="img" aria-labelledby="objective"></svg>
+  </section>
+  <section><h2>Command</h2><pre id="command"></pre></section>
+</aside>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const run = {}, source = new EventSource("events");
+let shown = -1, isAsking = false, isOver = false;
+
+source.onmessage = event => {
+  const news = JSON.parse(event.data);
+  if (news.command) shown = -1;  // first of all; it may be another run
+  Object.assign(run, news);
+  draw();
+  ask();
+};
+source.onerror = () => say("gone", "not reachable");
+
+function say(name, text) {
+  $("state").className = name;
+  $("state").textContent = text;
+}
+
+// One request for a picture waits at the server; none while nobody looks, but one at the end.
+function ask() {
+  if (isAsking || isOver || (document.hidden && !run.end)) return;
+  const isLast = Boolean(run.end);
+  isAsking = true;
+  fetch("picture.jpg?after=" + (isLast ? -1 : shown)).then(show).catch(() => 3000).then(pause => {
+    isAsking = false;
+    isOver = isLast;
+    if (isOver) source.close();
+    else setTimeout(ask, run.end ? 0 : pause);
+  });
+}
+document.addEventListener("visibilitychange", ask);
+
+// Shows the picture in an answer; returns how many milliseconds to wait for the next.
+async function show(answer) {
+  if (answer.status !== 200) return answer.ok ? 0 : 3000;
+  const blob = await answer.blob(), next = new Image();
+  await new Promise((done, failed) => {
+    Object.assign(next, { onload: done, onerror: failed, src: URL.createObjectURL(blob) });
+  });
+  shown = Number(answer.headers.get("Steps"));
+  next.id = "picture";
+  next.alt = "The picture after step " + shown;
+  next.style.setProperty("--ratio", next.naturalWidth / next.naturalHeight);
+  const last = document.querySelector("main > *");
+  last.replaceWith(next);
+  if (last.src) URL.revokeObjectURL(last.src);
+  return 250;
+}
+
+function time(seconds) {
+  if (seconds === null) return "–";
+  const s = Math.round(seconds), two = n => String(n).padStart(2, "0");
+  const h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60;
+  return h ? h + ":" + two(m) + ":" + two(s % 60) : m + ":" + two(s % 60);
+}
+
+function draw() {
+  const [height, width] = run.sizes[run.size - 1], count = run.sizes.length;
+  const [end, message] = run.end || ["running", ""];
+  say(end, end);
+  $("message").textContent = message;
+  const size = count > 1 ? "size " + run.size + " of " + count + ", " : "";
+  const small = document.createElement("small");
+  small.textContent = size + width + " × " + height;
+  $("where").replaceChildren("Step " + run.step + " of " + run.steps, small);
+  drawSizes();
+  $("rate").textContent = run.rate ? run.rate.toFixed(1) : "–";
+  $("left").textContent = run.end ? "–" : time(run.left);
+  $("seconds").textContent = time(run.seconds);
+  drawCommand();
+  drawCurve();
+  const sum = list => list.reduce((a, b) => a + b, 0);
+  const before = sum(run.tiles.slice(0, run.size - 1)) * run.steps;
+  const part = (before + run.step * run.tiles[run.size - 1]) / (sum(run.tiles) * run.steps);
+  document.title = (run.end ? end : Math.floor(100 * part) + "%") + " · cnn-vis";
+}
+
+// Lines break between options only.
+function drawCommand() {
+  if ($("command").textContent === run.command) return;
+  $("command").replaceChildren(...run.command.split(/(?<= )(?=--)/).map(words => {
+    const span = document.createElement("span");
+    span.textContent = words;
+    return span;
+  }));
+}
+
+// A bar for each size, as long as its share of the work.
+function drawSizes() {
+  const bars = $("sizes").children;
+  while (bars.length < run.tiles.length) {
+    const bar = document.createElement("i");
+    bar.style.flexGrow = run.tiles[bars.length];
+    bar.append(document.createElement("b"));
+    $("sizes").append(bar);
+  }
+  run.tiles.forEach((_, i) => {
+    const part = i + 1 < run.size ? 1 : i + 1 > run.size ? 0 : run.step / run.steps;
+    bars[i].firstChild.style.width = 100 * part + "%";
+  });
+}
+
+// About so many round numbers between two others.
+function ticks(low, high, number) {
+  const raw = (high - low) / number, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find(n => n * power >= raw), found = [];
+  for (let n = Math.ceil(low / step); n * step <= high; n++) found.push(n * step);
+  return found;
+}
+
+function drawCurve() {
+  const svg = $("curve"), points = run.curve, left = 44, bottom = 18;
+  const width = svg.clientWidth - 6, height = svg.clientHeight - bottom;
+  svg.replaceChildren();
+  if (!points.length) return;
+  const round = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+  const add = (name, values, text = "") => {
+    const item = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const key in values) item.setAttribute(key, values[key]);
+    item.textContent = text;
+    svg.append(item);
+  };
+  const [xs, ys] = [0, 1].map(i => points.map(point => point[i]));
+  const first = xs[0], last = Math.max(xs[xs.length - 1], first + 1);
+  let low = Math.min(...ys), high = Math.max(...ys);
+  const room = (high - low) * .06 || Math.abs(high) * .1 || 1;
+  low -= room;
+  high += room;
+  const x = step => left + (width - left) * (step - first) / (last - first);
+  const y = value => 4 + (height - 4) * (high - value) / (high - low);
+  for (const value of ticks(low, high, 5)) {
+    add("line", { x1: left, x2: width, y1: y(value), y2: y(value) });
+    add("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, round.format(value));
+  }
+  for (let n = run.steps + .5; n < last && run.sizes.length < 50; n += run.steps) {
+    if (n > first) add("line", { class: "size", x1: x(n), x2: x(n), y1: 4, y2: height });
+  }
+  add("text", { x: left, y: height + 15 }, "step " + first);
+  add("text", { x: width, y: height + 15, "text-anchor": "end" }, xs[xs.length - 1]);
+  const sizeOf = point => point ? Math.ceil(point[0] / run.steps) : 0;
+  const pen = (point, i) => sizeOf(point) === sizeOf(points[i - 1]) ? "L" : "M";
+  const path = points.map((p, i) => pen(p, i) + x(p[0]).toFixed(1) + " " + y(p[1]).toFixed(1));
+  add("path", { d: path.join("") });
+  add("circle", { cx: x(xs[xs.length - 1]), cy: y(ys[ys.length - 1]), r: 3.5 });
+  $("objective").textContent = "Objective: " + round.format(ys[ys.length - 1]);
+}
+addEventListener("resize", () => run.curve && drawCurve());
+</script>
+</html>
+"""
+
+
+@functools.cache
+def page_headers():
+    """Headers of every answer: nothing is kept, and a page may load only what is the server's."""
+    import base64
+
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src blob: data:"]
+    for kind, text in re.findall(r"<(style|script)>(.*?)</", PAGE, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{kind}-src 'sha256-{digest}'")
+    rules += ["frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"]
+    return {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": "; ".join(rules),
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
 
 
 # ---- A run ------------------------------------------------------------------------------------
@@ -5593,6 +6227,19 @@ def kept_given(settings, checkpoint, path):
 
 
 @dataclasses.dataclass
+class Batch:
+    """Where a run is among several: its number, from 1; how many there are; and how many tiles
+    those before had."""
+
+    count: int = 1
+    number: int = 1
+    done: int = 0
+
+    def __str__(self):
+        return f"picture {self.number}/{self.count}, " if self.count > 1 else ""
+
+
+@dataclasses.dataclass
 class Run:
     """A run that is under way: what its stages and watchers share. `kept` holds the arrays that
     watchers kept in the checkpoint that it continues from."""
@@ -5604,6 +6251,7 @@ class Run:
     dream: Dream
     record: dict
     kept: dict
+    batch: Batch
 
     def __post_init__(self):
         self.begun = time.monotonic() - self.record["seconds"]
@@ -5620,8 +6268,9 @@ class Run:
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
-def make_picture(options, signals, engines, checkpoint=None):
-    """Makes the picture that the options ask for; `checkpoint` is one to continue from."""
+def make_picture(options, signals, engines, checkpoint=None, batch=None):
+    """Makes the picture that the options ask for, one of a Batch; `checkpoint` is one to continue
+    from."""
     files = Files(options.output_file, options.resume)
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
@@ -5659,7 +6308,8 @@ def make_picture(options, signals, engines, checkpoint=None):
         check_sides(files.picture, dream.sizes)
         announce(options, network, dream, [*remarks, *more])
         make_room(options, files)
-        watch(Run(options, files, watchers, given, dream, record, kept), signals)
+        run = Run(options, files, watchers, given, dream, record, kept, batch or Batch())
+        watch(run, signals)
 
 
 # Several pictures in one run of the program: each is made as one alone would be, with the options
@@ -5736,13 +6386,14 @@ def make_pictures(jobs, signals, engines):
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
         log.info(f"note: {len(jobs) - len(left)} of {len(jobs)} pictures are there already")
-    failed = 0
-    for job in left:
+    failed, batch = 0, Batch(len(left))
+    for batch.number, job in enumerate(left, 1):
         try:
             signals.held = False
             if signals.signum:
                 raise Stopped(signals.signum)
-            make_picture(*under_way(job, signals, engines))
+            options, checkpoint = under_way(job)
+            make_picture(options, signals, engines, checkpoint, batch)
         except Stopped as stop:
             hint = "the same command, given again, goes on with all that are left"
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
@@ -5786,21 +6437,21 @@ def is_made(options, identity):
     return "step" not in record and all(record.get(n) == v for n, v in identity.items())
 
 
-def under_way(options, signals, engines):
-    """The arguments of make_picture for a picture of several: with its checkpoint, if it was begun
-    by the same options."""
+def under_way(options):
+    """(options, Checkpoint) of a picture of several, if it was begun by the same options; else they
+    are as they were, and None."""
     path, begun = Files(options.output_file).checkpoint, copy.copy(options)
     if not os.path.isfile(path):
-        return options, signals, engines
+        return options, None
     try:
         checkpoint = Checkpoint.read(path, options.scratch)
         saved = saved_options(path, checkpoint)
         begun.seed = saved.seed if begun.seed is None else begun.seed
         check_unchanged(path, checkpoint, saved, begun)
         begun.resume = path
-        return begun, signals, engines, checkpoint
+        return begun, checkpoint
     except BadRequest:
-        return options, signals, engines
+        return options, None
 
 
 def restore(dream, checkpoint, path):
