@@ -1662,7 +1662,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         remedy = "see --help"
         message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
-        if re.search("expected (at least )?one argument", message):
+        message = message.replace("expected at least one argument", "expected one argument")
+        if "expected one argument" in message:
             pairs = [*itertools.pairwise(self._args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
             value = next((value for name, value in pairs if name in names), "--")
@@ -6320,9 +6321,13 @@ def plan_batch(options):
     """The options of each picture, in order, if they ask for several, or name the output by a
     template; else None. Raises BadRequest."""
     images, layers = [], listed(options.target_layer)
-    for path in listed(options.initial_image):
-        images += pictures_in(path) if path and os.path.isdir(path) else [path]
     output = options.output_file
+    for path in listed(options.initial_image):
+        is_folder = path and os.path.isdir(path)
+        if is_folder and not names_several(output):
+            problem = "this is a folder; for a picture of each in it use --output FOLDER/"
+            raise refusal("image", path, problem)
+        images += pictures_in(path) if is_folder else [path]
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     if len(images) * len(layers) == 1 and not names_several(output):
         options.initial_image = images[0]

@@ -120,7 +120,8 @@ def test_one_that_fails_does_not_stop_the_others(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--image", "in", "--output=out.png"], ["--output out.png", "2 pictures", "FOLDER/"]),
+        (["--image", "in/a.png", "in/b.png"], ["--output out.png", "2 pictures", "FOLDER/"]),
+        (["--image=in"], ["--image in", "folder", "--output FOLDER/"]),
         (["--image=in", "--output={layer}.png"], ["2 pictures", "{name}"]),
         (["--image=in", "--output=in/{name}.png"], ["would overwrite --image in/a.png"]),
         (["--image=in", "--output=o/", "--stats=s.csv"], ["--stats s.csv", "{name}"]),

@@ -535,3 +535,52 @@ def test_links_in_a_circle_are_refused_at_the_start(tmp_path):
     (tmp_path / "loop.png").symlink_to("loop.png")
     assert_one_line(run_cli(*ONE, "--output=loop.png", cwd=tmp_path), 2, "--output loop.png")
     assert os.listdir(tmp_path) == ["loop.png"]
+
+
+# ---- Pictures of 16 bits
+
+
+def deep_pixels(path):
+    """The pixels of a picture of 16 bits, as a reader that is not ours has them."""
+    import cv2
+
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[:, :, ::-1]
+
+
+@pytest.mark.parametrize("more", [[], ["--rescale_image"], ["--keep_colors"]])
+def test_16_bits_are_the_floats(more, picture, tmp_path):
+    """Their upper halves are the 8 bits that are written else, and the lower ones are not empty."""
+    common = [*QUICK, f"--image={picture}", "--iter_behavior=save", "--output_iter=1", *more]
+    for words in (["--output=8.png"], ["--output=16.png", "--depth=16"]):
+        assert run_cli(*common, *words, cwd=tmp_path).returncode == 0
+    done = run_cli(*common, "--output=16.tif", "--depth=16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("16.png", "16_1_1.png", "16.tif"):
+        deep = deep_pixels(tmp_path / name)
+        assert deep.dtype == np.uint16
+        usual = pixels(tmp_path / name.replace("16", "8", 1).replace(".tif", ".png"))
+        difference = deep.astype(int) // 257 - usual
+        assert np.abs(difference).max() <= ("--keep_colors" in more)
+        assert (deep % 257 != 0).mean() > 0.5
+    with Image.open(tmp_path / "16.png") as file:
+        assert "sRGB" in ImageCms.getProfileName(io.BytesIO(file.info["icc_profile"]))
+        assert "--depth=16" in file.info["Comment"]
+    assert "--depth=16" in run_cli("--reproduce=16.png", cwd=tmp_path).stdout
+
+
+def test_16_bits_keep_what_a_mask_keeps(picture, tmp_path):
+    start = pixels(picture)
+    mask = np.zeros(start.shape[:2], np.uint8)
+    mask[:, 40:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = [f"--image={picture}", "--mask=mask.png", "--depth=16", "--iter_behavior=none"]
+    assert run_cli(*QUICK, *words, cwd=tmp_path).returncode == 0
+    deep = deep_pixels(tmp_path / "out.png")
+    assert np.array_equal(deep[:, :40], start[:, :40].astype(np.uint16) * 257)
+    assert not np.array_equal(deep, start.astype(np.uint16) * 257)
+
+
+def test_formats_of_8_bits_are_refused_for_16(tmp_path):
+    for name in ("a.jpg", "a.webp"):
+        done = run_cli(*ONE, "--depth=16", f"--output={name}", cwd=tmp_path)
+        assert_one_line(done, 2, "--depth 16", name, ".png or .tif")
