@@ -5402,8 +5402,8 @@ class Web(Watcher):
 
     def begin(self, run):
         super().begin(run)
-        self._pace = Pace(run.dream)
-        self._server = open_web_server(self, self.options.web_host, self.options.web_port)
+        self._pace, self._server = Pace(run.dream), self._open()
+        run.batch.port = self._server.port
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
         lines = [f"watch the run at {self._server.url}"]
         if not self._server.is_local:
@@ -5411,6 +5411,15 @@ class Web(Watcher):
             lines.append(f"whoever can reach {place} can see the picture and the command")
         for line in lines:  # with --quiet, too: without its address there is no page
             say(printable(f"note: {line}"), "stderr")
+
+    def _open(self):
+        """A server at the port that was asked for; if any will do, at that of the picture before,
+        where a page then goes on with this one."""
+        host, port = self.options.web_host, self.options.web_port
+        if self.run.batch.port and not port:
+            with contextlib.suppress(BadRequest):
+                return open_web_server(self, host, self.run.batch.port)
+        return open_web_server(self, host, port)
 
     def after_step(self, progress):
         self._pace.advance(progress)
@@ -5502,7 +5511,8 @@ class Web(Watcher):
         """What is known beforehand."""
         dream = self.run.dream
         plan = {"command": self.run.record["command"], "sizes": dream.sizes, "curve": []}
-        return plan | {"steps": dream.settings.num_steps, "tiles": self._pace.counts}
+        plan |= {"steps": dream.settings.num_steps, "tiles": self._pace.counts}
+        return plan | {"batch": str(self.run.batch)}
 
     def _state(self):
         """Where the run is."""
@@ -5829,17 +5839,21 @@ dd { margin: 0; font-size: 1.15rem; }
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
-const run = {}, source = new EventSource("events");
-let shown = -1, isAsking = false, isOver = false;
+const run = {};
+let source, shown, isAsking = false, isOver;
 
-source.onmessage = event => {
-  const news = JSON.parse(event.data);
-  if (news.command) shown = -1;  // first of all; it may be another run
-  Object.assign(run, news);
-  draw();
-  ask();
-};
-source.onerror = () => say("gone", "not reachable");
+// Follows a run; when it is over, waits for the next one that is shown at the same address.
+function listen() {
+  source = new EventSource("events");
+  source.onmessage = event => {
+    const news = JSON.parse(event.data);
+    if (news.command) [shown, isOver] = [-1, false];  // the first of a run
+    Object.assign(run, news);
+    draw();
+    ask();
+  };
+  source.onerror = () => run.end || say("gone", "not reachable");
+}
 
 function say(name, text) {
   $("state").className = name;
@@ -5854,8 +5868,12 @@ function ask() {
   fetch("picture.jpg?after=" + (isLast ? -1 : shown)).then(show).catch(() => 3000).then(pause => {
     isAsking = false;
     isOver = isLast;
-    if (isOver) source.close();
-    else setTimeout(ask, run.end ? 0 : pause);
+    if (isOver) {
+      source.close();
+      setTimeout(listen, 1000);
+    } else {
+      setTimeout(ask, run.end ? 0 : pause);
+    }
   });
 }
 document.addEventListener("visibilitychange", ask);
@@ -5891,7 +5909,7 @@ function draw() {
   $("message").textContent = message;
   const size = count > 1 ? "size " + run.size + " of " + count + ", " : "";
   const small = document.createElement("small");
-  small.textContent = size + width + " × " + height;
+  small.textContent = run.batch + size + width + " × " + height;
   $("where").replaceChildren("Step " + run.step + " of " + run.steps, small);
   drawSizes();
   $("rate").textContent = run.rate ? run.rate.toFixed(1) : "–";
@@ -5918,13 +5936,14 @@ function drawCommand() {
 // A bar for each size, as long as its share of the work.
 function drawSizes() {
   const bars = $("sizes").children;
+  while (bars.length > run.tiles.length) bars[0].remove();
   while (bars.length < run.tiles.length) {
     const bar = document.createElement("i");
-    bar.style.flexGrow = run.tiles[bars.length];
     bar.append(document.createElement("b"));
     $("sizes").append(bar);
   }
-  run.tiles.forEach((_, i) => {
+  run.tiles.forEach((tiles, i) => {
+    bars[i].style.flexGrow = tiles;
     const part = i + 1 < run.size ? 1 : i + 1 > run.size ? 0 : run.step / run.steps;
     bars[i].firstChild.style.width = 100 * part + "%";
   });
@@ -5975,6 +5994,7 @@ function drawCurve() {
   $("objective").textContent = "Objective: " + round.format(ys[ys.length - 1]);
 }
 addEventListener("resize", () => run.curve && drawCurve());
+listen();
 </script>
 </html>
 """
@@ -6229,12 +6249,13 @@ def kept_given(settings, checkpoint, path):
 
 @dataclasses.dataclass
 class Batch:
-    """Where a run is among several: its number, from 1; how many there are; and how many tiles
-    those before had."""
+    """Where a run is among several: its number, from 1; how many there are; how many tiles those
+    before had; and the port of the page that web showed them on."""
 
     count: int = 1
     number: int = 1
     done: int = 0
+    port: int = 0
 
     def __str__(self):
         return f"picture {self.number}/{self.count}, " if self.count > 1 else ""
