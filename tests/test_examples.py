@@ -363,6 +363,41 @@ def test_compare_networks(cat, tmp_path):
     assert Image.open(folder / "sheet.png").width == 2 * (480 + 8) + 8
 
 
+def test_guides(tmp_path):
+    run("guides.sh", *FAST, "--num_sizes=1", "--initial_size=x1", cwd=tmp_path)
+    made = {path.stem: np.asarray(Image.open(path)) for path in tmp_path.glob("guided_by_*.png")}
+    assert len(made) == 3
+    assert len({picture.tobytes() for picture in made.values()}) == 3
+    assert Image.open(tmp_path / "guides.png").width == 2 * (450 + 8) + 8
+
+
+def test_targets(tmp_path):
+    """A picture for each target, and a page of all of them, with their commands."""
+    run("targets.sh", *FAST, "--num_sizes=1", "--initial_size=x0.6", cwd=tmp_path)
+    made = sorted(path.stem for path in (tmp_path / "targets").glob("*.png"))
+    assert len(made) == 6
+    assert "inception_4c-output:strong5" in made
+    page = (tmp_path / "targets/index.html").read_text()
+    assert page.count("<figure>") == 6
+    assert "--target_layer=inception_4c/output:" in page
+    assert (tmp_path / "targets.png").exists()
+
+
+def test_a_page_of_a_folder(tmp_path):
+    """Of the pictures that browsers show, without those along the way."""
+    for name in ("a.png", "a_1_50.png", "b_2_7.jpg", "c.webp", "d.tif"):
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    sheet = [sys.executable, EXAMPLES / "sheet.py", tmp_path]
+    subprocess.run(sheet, check=True)
+    shown = re.findall(r'<img src="([^"]+)"', (tmp_path / "index.html").read_text())
+    assert shown == ["a.png", "b_2_7.jpg", "c.webp"]
+    sheet[2] = tmp_path / "empty"
+    sheet[2].mkdir()
+    done = subprocess.run(sheet, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no pictures to show" in done.stderr
+
+
 def test_sheet(tmp_path):
     """Rows are as high as their highest picture, labels may be missing, and links are relative to
     the page."""

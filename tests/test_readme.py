@@ -33,7 +33,8 @@ PROGRAM = [
     and "--scheduler" not in line
 ]
 CLUSTER = [line for line in COMMANDS if "dask" in line or "cluster" in line or "8786" in line]
-SCRIPTS = [line for line in COMMANDS if line.startswith("examples/")]
+SHEET = "examples/sheet.py dreams/"
+SCRIPTS = [line for line in COMMANDS if line.startswith("examples/") and line != SHEET]
 SMALL = [
     "--model=googlenet_mini",
     "--gpu=-1",
@@ -46,7 +47,7 @@ def test_the_set_up_commands_are_two():
     """What is not a run of the program is set-up: the two commands, one of which runs these very
     tests, the environment, and the download, which test_models.py runs against a server of its
     own."""
-    known = PROGRAM + SCRIPTS + CLUSTER + [GO_ON, REPRODUCE]
+    known = PROGRAM + SCRIPTS + CLUSTER + [GO_ON, REPRODUCE, SHEET]
     others = [line for line in COMMANDS if line not in known]
     assert others == ["make example", "make test", ". .venv/bin/activate", DOWNLOAD]
 
@@ -54,7 +55,8 @@ def test_the_set_up_commands_are_two():
 @pytest.mark.parametrize("command", PROGRAM, ids=lambda command: " ".join(command.split()[2:6]))
 def test_program_commands(command, photographs, tmp_path):
     arguments = shlex.split(command)[2:]
-    (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
+    for name in ("in", "guide", "other"):
+        (tmp_path / f"{name}.jpg").symlink_to(photographs / "in.jpg")
     if "--deploy_txt" in arguments:  # VGG19's, of its structure, with few channels
         path = tmp_path / arguments[arguments.index("--deploy_txt") + 1]
         path.write_text(KNOWN["VGG19"][0](32))
@@ -66,7 +68,16 @@ def test_program_commands(command, photographs, tmp_path):
         output = (
             arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
         )
-        Image.open(tmp_path / output).verify()
+        made = sorted((tmp_path / output).glob("*.png")) if output[-1] == "/" else [output]
+        for name in made:
+            Image.open(tmp_path / name).verify()
+        if output == SHEET.split()[1]:
+            assert len(made) == 4
+            assert SHEET in COMMANDS
+            subprocess.run(
+                [sys.executable, ROOT / SHEET.split()[0], output], cwd=tmp_path, check=True
+            )
+            assert (tmp_path / output / "index.html").exists()
 
 
 def test_go_on_and_reproduce(tmp_path):
