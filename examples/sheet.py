@@ -145,7 +145,7 @@ def main():
     parser.add_argument(
         "--title", metavar="TEXT", default="cnn-vis", help="of the page; default: %(default)s"
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.output.is_dir() and not options.pictures:
         options.pictures, options.html = dreams_in(options.output), options.output / "index.html"
     elif options.pictures:
