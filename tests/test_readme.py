@@ -187,7 +187,8 @@ def test_options_in_the_readme_exist():
 
     known = {name for action in cnn_vis.PARSER.options for name in action.option_strings}
     known |= {"--help", "--version"}
-    mentioned = set(re.findall(r"`(--\w+)", README)) | {
+    pages = README + (ROOT / "docs/original.md").read_text()
+    mentioned = set(re.findall(r"`(--\w+)", pages)) | {
         word for line in PROGRAM for word in line.split() if word[:2] == "--"
     }
     assert mentioned <= known
@@ -195,12 +196,27 @@ def test_options_in_the_readme_exist():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "examples/README.md", "tests/README.md", "models/googlenet_mini/README.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/original.md",
+        "docs/speed.md",
+        "examples/README.md",
+        "tests/README.md",
+        "models/googlenet_mini/README.md",
+    ],
 )
 def test_links_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+    """To files, and to headings of the page."""
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
+    headings = {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 
 def test_gallery():
