@@ -2106,7 +2106,7 @@ def output_options(add):
         idle=is_not_shown, help="width of the show window, in inches")
     add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
         idle=is_not_shown, help="height of the show window, in inches")
-    add("--depth", type=int, choices=tuple(DEPTHS), default=8, free=True,
+    add("--depth", type=int, choices=tuple(DEPTHS), default=8,
         help="bits of a channel in the saved pictures; 16 for .png and .tif")
     add("--rescale_image", action="store_true",
         help="stretch saved and shown pictures to the full range, instead of clipping")
@@ -3464,15 +3464,15 @@ class Engine:
 # is left behind.
 
 
-loaded = {}  # in a worker: {NetworkSpec: Network}, one at most
+kept_network = {}  # in a worker: {NetworkSpec: Network}, one at most
 
 
 def load_network(spec):
     """The worker's network: loaded for its first task, kept for all others with that `spec`."""
-    if spec not in loaded:
-        loaded.clear()
-        loaded[spec] = Network(spec)
-    return loaded[spec]
+    if spec not in kept_network:
+        kept_network.clear()  # two may be too large
+        kept_network[spec] = Network(spec)
+    return kept_network[spec]
 
 
 def map_memory(pid, descriptor, shape):
