@@ -3377,7 +3377,7 @@ def class_of(layer, word, shape):
     """The number of a channel of the layer: itself, or a class's. Raises BadRequest."""
     if type(word) is int:
         return word
-    names = class_names(shape[0]) if math.prod(shape) == shape[0] else None
+    names = class_names(shape[0]) if is_flat(shape) else None
     if names is None:
         problem = "channels are numbers and ranges, as 17,40-47, or strong5"
         remedy = "classes can be named only for a classifier of ImageNet or Places"
@@ -3386,6 +3386,11 @@ def class_of(layer, word, shape):
         return class_number(word, names)
     except ValueError as error:
         raise refusal("layer", f"{layer}:{word}", error) from None
+
+
+def is_flat(shape):
+    """Whether activations (C, ...) are one number for each channel, as a classifier's are."""
+    return math.prod(shape) == shape[0]
 
 
 def mean_activity(network, settings, picture, mask, mean):
@@ -6184,7 +6189,9 @@ def check_unchanged(path, checkpoint, saved, options):
         if action.dest == "target_layer" and new == checkpoint.record.get("layer"):
             new = options.target_layer = old  # the numbers that its words stood for
         if not action.free and new != old:
-            old, new = (v if v is None else action.text(v) for v in (old, new))
+            old, new = (
+                v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new)
+            )
             problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
             raise refusal(action.dest, new, problem)
 
@@ -6698,13 +6705,13 @@ def list_layers(options):
 
 def list_classes(options):
     """Prints the classes of the network's classifier, with their numbers, as --layer takes them."""
-    for name, shape, _ in reversed(find_layers(options)):
-        names = class_names(shape[0]) if math.prod(shape) == shape[0] else None
-        if names:
-            log.info(f"note: the channels of {name}")
-            for number, line in enumerate(names):
-                say(f"{number:4} {line}")
-            return
+    layers = [(name, shape[0]) for name, shape, _ in find_layers(options) if is_flat(shape)]
+    width = next((width for _, width in layers if class_names(width)), None)
+    if width:
+        log.info(f"note: the channels of {some([name for name, n in layers if n == width])}")
+        for number, line in enumerate(class_names(width)):
+            say(f"{number:4} {line}")
+        return
     widths = some([f"{name} ({width})" for width, name in CLASSES.items()])
     problem = f"the network has no classifier with classes that are known: {widths}"
     raise BadRequest(f"--list_classes: {problem}; choose another --model")

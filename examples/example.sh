@@ -8,7 +8,5 @@ case ${1:--} in
     *) output=$1 && shift ;;
 esac
 image=$(photograph chelsea.png)
-exec "$python" "$cnn_vis" --image "$image" --layer inception_4c/output \
-    --initial_size x0.85 --final_size x1.4 --num_sizes 3 --num_steps 30 --learning_rate 2 --decay_rate 0.9 \
-    --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --alpha_aux 8 --p_reg_aux 5e-11 --use_pixel_learning_rates \
-    --iter_behavior none --output "$output" "$@"
+exec "$python" "$cnn_vis" --image "$image" --preset animals --initial_size x0.85 --final_size x1.4 --num_steps 30 \
+    --learning_rate 3 --tv_reg 0.2 --iter_behavior none --output "$output" "$@"
