@@ -1,6 +1,7 @@
 """Networks of every kind that people bring: what can be amplified in them, and what is said of the
 rest."""
 
+import itertools
 import signal
 
 import numpy as np
@@ -334,6 +335,30 @@ def test_odd_networks_have_the_gradients_of_plain_caffe(kind, tmp_path):
             assert gradient == pytest.approx(
                 expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max())
             )
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_sums_in_odd_networks_are_those_of_separate_backward_passes(kind, tmp_path):
+    more, names = ODD[kind]
+    text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1") + more
+    paths = [word.partition("=")[2] for word in random_weights(written(tmp_path, text))]
+    files = cnn_vis.NetworkFiles(*paths[:2])
+    batch = np.random.default_rng(0).normal(0, 50, (2, 3, 32, 32)).astype(np.float32)
+
+    def network(*layers):
+        return cnn_vis.Network(cnn_vis.NetworkSpec(files, tuple(map(cnn_vis.Target, layers))))
+
+    gradients, norms = {}, {}
+    for name in ["conv1", *names]:
+        alone = network(name)
+        gradients[name] = alone.gradients(batch)[0].copy()
+        own = cnn_vis.AmplifyLayer().gradient(alone.activations(batch)[0])
+        norms[name] = np.linalg.norm(own.reshape(2, -1).astype(float), axis=1)
+    for layers in itertools.permutations(gradients, 2):
+        scales = (norms[layers[0]] / norms[name] for name in layers)
+        expected = sum(s[:, None, None, None] * gradients[n] for s, n in zip(scales, layers))
+        found, _ = network(*layers).gradients(batch)
+        assert np.abs(found - expected).max() <= 3e-5 * np.abs(expected).max(), layers
 
 
 class Sum(cnn_vis.AmplifyNeuron):
