@@ -884,8 +884,9 @@ def parse_targets(text):
             raise refusal("layer", text, f"at {here}: a term is {form}")
         weight, quoted, plain, channels, joint = term.groups()
         weight, channels = float(weight or 1), channels and parse_channels(channels, term[0])
-        if not (weight and math.isfinite(weight)):
-            raise refusal("layer", term[0].strip(" +"), "a weight must be a number other than 0")
+        if not 1e-6 <= abs(weight) <= 1e6:
+            problem = "a weight must be between 1e-6 and 1e6, or -1e-6 and -1e6"
+            raise refusal("layer", term[0].strip(" +"), problem)
         targets.append(Target(quoted or plain, channels=channels, weight=weight))
         place = term.end()
     return tuple(targets)
@@ -1694,6 +1695,11 @@ class Values(list):
         self.last = last
 
 
+def several_options():
+    """The actions of options that may have several values."""
+    return [action for action in PARSER.options if isinstance(action, Several)]
+
+
 def names_several(output):
     """Whether the value of --output names a picture for each start picture and layer."""
     return output is not None and (
@@ -1981,7 +1987,7 @@ def start_options(add):
         action=Several,
         help="picture to start from (default: noise); several, or a folder: a picture for each")
     add("--background", metavar="COLOUR", type=colour, default="white",
-        idle=lambda o: not o.initial_image and "no --image",
+        idle=lambda o: not (o.initial_image or o.guide) and "no --image",
         help="shown where the picture is transparent: a name or #rrggbb")
     add("--mask", metavar="FILE", type=mask_name, file="read", words=("alpha",),
         help="where to dream: white dreams, black stays as it is in --image, grey is between; "
@@ -3046,11 +3052,18 @@ def structure_error(deploy, path):
     return None
 
 
-def check_layers(files, input_size, names):
-    """Task: raises BadRequest if the network lacks one of the layers."""
+def check_targets(files, input_size, targets):
+    """Task: raises BadRequest if the network lacks the layer of one of the Targets, or channels of
+    it."""
     description = Description(files.deploy, input_size)
-    for name in names:
-        description.find(name)
+    blobs = [description.find(target.layer) for target in targets]
+    shapes = {blob: shape for blob, shape, _ in layer_shapes(files, input_size)[0]}
+    for target, blob in zip(targets, blobs):
+        for word in target.channels or ():
+            if blob in shapes and not strong(word):
+                class_of(target.layer, word, shapes[blob])
+        if blob in shapes:
+            target.check(shapes[blob][0])
 
 
 def layer_shapes(files, input_size=None, without=(), first=None):
@@ -4626,12 +4639,20 @@ class Files:
 
     def may_write(self, path):
         """Whether a run to this picture may ever write `path`, whatever its options."""
-        ours, path = Files(os.path.realpath(self.picture)), os.path.realpath(path)
-        if path in (ours.picture, ours.sidecar) or Files.of_checkpoint(path) == ours.picture:
-            return True
-        endings = [watcher.ending for watcher in BEHAVIORS.values() if watcher.ending]
-        pattern = rf"{re.escape(ours.stem)}_\d+_\d+{re.escape(ours.extension)}"
-        return path in map(ours.beside, endings) or bool(re.fullmatch(pattern, path))
+        pictures, stems = Files.owners(os.path.realpath(path))
+        ours = Files(os.path.realpath(self.picture))
+        return ours.picture in pictures or ours.stem in stems
+
+    @staticmethod
+    def owners(path):
+        """The pictures of runs that may ever write `path`, whatever their options: a set of paths,
+        and of those whose extension does not matter a set of paths without it."""
+        stem, extension = os.path.splitext(path)
+        pictures = {path, re.sub(r"_\d+_\d+$", "", stem) + extension}
+        pictures |= {stem} if extension == ".json" else set()
+        pictures.add(Files.of_checkpoint(path) or path)
+        endings = filter(None, (watcher.ending for watcher in BEHAVIORS.values()))
+        return pictures, {path.removesuffix(e) for e in endings if path.endswith(e)}
 
     @staticmethod
     def of_checkpoint(path):
@@ -4697,13 +4718,20 @@ def extension_of(path):
     return os.path.splitext(path)[1].lower()
 
 
+def check_format(option, path):
+    """Raises BadRequest if no format of pictures has the extension of `path`."""
+    extension = extension_of(path)
+    if extension not in FORMATS:
+        known = f"unknown file extension{extension and f' {extension}'}; use one of"
+        raise refusal(option, path, f"{known} {', '.join(FORMATS)}")
+
+
 def check_output(option, path, formats=FORMATS):
     """Raises BadRequest if `path` cannot be written: tries it, without touching what is there."""
     refuse = functools.partial(refusal, option, path)
-    extension, folder = extension_of(path), os.path.dirname(os.path.realpath(path))
-    if formats and extension not in formats:
-        known = f"unknown file extension{extension and f' {extension}'}; use one of"
-        raise refuse(f"{known} {', '.join(formats)}")
+    folder = os.path.dirname(os.path.realpath(path))
+    if formats:
+        check_format(option, path)
     if not os.path.isdir(folder):
         raise refuse(f"the folder {folder} does not exist; create it first")
     if os.path.isdir(path):
@@ -4812,9 +4840,10 @@ RECORD_FIELDS = {  # what is relied on, when a record is read
 }
 
 
-def make_record(options, settings, network, sizes):
+def make_record(options, settings, network, sizes, earlier=None):
     """The record of a run: program and versions; the command, with what the program chose itself;
-    what identifies the network; the layer, the sizes, the seed."""
+    what identifies the network and the pictures that it is given; the layer as it was asked for,
+    the sizes, the seed. Of a run that is resumed, `earlier` is the record."""
     found = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.name in MODELS:
         found["model"] = network.name
@@ -4823,13 +4852,21 @@ def make_record(options, settings, network, sizes):
         "program": f"cnn_vis.py {__version__}",
         "command": shlex.join(words),
         "network": network.name,
-        "layer": options.target_layer,
+        "layer": (earlier or {}).get("layer", options.target_layer),
+        "inputs": earlier.get("inputs") if earlier else inputs_of(options),
         "sizes": sizes,
         "seed": settings.seed,
         **identify(network),
         "versions": versions(),
         "seconds": 0.0,
     }
+
+
+def inputs_of(options):
+    """{option: SHA-256} of the pictures that a run with the options is given."""
+    actions = [a for a in PARSER.options if a.file == "read" and not a.free]
+    given = {a.dest: getattr(options, a.dest) for a in actions}
+    return {a.dest: sha256_of(given[a.dest]) for a in actions if names_file(a, given[a.dest])}
 
 
 def identify(network):
@@ -4858,6 +4895,18 @@ def check_record(record):
         if type(record.get(name)) is not kind:
             raise ValueError(f"it does not tell the {name}")
     return shlex.split(record["command"])
+
+
+def kept_options(record):
+    """The options of the command in a record, a dict. Raises ValueError if it cannot be run."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # of --help
+            options = PARSER.parse_args(check_record(record)[2:])
+    except (BadRequest, SystemExit) as error:
+        raise ValueError(f"it holds a command that cannot be run ({error})") from None
+    if any(isinstance(getattr(options, a.dest), list) for a in several_options()):
+        raise ValueError("it holds a command of several pictures")
+    return options
 
 
 def read_record(path):
@@ -6156,9 +6205,9 @@ def saved_options(path, checkpoint):
     """The options with which the run in the Checkpoint `path` was started; its files as absolute
     paths. Raises BadRequest."""
     try:
-        saved = PARSER.parse_args(check_record(checkpoint.record)[2:])
-    except (BadRequest, SystemExit) as error:
-        raise unusable(path, f"holds a command that cannot be run ({error})") from None
+        saved = kept_options(checkpoint.record)
+    except ValueError as error:
+        raise unusable(path, str(error)) from None
     for action in PARSER.options:
         name = getattr(saved, action.dest)
         if names_file(action, name):
@@ -6176,6 +6225,9 @@ def resume(path, argv, scratch=None):
     check_unchanged(path, checkpoint, saved, options)
     if options.output_file is None:
         raise refusal("resume", path, "name the picture to write with --output")
+    if names_several(options.output_file):
+        problem = "a run that is resumed makes one picture; give its file name"
+        raise refusal("output", options.output_file, problem)
     return options, checkpoint
 
 
@@ -6237,6 +6289,9 @@ def read_given(settings, image=None):
         path = existing_file("guide", settings.guide)
         guide, more = read_picture(path, settings.background, "guide")
         remarks = [*remarks, *more]
+        if max(guide.shape[:2]) > 16 * min(guide.shape[:2]):
+            problem = "one side is more than 16 times the other; cut out a part of it"
+            raise refusal("guide", path, problem)
     return Given(picture, mask, guide), remarks
 
 
@@ -6248,8 +6303,9 @@ def kept_given(settings, checkpoint, path):
         array = getattr(given, name)
         if (array is None) != (option is None) or (array is not None and not array.size):
             raise unusable(path, f"its {name} is missing or none of its own")
-    mask = given.mask
-    if mask is not None and not (mask.shape == given.picture.shape[:2] and mask.any()):
+    mask, picture = given.mask, given.picture
+    fits = mask is None or picture is not None and mask.shape == picture.shape[:2] and mask.any()
+    if not fits:
         raise unusable(path, "its mask is not one for its picture")
     return given
 
@@ -6324,7 +6380,8 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
         check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
         dream.check_mask()
-        record = make_record(options, settings, network, dream.sizes)
+        earlier = checkpoint and checkpoint.record
+        record = make_record(options, settings, network, dream.sizes, earlier)
         record["device"] = "GPU" if engine.spec.use_gpu else "CPU"
         kept = {}
         if checkpoint is not None:
@@ -6355,6 +6412,9 @@ def plan_batch(options):
         if is_folder and not names_several(output):
             problem = "this is a folder; for a picture of each in it use --output FOLDER/"
             raise refusal("image", path, problem)
+        if is_folder and os.path.realpath(path) == os.path.realpath(os.path.dirname(output) or "."):
+            problem = f"its pictures would count among those of --image {path}; use another folder"
+            raise refusal("output", output, problem)
         images += pictures_in(path) if is_folder else [path]
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     if len(images) * len(layers) == 1 and not names_several(output):
@@ -6366,18 +6426,32 @@ def plan_batch(options):
         job.initial_image, job.target_layer = image, layer
         job.output_file = filled(template, image, layer)
         job.stats = job.stats and filled(job.stats, image, layer)
+        job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # for is_made
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
                 problem = f"{len(images) * len(layers)} pictures, and more than one {path}"
-                remedy = "use {name} and {layer} in the name"
-                remedy += ", or give a FOLDER/" if option == "output" else ""
+                remedy = "use {name} and {layer} in the name, or a FOLDER/"
+                if option == "output" and "{name}" in template and "{layer}" in template:
+                    remedy = "give pictures with different names"
                 raise refusal(option, path, f"{problem}; {remedy}")
         jobs.append(job)
-    for image in filter(None, images):
-        if os.path.realpath(image) in taken:
-            problem = f"the run would overwrite --image {image}; choose another folder or name"
-            raise refusal("output", output, problem)
+    check_batch_apart(jobs)
     return jobs
+
+
+def check_batch_apart(jobs):
+    """Raises BadRequest if one picture's run may overwrite what another's reads or has made."""
+    outputs = {os.path.realpath(job.output_file) for job in jobs}
+    stems = {os.path.splitext(path)[0] for path in outputs}
+    for job in jobs:
+        for option in ("image", "output", "stats"):
+            path = {"image": job.initial_image, "stats": job.stats}.get(option, job.output_file)
+            real = path and os.path.realpath(path)
+            pictures, their_stems = Files.owners(real) if path else (set(), set())
+            own = {real} if option == "output" else set()
+            if outputs & pictures - own or stems & their_stems:
+                problem = f"the run would overwrite --{option} {path}; choose another name"
+                raise refusal("output", job.output_file, problem)
 
 
 def filled(template, image, layer):
@@ -6395,6 +6469,7 @@ def pictures_in(folder):
     known = {*Image.EXTENSION, *HEIC}
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
+    paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
         raise refusal("image", folder, "there are no pictures in this folder; name another")
     return paths
@@ -6404,17 +6479,21 @@ def make_pictures(jobs, signals, engines):
     """Makes the pictures whose options are the `jobs`, and goes on where an earlier run of the same
     command was stopped. Raises RunFailed if some could not be made, once all others are."""
     for job in jobs:
-        if job.initial_image:
-            existing_file("image", job.initial_image)
+        check_format("output", job.output_file)
+        check_depth(job.output_file, job.depth)
+        for action in PARSER.options:
+            path = getattr(job, action.dest)
+            if action.file == "read" and not action.free and names_file(action, path):
+                existing_file(action.option_strings[-1].strip("-"), path)
     network = find_network(jobs[0])
-    layers = dict.fromkeys(
-        target.layer for job in jobs for target in parse_targets(job.target_layer)
-    )
-    in_a_worker(check_layers, network, jobs[0].input_size, tuple(layers))
+    targets = dict.fromkeys(target for job in jobs for target in choose_targets(job))
+    with contextlib.suppress(CaffeStopped):  # by another layer
+        in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
     for job in jobs:
         make_folder_of(job.output_file)
         check_output("output", job.output_file)
-        check_depth(job.output_file, job.depth)
+        if job.stats:
+            check_output("stats", job.stats, ())
     identity = identify(network)
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
@@ -6425,13 +6504,16 @@ def make_pictures(jobs, signals, engines):
             signals.held = False
             if signals.signum:
                 raise Stopped(signals.signum)
-            options, checkpoint = under_way(job)
-            make_picture(options, signals, engines, checkpoint, batch)
+            make_or_go_on(job, signals, engines, batch)
         except Stopped as stop:
             hint = "the same command, given again, goes on with all that are left"
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
         except (BadRequest, RunFailed, MemoryError) as error:
             engines.close()
+            of_one = ("--image", "--initial_size", "--final_size")  # as of pictures too small
+            is_of_all = isinstance(error, BadRequest) and not str(error).startswith(of_one)
+            if is_of_all and batch.number == 1:
+                raise
             failed += 1
             error = OutOfMemory() if isinstance(error, MemoryError) else error
             log.error(f"error: {job.output_file}: {one_line(error)}")
@@ -6449,25 +6531,33 @@ def make_folder_of(path):
 
 
 def is_made(options, identity):
-    """Whether the picture of the options is there, by its record finished and made by the same
-    settings and network, of which `identity` tells; a JPEG that has no record is taken for it."""
+    """Whether the picture of the options is there, by its record finished and made of the same
+    pictures by the same settings and network, of which `identity` tells."""
     path = options.output_file
-    if not os.path.isfile(path):
-        return False
     try:
-        record, words = read_record(path)
-        saved = PARSER.parse_args(words[2:])
-    except (BadRequest, SystemExit):
-        return extension_of(path) != ".png"
+        record, _ = read_record(path)
+        saved = kept_options(record)
+    except (BadRequest, ValueError):
+        return False
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        if names_file(action, new) and names_file(action, old):
-            old, new = map(os.path.basename, (old, new))
-        is_found = action.dest == "seed" and new is None
-        is_found = is_found or action.dest == "target_layer" and new == record.get("layer")
-        if not (action.free or is_found or old == new):
+        is_same = old == new or names_file(action, old) and names_file(action, new)
+        is_same = is_same or action.dest == "seed" and new is None
+        is_same = is_same or action.dest == "target_layer" and new == record.get("layer")
+        if not (action.free or is_same):
             return False
-    return "step" not in record and all(record.get(n) == v for n, v in identity.items())
+    expected = identity | {"inputs": inputs_of(options)}
+    is_same = all(record.get(name) == value for name, value in expected.items())
+    return os.path.isfile(path) and "step" not in record and is_same
+
+
+def make_or_go_on(options, signals, engines, batch):
+    """Makes a picture of several, from its checkpoint on if there is one that fits."""
+    begun, checkpoint = under_way(options)
+    if checkpoint is not None:
+        with contextlib.suppress(BadRequest):  # it does not fit
+            return make_picture(begun, signals, engines, checkpoint, batch)
+    return make_picture(options, signals, engines, None, batch)
 
 
 def under_way(options):
@@ -6574,6 +6664,8 @@ def finish(run):
     if run.options.sidecar:
         with whole_file(files.sidecar) as file:
             file.write(json.dumps(record, indent=1).encode())
+    else:
+        remove_record(files.sidecar)
     failures = []
     for watcher in run.watchers:
         try:
@@ -6582,6 +6674,14 @@ def finish(run):
             failures.append(str(error))
     if failures:
         raise RunFailed("; ".join(failures))
+
+
+def remove_record(path):
+    """Removes a sidecar that tells of an earlier picture; other files of its name stay."""
+    with contextlib.suppress(BadRequest, OSError):
+        if os.path.isfile(path):
+            read_record(path)
+            os.remove(path)
 
 
 def salvage(run, error):
@@ -6632,8 +6732,9 @@ def dream(image=None, **options):
     `if __name__ == "__main__":` around what it does. Notices go to the logger "cnn_vis". Raises
     BadRequest and RunFailed, the first when the first step is asked for.
     """
-    if not isinstance(options.get("mask"), (str, os.PathLike, type(None))):
-        raise BadRequest("mask: it must be a file name, or 'alpha'; save the array as a PNG")
+    for name in ("mask", "guide"):
+        if not isinstance(options.get(name), (str, os.PathLike, type(None))):
+            raise BadRequest(f"{name}: it must be a file name; save the array as a PNG")
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
@@ -6643,6 +6744,8 @@ def dream(image=None, **options):
         if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
+    if any(isinstance(getattr(parsed, action.dest), list) for action in several_options()):
+        raise BadRequest("layer, image: one at a time; call this for each")
     settings = choose_settings(parsed)
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):

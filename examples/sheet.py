@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shlex
+import sys
 import urllib.parse
 
 from PIL import Image, ImageDraw, ImageFont
@@ -58,11 +59,19 @@ def dreams_in(folder):
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".webp"))
     names = {path.name for path in paths}
 
-    def is_finished(name):
-        whole = re.sub(r"_\d+_\d+(?=\.\w+$)", "", name)
-        return whole == name or whole not in names
+    def is_finished(path):
+        whole = re.sub(r"_\d+_\d+(?=\.\w+$)", "", path.name)
+        return whole == path.name or whole not in names
 
-    return [(path, path.stem) for path in paths if is_finished(path.name)]
+    def is_sound(path):
+        try:
+            with Image.open(path):
+                return True
+        except OSError:
+            print(f"sheet.py: {path} cannot be read as a picture; left out", file=sys.stderr)
+            return False
+
+    return [(path, path.stem) for path in paths if is_finished(path) and is_sound(path)]
 
 
 def shorten(text, font, width):
@@ -103,7 +112,11 @@ def contact_sheet(pictures, columns, width):
 def command(picture):
     """The command that made the Image, as far as it tells, without its output: that is the name it
     had before it was whole."""
-    words = shlex.split(picture.info.get("Comment", ""))
+    comment = picture.info.get("Comment", "")
+    try:
+        words = shlex.split(comment)
+    except ValueError:  # somebody else's
+        return comment
     return shlex.join(word for word in words if not word.startswith("--output_file="))
 
 

@@ -60,8 +60,9 @@ def test_names_by_a_template(folder):
     words = ["--image=in", "--output={layer}+{name}.jpg", "--stats={name}.csv"]
     done = run_cli(*DREAM, *words, LAYERS[0], cwd=folder)
     assert done.returncode == 0, done.stderr
-    files = {"inception_a-output+a.jpg", "inception_a-output+b.jpg", "a.csv", "b.csv", "in"}
-    assert set(os.listdir(folder)) == files
+    files = {f"inception_a-output+{name}.jpg" for name in "ab"}
+    files |= {f"{file}.json" for file in files}  # tells whether it is made again
+    assert set(os.listdir(folder)) == files | {"a.csv", "b.csv", "in"}
     assert "2 of 2" in run_cli(*DREAM, *words, LAYERS[0], cwd=folder).stderr
     noise = run_cli(*DREAM, "--output={name}.png", "--seed=1", cwd=folder)
     assert_one_line(noise, 2, "--layer inception_4d/3x3_reduce", "no such layer")
@@ -123,7 +124,16 @@ def test_one_that_fails_does_not_stop_the_others(folder):
         (["--image", "in/a.png", "in/b.png"], ["--output out.png", "2 pictures", "FOLDER/"]),
         (["--image=in"], ["--image in", "folder", "--output FOLDER/"]),
         (["--image=in", "--output={layer}.png"], ["2 pictures", "{name}"]),
-        (["--image=in", "--output=in/{name}.png"], ["would overwrite --image in/a.png"]),
+        (["--image=in", "--output=in/{name}.png"], ["--output in/{name}.png", "another folder"]),
+        (["--image=in", "--output=in/"], ["--output in/", "another folder"]),
+        (["--image", "in/a.png", "in/b.png", "--output=in/{name}.png"], ["overwrite --image in/"]),
+        (["--image", "in/a.png", "in/a_1_2.png", "--output={name}.png"], ["a_1_2.png"]),
+        (["--image=in", "--output=o/", "--guide=nosuch.png"], ["--guide nosuch.png"]),
+        (
+            ["--image=in", "--output=o/", "--layer=pool1/norm1:99"],
+            ["pool1/norm1:99", "12 channels"],
+        ),
+        (["--image=in", "--output=o/", "--layer=classifier:hen"], ["--layer classifier:hen"]),
         (["--image=in", "--output=o/", "--stats=s.csv"], ["--stats s.csv", "{name}"]),
         (["--image", "in", "nosuch.png", "--output=o/"], ["--image nosuch.png"]),
         (["--image=in", "--layer=nix", "--output=o/"], ["--layer nix"]),
@@ -136,6 +146,7 @@ def test_one_that_fails_does_not_stop_the_others(folder):
 def test_a_batch_that_cannot_be_is_refused(arguments, words, folder):
     """Before any work: nothing is written, not even a folder."""
     (folder / "empty").mkdir()
+    CARD.save(folder / "in/a_1_2.png") if "in/a_1_2.png" in arguments else None
     assert_one_line(run_cli(*DREAM, LAYERS[0], *arguments, cwd=folder), 2, *words)
     assert sorted(os.listdir(folder)) == ["empty", "in"]
 
@@ -145,3 +156,79 @@ def test_the_last_layer_counts_for_one_picture(folder):
     done = run_cli(*DREAM, "--image=in/b.png", "--image=in/a.png", *LAYERS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(pixels(folder / "out.png"), alone(folder, "--image=in/a.png", LAYERS[1]))
+
+
+def stop_in_the_first(words, folder, name):
+    """Runs the program until there is a new checkpoint of the picture out/NAME, and stops it."""
+    path = folder / f"out/{name}.checkpoint"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    running = start(*words, cwd=folder)
+    wait_for(lambda: path.exists() and path.stat().st_mtime_ns > before, 60)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, said
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_one_that_is_stopped_twice_is_continued_in_every_format(ending, folder):
+    """With the channels that its words stood for; a picture so far is not taken for a finished
+    one."""
+    words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=300"]
+    whole = [*words, f"--output=whole/{{name}}.{ending}"]
+    assert run_cli(*whole, cwd=folder).returncode == 0
+    words += ["--checkpoint_iter=1", f"--output=out/{{name}}.{ending}"]
+    for _ in range(2):
+        stop_in_the_first(words, folder, f"a.{ending}")
+    done = run_cli(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "was kept" not in done.stderr
+    expected = pixels(folder / f"whole/a.{ending}")
+    assert np.array_equal(pixels(folder / f"out/a.{ending}"), expected)
+    assert "1 of 1 pictures are there" in run_cli(*words, cwd=folder).stderr
+
+
+def test_another_photograph_of_the_same_name_is_made(folder):
+    words = [*DREAM, LAYERS[0], "--output=out/"]
+    assert run_cli(*words, "--image=in/a.png", cwd=folder).returncode == 0
+    (folder / "other").mkdir()
+    CARD.rotate(180).save(folder / "other/a.png")
+    done = run_cli(*words, "--image=other/a.png", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    expected = alone(folder, "--image=other/a.png", LAYERS[0])
+    assert np.array_equal(pixels(folder / "out/a_inception_a-output.png"), expected)
+    os.rename(folder / "other/a.png", folder / "a.png")
+    assert "1 of 1 pictures are there" in run_cli(*words, "--image=a.png", cwd=folder).stderr
+
+
+def test_a_checkpoint_that_does_not_fit_is_set_aside(folder):
+    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=300", "--checkpoint_iter=1"]
+    stop_in_the_first([*words, "--output=out/{name}.png"], folder, "a.png")
+    path = folder / "out/a.png.checkpoint"
+    with np.load(path) as file:
+        arrays = dict(file)
+    del arrays["picture"]
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    done = run_cli(*words, "--output=out/{name}.png", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "was kept" in done.stderr
+    expected = alone(folder, LAYERS[0], "--image=in/a.png", "--num_steps=300")
+    assert np.array_equal(pixels(folder / "out/a.png"), expected)
+
+
+def test_a_sidecar_of_an_earlier_picture_does_not_stay(folder):
+    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--output=a.jpg"]
+    run_cli(*words, "--sidecar", cwd=folder)
+    assert (folder / "a.jpg.json").exists()
+    run_cli(*words, "--num_steps=1", cwd=folder)
+    assert not (folder / "a.jpg.json").exists()
+    (folder / "a.jpg.json").write_text('{"my": "own"}')
+    run_cli(*words, cwd=folder)
+    assert (folder / "a.jpg.json").exists()
+
+
+def test_a_resumed_run_makes_one_picture(folder):
+    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=300", "--checkpoint_iter=1"]
+    stop_in_the_first([*words, "--output=out/{name}.png"], folder, "a.png")
+    done = run_cli("--resume=out/a.png.checkpoint", "--output=b/", cwd=folder)
+    assert_one_line(done, 2, "--output b/", "one picture")
