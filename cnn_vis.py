@@ -136,6 +136,8 @@ def one_line(error):
 GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
 MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as an attack
 DEPTHS = {8: np.uint8, 16: np.uint16}  # of a picture that is written: the bits of a channel
+RAW = (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef")  # endings of cameras' raw files
+NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg"}  # though Pillow knows them
 HEIC = (".heic", ".heif", ".avif")  # endings of files that pillow-heif reads
 
 
@@ -844,13 +846,15 @@ class Target:
 def descents(targets, activations):
     """The gradient of the sum of the Targets with respect to each one's activations (N, C, ...), a
     list of arrays of their shapes and dtypes. In each of the N tiles a target's gradient is scaled
-    to the L2 norm of the first one's, and then weighted; of one alone only the sign counts."""
+    to the L2 norm of the first one's (of the first that is not zero there), and then weighted; of
+    one alone only the sign counts."""
     gradients = [target.gradient(a) for target, a in zip(targets, activations)]
     if len(targets) == 1:
         return gradients if targets[0].weight > 0 else [-gradients[0]]
     norms = [np.sqrt(np.square(rows(g), dtype=np.float64).sum(axis=1)) for g in gradients]
+    scale = functools.reduce(lambda first, norm: np.where(first > 0, first, norm), norms)
     for target, gradient, norm in zip(targets, gradients, norms):
-        rows(gradient)[...] *= (target.weight * norms[0] / (norm + EPSILON))[:, np.newaxis]
+        rows(gradient)[...] *= (target.weight * scale / (norm + EPSILON))[:, np.newaxis]
     return gradients
 
 
@@ -2285,7 +2289,7 @@ def stand_in_notice(asked, name):
 class NetworkFiles:
     """The files of a network, as paths, and its name. `fit_classifier` tells whether the classifier
     takes its width from the weights; `mean` is the number to subtract from pixels; `guide` is the
-    guide of a run, as NumPy keeps it, uint8 (H, W, 3)."""
+    guide of a run, as NumPy keeps it, uint8 (H, W, 3), and `guide_sha256` tells it from others."""
 
     deploy: str
     weights: str | None
@@ -2293,6 +2297,7 @@ class NetworkFiles:
     fit_classifier: bool = False
     mean: float | None = None
     guide: str | None = None
+    guide_sha256: str | None = None  # paths of other runs' guides may be the same
 
     def paths(self):
         """{field: path} of the files."""
@@ -2343,7 +2348,8 @@ def with_guide(files, guide):
     with open(os.memfd_create("guide"), "wb") as file:
         np.save(file, guide)
         file.flush()
-        yield dataclasses.replace(files, guide=f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        yield dataclasses.replace(files, guide=path, guide_sha256=sha256_of(path))
 
 
 def existing_file(option, path):
@@ -3360,13 +3366,14 @@ class Network:
         self._net.forward()
 
 
-def find_channels(spec, settings, picture, mask, mean):
+def find_channels(spec, settings, picture, mask, mean, scratch=None):
     """Task: the Targets of `spec` with numbers in place of words: of the channels with the largest
     mean absolute activation in the start image at the first size, and of classes. The other
     arguments are a Dream's. Raises BadRequest."""
     network, targets = Network(spec), []
     is_strong = [any(map(strong, target.channels or ())) for target in spec.targets]
-    activity = mean_activity(network, settings, picture, mask, mean) if any(is_strong) else ()
+    place = (settings, picture, mask, mean, scratch)
+    activity = mean_activity(network, *place) if any(is_strong) else ()
     for i, (target, shape) in enumerate(zip(spec.targets, network.target_shapes)):
         found = {}
         for word in target.channels or ():
@@ -3406,10 +3413,10 @@ def is_flat(shape):
     return math.prod(shape) == shape[0]
 
 
-def mean_activity(network, settings, picture, mask, mean):
+def mean_activity(network, settings, picture, mask, mean, scratch=None):
     """The mean absolute activation of each target's channels, a list of arrays (C,), over the tiles
     of the start image at the first size."""
-    dream = Dream(settings, picture, mean, network, mask=mask)
+    dream = Dream(settings, picture, mean, network, scratch, mask)
     dream.lay_out()
     dream.begin_size()
     activity = [np.zeros(shape[0]) for shape in network.target_shapes]
@@ -3465,9 +3472,13 @@ class Engine:
         (3, H, W); the loss, None unless measured), ...]."""
         raise NotImplementedError
 
+    def begin_run(self):
+        """Before another run with the same network: forgets what was told of the one before."""
+        self.notices = []
+
     def change(self, spec):
         """Goes over to another NetworkSpec, for the same device, and describes that. Returns
-        whether the engine can; if it cannot, nothing has changed."""
+        whether this kind of engine can."""
         return False
 
     def __enter__(self):
@@ -3726,7 +3737,7 @@ class CaffeProcesses:
         with system_limits():
             self._log, self._log_end = self._context.Pipe(duplex=False)
         os.set_blocking(self._log_end.fileno(), False)  # a full log must not hold a worker up
-        self._restarts = 0
+        self.restarts = 0
         self.start()
 
     def start(self):
@@ -3781,11 +3792,11 @@ class CaffeProcesses:
         while self._log.poll():
             text += os.read(self._log.fileno(), 1 << 16)
         check_log(text.decode(errors="replace"))
-        self._restarts += 1
-        if self._restarts > self.MAX_RESTARTS:
+        self.restarts += 1
+        if self.restarts > self.MAX_RESTARTS:
             remedy = "use smaller sizes" if self.gpus else "use fewer --workers, or smaller sizes"
             raise RunFailed(
-                f"workers were killed {self._restarts} times, possibly out of memory; {remedy}"
+                f"workers were killed {self.restarts} times, possibly out of memory; {remedy}"
             )
         self.end()
         self.start()
@@ -3880,8 +3891,13 @@ class Workers(Engine):
                 self._set_out(*instead)
         self._map_slots()
 
+    def begin_run(self):
+        super().begin_run()
+        self.processes.restarts = 0
+
     def change(self, spec):
-        self.spec, self.notices = dataclasses.replace(spec, use_gpu=self.spec.use_gpu), []
+        self.begin_run()
+        self.spec = dataclasses.replace(spec, use_gpu=self.spec.use_gpu)
         self.describe()
         return True
 
@@ -4534,7 +4550,7 @@ class Engines:
         if engine is not None:
             device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
             if dataclasses.replace(spec, **device) == engine.spec:
-                engine.notices = []  # they have been told
+                engine.begin_run()
                 return engine
         if engine is None or not engine.change(spec):
             self.close()
@@ -6095,7 +6111,7 @@ def choose_settings(options):
     return Settings(**values)
 
 
-def settled(settings, files, given):
+def settled(settings, files, given, scratch=None):
     """The settings with numbers in place of the words that --layer has for channels, and remarks.
     Raises BadRequest, RunFailed."""
     targets = choose_targets(settings)
@@ -6103,7 +6119,7 @@ def settled(settings, files, given):
         return settings, []
     spec = NetworkSpec(files, targets, input_size=settings.input_size)
     start = (settings, given.picture, given.mask, files.mean)
-    targets = in_a_worker(find_channels, spec, *start)
+    targets = in_a_worker(find_channels, spec, *start, scratch)
     text = " + ".join(map(str, targets))
     remark = f"--layer {settings.target_layer} is {text}"
     return dataclasses.replace(settings, target_layer=text), [remark]
@@ -6366,7 +6382,7 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         given, remarks = kept_given(settings, checkpoint, options.resume), []
     network = find_network(options)
     check_apart(options, files, network)
-    settings, more = settled(settings, network, given)
+    settings, more = settled(settings, network, given, options.scratch)
     with (
         with_guide(network, given.guide) as network,
         sole_writer(outputs + files.resumed_from()),
@@ -6392,9 +6408,10 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
                 engine.notices.append(f"this run was begun on a {begun_on}; {rounding}")
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
-        announce(options, network, dream, [*remarks, *more])
+        batch = batch or Batch()
+        announce(options, network, dream, [*remarks, *more], batch)
         make_room(options, files)
-        run = Run(options, files, watchers, given, dream, record, kept, batch or Batch())
+        run = Run(options, files, watchers, given, dream, record, kept, batch)
         watch(run, signals)
 
 
@@ -6466,7 +6483,8 @@ def pictures_in(folder):
     from PIL import Image
 
     Image.init()
-    known = {*Image.EXTENSION, *HEIC}
+    known = {ending for ending, form in Image.EXTENSION.items() if form in Image.OPEN}
+    known = known - NOT_PICTURES | {*HEIC, *RAW}
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
     paths = [path for path in paths if os.path.isfile(path)]
@@ -6588,11 +6606,12 @@ def restore(dream, checkpoint, path):
         checkpoint.arrays.pop(name, None)
 
 
-def announce(options, network, dream, remarks):
-    """Says what is about to be done. This comes after all checks, so that an error is the only
-    line."""
-    engine = dream.engine
-    notices = [stand_in_notice(options.model, network.name), *idle(options, engine)]
+def announce(options, network, dream, remarks, batch):
+    """Says what is about to be done; what is so of all pictures, at the first one of a Batch. This
+    comes after all checks, so that an error is the only line."""
+    engine, notices = dream.engine, []
+    if batch.number == 1:
+        notices = [stand_in_notice(options.model, network.name), *idle(options, engine)]
     for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
@@ -6764,7 +6783,7 @@ def dream(image=None, **options):
         log.warning(notice)
     if given.picture is None:
         remarks.append(f"noise seed {settings.seed}")
-    settings, more = settled(settings, network, given)
+    settings, more = settled(settings, network, given, parsed.scratch)
     remarks = [*remarks, *more]
     with with_guide(network, given.guide) as network, Engines(parsed) as engines:
         engine = engines.get(settings, network)

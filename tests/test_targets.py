@@ -133,6 +133,17 @@ def test_a_sums_gradient_is_the_sum_of_separate_backward_passes():
             assert ours == pytest.approx(losses)
 
 
+def test_a_first_term_that_finds_nothing_does_not_silence_the_others():
+    a = np.ones((2, 3, 4, 4), np.float32)
+    first, second = Target("x"), Target("y", weight=0.5)
+    dead = a.copy()
+    dead[1] = 0
+    found = cnn_vis.descents([first, second], [dead, a])
+    alone = cnn_vis.descents([second], [a])[0]
+    assert not found[0][1].any()
+    assert np.allclose(found[1], 0.5 * alone)
+
+
 def test_a_sum_of_a_batch_is_that_of_its_tiles():
     targets = Target("inception_a/output"), Target("conv1/5x5_s2", AmplifyNeuron(1), weight=0.5)
     ours, batch = network(*targets), tiles(5)
@@ -401,3 +412,15 @@ def test_a_guide_leads_the_dream_to_what_it_has(folder):
         (a,) = ours.activations(image[:, :, 64:96, 64:96].astype(np.float32))
         likeness[i] = [product(a) for product in products]
     assert likeness[0, 0] * likeness[1, 1] > 1.02 * likeness[0, 1] * likeness[1, 0]
+
+
+def test_guides_differ_by_content():
+    """Though their files may have the same path."""
+    guides = [np.asarray(CARD), np.asarray(CARD)[::-1].copy()]
+    specs = []
+    for guide in (*guides, guides[0]):
+        with cnn_vis.with_guide(FILES, guide) as files:
+            specs.append(cnn_vis.NetworkSpec(files, (Target("pool1/norm1", Resemble()),)))
+    assert specs[0].files.guide == specs[1].files.guide
+    assert specs[0] != specs[1]
+    assert specs[0] == specs[2]
