@@ -1621,7 +1621,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-        self.options, self.given = [], set()
+        self.options = []
 
     def group(self, title, description=None):
         """Begins a group in the help; returns the function that adds an option to it."""
@@ -1637,16 +1637,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        self._args, self.given = [self._underscored(arg) for arg in args], set()
+        self._args = [self._underscored(arg) for arg in args]
         try:
+            self.given = collections.defaultdict(list)  # {name: values of Several, each time}
             found, rest = super().parse_known_args(self._args, copy.copy(namespace))
             if found.preset:  # comes first, so that all else wins
                 found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
-                self.given = set()
+                self.given.clear()
                 found, rest = super().parse_known_args(self._args, found)
-            for name, value in vars(found).items():
-                if isinstance(value, Values) and not names_several(found.output_file):
-                    setattr(found, name, value.last)
+            for name, times in self.given.items() if names_several(found.output_file) else ():
+                if len(times) > 1:
+                    setattr(found, name, [value for each in times for value in listed(each)])
         except RecursionError:
             self.error("@FILE: the file names itself")
         return found, rest
@@ -1684,19 +1685,8 @@ class Several(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         values = values[0] if isinstance(values, list) and len(values) == 1 else values
-        if self.dest in parser.given:
-            all_values = [*listed(getattr(namespace, self.dest)), *listed(values)]
-            values = Values(all_values, last=values)
-        parser.given.add(self.dest)
+        parser.given[self.dest].append(values)
         setattr(namespace, self.dest, values)
-
-
-class Values(list):
-    """The values of an option that was given several times, and those of the last time."""
-
-    def __init__(self, values, last):
-        super().__init__(values)
-        self.last = last
 
 
 def several_options():
