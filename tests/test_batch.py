@@ -232,3 +232,30 @@ def test_a_resumed_run_makes_one_picture(folder):
     stop_in_the_first([*words, "--output=out/{name}.png"], folder, "a.png")
     done = run_cli("--resume=out/a.png.checkpoint", "--output=b/", cwd=folder)
     assert_one_line(done, 2, "--output b/", "one picture")
+
+
+def test_another_network_makes_all_again(folder):
+    words = [*DREAM, LAYERS[0], "--image=in", "--output=out/"]
+    assert run_cli(*words, cwd=folder).returncode == 0
+    np.save(folder / "mean.npy", np.full((3, 4, 4), 90.0))
+    words += ["--mean_image=mean.npy"]
+    done = run_cli(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "already" not in done.stderr
+    expected = alone(folder, LAYERS[0], "--image=in/b.png", "--mean_image=mean.npy")
+    assert np.array_equal(pixels(folder / "out/b_inception_a-output.png"), expected)
+    assert "2 of 2 pictures are there" in run_cli(*words, cwd=folder).stderr
+
+
+def test_noise_without_a_seed_goes_on_as_it_began(folder):
+    words = [*DREAM, LAYERS[0], "--initial_size=60x60", "--num_steps=300", "--checkpoint_iter=1"]
+    words += ["--output=out/{name}.png"]
+    stop_in_the_first(words, folder, "noise.png")
+    done = run_cli(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "was kept" not in done.stderr
+    command = Image.open(folder / "out/noise.png").info["Comment"]
+    seed = command.partition("--seed=")[2].split()[0]
+    more = ["--initial_size=60x60", "--num_steps=300", f"--seed={seed}"]
+    expected = alone(folder, LAYERS[0], *more)
+    assert np.array_equal(pixels(folder / "out/noise.png"), expected)
