@@ -870,6 +870,7 @@ def rows(a):
     return a.reshape(len(a), -1)
 
 
+CHANNELS = "numbers and ranges, as 17,40-47, or strong5"  # of a layer that is not a classifier
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 TERM = re.compile(  # weight, layer in quotes or without, channels, what follows
     rf'\s*(?:({_NUMBER})\s*\*\s*)?(?:"([^"]+)"|([^"*+:]*[^"*+:\s]))\s*(?::([^"*+:]+))?(\+|$)'
@@ -904,7 +905,7 @@ def parse_channels(text, term):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word)
         numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
         if not (numbers or word) or ends and not numbers or re.fullmatch("strong0*", word):
-            problem = f"at {word or text!r}: give numbers and ranges, as 17,40-47, or strong5"
+            problem = f"at {word or text!r}: give {CHANNELS}"
             raise refusal("layer", term.strip(" +"), problem)
         found |= dict.fromkeys(numbers or [word])
     return tuple(found)
@@ -2143,6 +2144,14 @@ def names_file(action, value):
     return bool(action.file) and value is not None and value not in action.words
 
 
+def files_read(options, free=True):
+    """{option: path} of the files that the options name for reading; unless `free`, only of those
+    that a resumed run may not change."""
+    actions = [a for a in PARSER.options if a.file == "read" and (free or not a.free)]
+    named = [(a.option_strings[-1][2:], a, getattr(options, a.dest)) for a in actions]
+    return {name: path for name, a, path in named if names_file(a, path)}
+
+
 def without_effect(options):
     """Notices, in the order of --help, of options that were set and change nothing."""
     for action in PARSER.options:
@@ -3260,8 +3269,8 @@ class Network:
             fit_classifier(net, weights)
         read = cut(net, targets, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net, spec.fast_layers())
-        first, is_sum = spec.targets[0], len(targets) > 1
-        is_plain = not is_sum and first.channels is None and first.weight > 0
+        first = spec.targets[0]
+        is_plain = len(targets) == 1 and first.channels is None and first.weight > 0
         self._has_objective = is_plain and end_in_objective(net, targets[0], first.form)
         self._spec, self._net = spec, caffe_net(net)
         check_fit(spec, self._net, weights)
@@ -3389,7 +3398,7 @@ def class_of(layer, word, shape):
         return word
     names = class_names(shape[0]) if is_flat(shape) else None
     if names is None:
-        problem = "channels are numbers and ranges, as 17,40-47, or strong5"
+        problem = f"channels are {CHANNELS}"
         remedy = "classes can be named only for a classifier of ImageNet or Places"
         raise refusal("layer", f"{layer}:{word}", f"{problem}; {remedy}")
     try:
@@ -4870,9 +4879,7 @@ def make_record(options, settings, network, sizes, earlier=None):
 
 def inputs_of(options):
     """{option: SHA-256} of the pictures that a run with the options is given."""
-    actions = [a for a in PARSER.options if a.file == "read" and not a.free]
-    given = {a.dest: getattr(options, a.dest) for a in actions}
-    return {a.dest: sha256_of(given[a.dest]) for a in actions if names_file(a, given[a.dest])}
+    return {name: sha256_of(path) for name, path in files_read(options, free=False).items()}
 
 
 def identify(network):
@@ -6190,9 +6197,7 @@ def plan_outputs(options, files, watchers):
 def check_apart(options, files, network):
     """Raises BadRequest if the run would overwrite a file that it reads, or write two files under
     one name."""
-    actions = [action for action in PARSER.options if action.file == "read"]
-    given = [(action, getattr(options, action.dest)) for action in actions]
-    read = {a.option_strings[-1][2:]: path for a, path in given if names_file(a, path)}
+    read = files_read(options)
     read |= {"caffe_model": network.weights, "deploy_txt": network.deploy, "resume": files.resumed}
     read = {name: path for name, path in read.items() if path}
     for name, path in read.items():
@@ -6489,10 +6494,8 @@ def make_pictures(jobs, signals, engines):
     for job in jobs:
         check_format("output", job.output_file)
         check_depth(job.output_file, job.depth)
-        for action in PARSER.options:
-            path = getattr(job, action.dest)
-            if action.file == "read" and not action.free and names_file(action, path):
-                existing_file(action.option_strings[-1].strip("-"), path)
+        for name, path in files_read(job, free=False).items():
+            existing_file(name, path)
     network = find_network(jobs[0])
     targets = dict.fromkeys(target for job in jobs for target in choose_targets(job))
     with contextlib.suppress(CaffeStopped):  # by another layer
