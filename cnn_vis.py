@@ -735,10 +735,10 @@ class AmplifyLayer:
 
     def loss(self, a):
         """The loss of activations (N, C, ...)."""
-        a = a.astype(np.float64)
+        a = a.ravel().astype(np.float64)
         size = np.abs(a)
-        square = np.where(size <= self.clip, a * a / 2, self.clip * size - self.clip**2 / 2)
-        return -float((self.l1 * a * size / 2 + self.l2 * square).sum())
+        slope = np.minimum(size, self.clip)
+        return -float(self.l1 * (a @ size) / 2 + self.l2 * (slope @ (size - slope / 2)))
 
     def gradient(self, a):
         """The gradient of the loss with respect to `a`, of its shape and dtype. It is the
@@ -2556,7 +2556,8 @@ def import_caffe():
             raise BadRequest(f"{missing_package(error)}, or pip install {HERE}/pycaffe") from None
         raise BadRequest(missing_package(error)) from None
     except Exception as error:  # somebody's own may fail in any way
-        remedy = "install it with: pip install ./pycaffe"
+        extra = "[cuda]" if re.search("lib(cublas|curand|cudnn)", str(error)) else ""
+        remedy = f"install it with: pip install {shlex.quote(f'./pycaffe{extra}')}"
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
     return caffe
 

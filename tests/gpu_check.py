@@ -33,7 +33,7 @@ class Work:
     def __init__(self, model, layer, quick):
         self.words = [f"--model={model}"] if model else []
         self.batches, self.tiles, self.repeat = (1, 2, 4, 8, 16, 32), 320, 20
-        self.commands = {"427x640": 50, "1080x1920": 20, "4096x4096": 3}
+        self.commands = {"427x640": 200, "1080x1920": 100, "4096x4096": 10}
         if quick:
             self.words = [*TINY]
             layer = "inception_a/output"
