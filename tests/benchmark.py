@@ -159,9 +159,8 @@ def torch_network(spec, device="cpu"):
     sys.path.append(os.path.join(cnn_vis.HERE, "models", "googlenet_mini"))
     from distill import GoogLeNet, load_caffemodel
 
-    width = 0.5 if "mini" in spec.files.weights else 1.0
     full = (
-        load_caffemodel(spec.files.weights, width)
+        load_caffemodel(spec.files.weights)
         .eval()
         .requires_grad_(False)
         .to(device, memory_format=torch.channels_last)

@@ -5,12 +5,15 @@
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --minutes 90
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel \\
         --start earlier.caffemodel --lr 5e-4
+    python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER unused.caffemodel \\
+        --start student.caffemodel --iterations 0   # only tells how well it imitates
 
-Writes student.caffemodel, its deploy prototxt student.prototxt, and student.state.pt, from which
-the same command goes on after a stop. One step of training: random crops of the pictures, some of
-them dreamed upon by the student, go through both networks; at conv1, conv2 and every inception
-output each of the student's channels is to equal one channel of the teacher's, in units of that
-channel's variance. In each branch the teacher's most varying channels are the ones imitated.
+Trains on a GPU if PyTorch finds one. Writes student.caffemodel, its deploy prototxt
+student.prototxt, and student.state.pt, from which the same command goes on after a stop. One step
+of training: random crops of the pictures, some of them dreamed upon by the student, go through both
+networks; at conv1, conv2 and every inception output each of the student's channels is to equal one
+channel of the teacher's, in units of that channel's variance. In each branch the teacher's most
+varying channels are the ones imitated.
 
 Pictures are float32 (N, 3, S, S), channels B, G, R, 0 to 255 with MEAN taken off, as Caffe's
 GoogLeNet takes them.
@@ -46,45 +49,61 @@ INCEPTIONS = {
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
-CONVOLUTIONS = {"conv1": 64, "conv2": 192}
+BRANCHES = ("1x1", "3x3_reduce", "3x3", "5x5_reduce", "5x5", "pool_proj")
+# The layers whose channels an output is made of, and the channels of every layer at full width.
+OUTPUTS = {"conv1": ["conv1/7x7_s2"], "conv2": ["conv2/3x3"]} | {
+    key: [f"inception_{key}/{branch}" for branch in BRANCHES if "reduce" not in branch]
+    for key in INCEPTIONS
+}
+FULL = {"conv1/7x7_s2": 64, "conv2/3x3_reduce": 64, "conv2/3x3": 192} | {
+    f"inception_{key}/{branch}": count
+    for key, counts in INCEPTIONS.items()
+    for branch, count in zip(BRANCHES, counts)
+}
 
 # ---- Networks ---------------------------------------------------------------------------------
 
 
 def lrn(x):
     """Caffe's LRN as GoogLeNet has it: 5 channels, alpha 1e-4, beta 0.75."""
-    squares = F.pad(x * x, (0, 0, 0, 0, 2, 2))
+    squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
     near = sum(squares[:, i : i + x.shape[1]] for i in range(5))
     root = (1 + 1e-4 / 5 * near).rsqrt()
     return x * root * root.sqrt()
 
 
+def narrow(widths):
+    """{layer: channels}, each a multiple of four, of a GoogLeNet with the fraction `widths`,
+    {output: fraction}, of the channels of each output. conv2's reduction is as wide as conv1."""
+    found = {}
+    for layer, channels in FULL.items():
+        key = layer.split("/")[0].removeprefix("inception_")
+        width = widths["conv1" if layer == "conv2/3x3_reduce" else key]
+        found[layer] = 4 * math.ceil(channels * width / 4)
+    return found
+
+
 class GoogLeNet(nn.Module):
-    """GoogLeNet up to inception_5b/output with `width` times the channels. forward gives {"conv1":
-    ..., "5b": ...}."""
+    """GoogLeNet up to inception_5b/output with so many channels in each layer, {layer: channels}.
+    forward gives {"conv1": ..., "5b": ...}."""
 
-    def __init__(self, width=1.0):
+    def __init__(self, channels=FULL):
         super().__init__()
-        self.layers = nn.ModuleDict()
-        stem, wide = int(64 * width), int(192 * width)
-        self._add("conv1/7x7_s2", 3, stem, 7, stride=2)
-        self._add("conv2/3x3_reduce", stem, stem, 1)
-        self._add("conv2/3x3", stem, wide, 3)
-        for key, channels in INCEPTIONS.items():
-            one, reduce3, three, reduce5, five, pool = (int(c * width) for c in channels)
-            for name, inputs, outputs, kernel in (
-                ("1x1", wide, one, 1),
-                ("3x3_reduce", wide, reduce3, 1),
-                ("3x3", reduce3, three, 3),
-                ("5x5_reduce", wide, reduce5, 1),
-                ("5x5", reduce5, five, 5),
-                ("pool_proj", wide, pool, 1),
-            ):
-                self._add(f"inception_{key}/{name}", inputs, outputs, kernel)
-            wide = one + three + five + pool
+        self.layers, self.channels = nn.ModuleDict(), dict(channels)
+        self._add("conv1/7x7_s2", 3, 7, stride=2)
+        self._add("conv2/3x3_reduce", channels["conv1/7x7_s2"], 1)
+        self._add("conv2/3x3", channels["conv2/3x3_reduce"], 3)
+        wide = channels["conv2/3x3"]
+        for key in INCEPTIONS:
+            inside = f"inception_{key}/"
+            for branch in ("1x1", "3x3_reduce", "5x5_reduce", "pool_proj"):
+                self._add(inside + branch, wide, 1)
+            self._add(inside + "3x3", channels[inside + "3x3_reduce"], 3)
+            self._add(inside + "5x5", channels[inside + "5x5_reduce"], 5)
+            wide = sum(channels[layer] for layer in OUTPUTS[key])
 
-    def _add(self, name, inputs, outputs, kernel, stride=1):
-        layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+    def _add(self, name, inputs, kernel, stride=1):
+        layer = nn.Conv2d(inputs, self.channels[name], kernel, stride, kernel // 2)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
         self.layers[name] = layer
@@ -113,14 +132,15 @@ class GoogLeNet(nn.Module):
         return seen
 
 
-def load_caffemodel(path, width=1.0):
-    """A GoogLeNet with the weights of a caffemodel."""
+def load_caffemodel(path):
+    """The GoogLeNet, of whatever width, in a caffemodel."""
     cnn_vis.import_caffe()
     from caffe.proto import caffe_pb2
 
     file = caffe_pb2.NetParameter.FromString(pathlib.Path(path).read_bytes())
     blobs = {layer.name: layer.blobs for layer in (file.layer or file.layers)}
-    net = GoogLeNet(width)
+    biases = {name: blobs[name][1] for name in FULL}
+    net = GoogLeNet({name: len(bias.data) for name, bias in biases.items()})
     with torch.no_grad():
         for name, layer in net.layers.items():
             for parameter, blob in zip((layer.weight, layer.bias), blobs[name]):
@@ -128,28 +148,28 @@ def load_caffemodel(path, width=1.0):
     return net
 
 
-def narrow_prototxt(width):
-    """Caffe's GoogLeNet prototxt up to inception_5b/output with `width` times the channels, as a
-    NetParameter."""
+def narrow_prototxt(channels):
+    """Caffe's GoogLeNet prototxt up to inception_5b/output with so many channels in each layer, as
+    a NetParameter."""
     net = cnn_vis.Description(cnn_vis.MODELS["bvlc_googlenet"].find_deploy()).net
-    net.name = f"GoogLeNet, width {width:g}"
+    net.name = "GoogLeNet, narrower"
     last = next(i for i, layer in enumerate(net.layer) if layer.name == "inception_5b/output")
     del net.layer[last + 1 :]
     for layer in net.layer:
         if layer.type == "Input":
             layer.input_param.shape[0].dim[0] = 1
         elif layer.type == "Convolution":
-            layer.convolution_param.num_output = int(layer.convolution_param.num_output * width)
+            layer.convolution_param.num_output = channels[layer.name]
     return net
 
 
-def save_caffemodel(net, width, path):
+def save_caffemodel(net, path):
     """Writes `path` (.caffemodel) and its prototxt beside it, each whole or not at all."""
-    prototxt = narrow_prototxt(width)
+    prototxt = narrow_prototxt(net.channels)
     loaded = cnn_vis.caffe_net(prototxt)
     for name, layer in net.layers.items():
         for blob, parameter in zip(loaded.params[name], (layer.weight, layer.bias)):
-            blob.data[...] = parameter.detach().numpy()
+            blob.data[...] = parameter.detach().cpu().numpy()
     loaded.save(f"{path}.part")
     os.replace(f"{path}.part", path)
     pathlib.Path(path).with_suffix(".prototxt").write_text(str(prototxt))
@@ -159,8 +179,7 @@ def save_caffemodel(net, width, path):
 
 
 def random_crop(picture, size, random):
-    """A square of a uint8 (H, W, 3) picture at a random scale, float32 (3, size, size). Contrast
-    and colour vary too: a dreamed picture leaves the natural range."""
+    """A square of a uint8 (H, W, 3) picture at a random scale, uint8 (size, size, 3)."""
     height, width = picture.shape[:2]
     side = min(
         max(int(min(height, width) * math.exp(random.uniform(math.log(0.35), 0))), 64),
@@ -168,19 +187,34 @@ def random_crop(picture, size, random):
         width,
     )
     y, x = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
-    square = Image.fromarray(picture[y : y + side, x : x + side]).resize(
-        (size, size), Image.Resampling.BICUBIC
-    )
-    crop = np.asarray(square, np.float32)[:, :: random.choice((-1, 1)), ::-1] - MEAN
-    crop = crop * random.uniform(0.6, 1.4) + random.uniform(-25, 25, 3)
-    return crop.transpose(2, 0, 1).astype(np.float32)
+    square = Image.fromarray(picture[y : y + side, x : x + side])
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def crops(pictures, count, size, random):
-    """A batch of random crops of random pictures."""
-    chosen = random.integers(len(pictures), size=count)
-    batch = np.stack([random_crop(pictures[i], size, random) for i in chosen])
-    return torch.from_numpy(batch).to(memory_format=torch.channels_last)
+class Crops(torch.utils.data.Dataset):
+    """Batches of random crops of random pictures, uint8 (N, size, size, 3), with a contrast and a
+    shift of colour for each, since a dreamed picture leaves the natural range. The same number
+    gives the same batch."""
+
+    def __init__(self, pictures, count, size, seed):
+        self.pictures, self.count, self.size, self.seed = pictures, count, size, seed
+
+    def __getitem__(self, number):
+        random = np.random.default_rng((self.seed, number))
+        chosen = random.integers(len(self.pictures), size=self.count)
+        batch = np.stack([random_crop(self.pictures[i], self.size, random) for i in chosen])
+        flips = random.random(self.count) < 0.5
+        batch[flips] = batch[flips, :, ::-1]
+        contrast = random.uniform(0.6, 1.4, (self.count, 1, 1, 1))
+        colour = random.uniform(-25, 25, (self.count, 1, 1, 3))
+        return torch.from_numpy(batch), torch.tensor(contrast), torch.tensor(colour)
+
+
+def on_device(batch, device):
+    """A batch of Crops as the networks take it, float32 (N, 3, size, size)."""
+    pixels, contrast, colour = (part.to(device, non_blocking=True) for part in batch)
+    pixels = pixels.flip(3) - torch.tensor(MEAN, device=device)
+    return (pixels * contrast + colour).float().permute(0, 3, 1, 2)  # channels last in memory
 
 
 def dreamed(net, batch, random):
@@ -198,13 +232,6 @@ def dreamed(net, batch, random):
 # ---- Imitation --------------------------------------------------------------------------------
 
 
-def branch_sizes(key):
-    """Channels of each branch of an output, at full width."""
-    return (
-        [CONVOLUTIONS[key]] if key in CONVOLUTIONS else [INCEPTIONS[key][i] for i in (0, 2, 4, 5)]
-    )
-
-
 def teacher_spread(teacher, batches):
     """{output: standard deviation of each channel}."""
     sums = {}
@@ -219,20 +246,25 @@ def teacher_spread(teacher, batches):
     }
 
 
-def most_varying(spread, width):
+def branches(key, channels):
+    """(full channels, the student's) of each branch of an output, in order."""
+    return [(FULL[layer], channels[layer]) for layer in OUTPUTS[key]]
+
+
+def most_varying(spread, channels):
     """{output: which teacher channels to imitate}: in each branch the most varying, in order."""
     chosen = {}
     for key, deviation in spread.items():
         start, indices = 0, []
-        for size in branch_sizes(key):
-            best = deviation[start : start + size].argsort(descending=True)[: int(size * width)]
+        for full, count in branches(key, channels):
+            best = deviation[start : start + full].argsort(descending=True)[:count]
             indices.append(best.sort()[0] + start)
-            start += size
+            start += full
         chosen[key] = torch.cat(indices)
     return chosen
 
 
-def most_alike(student, teacher, batches, spread, width):
+def most_alike(student, teacher, batches, spread):
     """{output: the teacher channel that each channel of a trained student imitates}, by their
     correlation. Channels that never fire get the most varying of those left over."""
     seen = [(student(batch), teacher(batch)) for batch in batches]
@@ -245,8 +277,7 @@ def most_alike(student, teacher, batches, spread, width):
             (a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + 1e-9) for a in theirs
         )
         alike, row, column, indices = ours @ full.T / ours.shape[1], 0, 0, []
-        for size in branch_sizes(key):
-            rows = int(size * width)
+        for size, rows in branches(key, student.channels):
             match = alike[row : row + rows, column : column + size].max(1)
             fires = match.values > 0.1
             left = spread[key][column : column + size].argsort(descending=True)
@@ -263,6 +294,7 @@ def errors(student_sees, teacher_sees, chosen, spread):
     explained variance."""
     return {
         key: ((a - teacher_sees[key][:, chosen[key]]) / spread[key][chosen[key]].view(1, -1, 1, 1))
+        .float()
         .square()
         .mean()
         for key, a in student_sees.items()
@@ -290,6 +322,13 @@ def parse_arguments(argv):
     parser.add_argument("out", help="caffemodel to write")
     parser.add_argument(
         "--width", type=float, default=0.5, help="channels, as a fraction of the teacher's"
+    )
+    parser.add_argument(
+        "--wide",
+        nargs="*",
+        default=[],
+        metavar="OUTPUT=WIDTH",
+        help="a fraction for one output, such as conv1=1",
     )
     parser.add_argument(
         "--minutes",
@@ -320,84 +359,120 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
+def widths(args):
+    """{output: the fraction of its channels that the student gets}"""
+    found = dict.fromkeys(OUTPUTS, args.width)
+    return found | {key: float(width) for key, width in (word.split("=") for word in args.wide)}
+
+
+class Training:
+    """The networks, what the student's channels are to be, and how far the training has come; kept
+    in a file, from which it continues."""
+
+    def __init__(self, args, train, held_out):
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.kept = pathlib.Path(args.out).with_suffix(".state.pt")
+        self.train, self.test = train, self.batches_of(held_out, 8, seed=2)
+        place = {"device": self.device, "memory_format": torch.channels_last}
+        student = load_caffemodel(args.start) if args.start else GoogLeNet(narrow(widths(args)))
+        self.student = student.to(**place)
+        self.teacher = load_caffemodel(args.teacher).eval().requires_grad_(False).to(**place)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=1e-4)
+        self.step = 0
+        if self.kept.exists():
+            self.resume()
+        else:
+            self.choose(self.batches_of(train, 6, seed=1))
+            self.begun = time.monotonic()
+
+    def batches_of(self, pictures, count, seed):
+        made = Crops(pictures, 32, self.args.crop, seed)
+        return [on_device(made[i], self.device) for i in range(count)]
+
+    @torch.no_grad()
+    def choose(self, batches):
+        self.spread = teacher_spread(self.teacher, batches)
+        if self.args.start:
+            self.chosen = most_alike(self.student, self.teacher, batches, self.spread)
+        else:
+            self.chosen = most_varying(self.spread, self.student.channels)
+
+    def resume(self):
+        state = torch.load(self.kept, weights_only=True, map_location=self.device)
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.chosen, self.spread, self.step = (state[k] for k in ("chosen", "spread", "step"))
+        self.begun = time.monotonic() - state["elapsed"]
+
+    def keep(self):
+        state = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"chosen": self.chosen, "spread": self.spread, "step": self.step}
+        torch.save(state | {"elapsed": time.monotonic() - self.begun}, f"{self.kept}.part")
+        os.replace(f"{self.kept}.part", self.kept)
+
+    def done(self):
+        """The fraction of the training that is over."""
+        if self.args.iterations is not None:
+            return self.step / self.args.iterations if self.args.iterations else 1
+        return (time.monotonic() - self.begun) / (60 * self.args.minutes)
+
+    def batches(self):
+        """The rest of the batches without end, made by other processes if a GPU waits for them."""
+        on_gpu = self.device == "cuda"
+        return torch.utils.data.DataLoader(
+            Crops(self.train, self.args.batch, self.args.crop, seed=0),
+            sampler=range(self.step, 10**9),
+            batch_size=None,
+            num_workers=max(1, cnn_vis.count_cores() - 1) if on_gpu else 0,
+            pin_memory=on_gpu,
+        )
+
+    def take_step(self, batch, random):
+        """One step of the optimizer; returns the loss before it."""
+        rate = min(1, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.done()))
+        for group in self.optimizer.param_groups:  # a short rise, then half a cosine
+            group["lr"] = self.args.lr * rate + 1e-6
+        batch = on_device(batch, self.device)
+        # On a GPU products of 16 bits are faster, and far more exact than the imitation.
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            if random.random() < self.args.dreamed:
+                batch = dreamed(self.student, batch, random)
+            with torch.no_grad():
+                goal = self.teacher(batch)
+            loss = sum(errors(self.student(batch), goal, self.chosen, self.spread).values())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def report(self):
+        return report(self.student, self.teacher, self.test, self.chosen, self.spread)
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    state_path = pathlib.Path(args.out).with_suffix(".state.pt")
     torch.manual_seed(0)
     files = sorted(path for path in pathlib.Path(args.pictures).iterdir() if path.is_file())
     pictures = [cnn_vis.read_picture(str(path))[0] for path in files]
-    held_out, train = pictures[::25], [picture for i, picture in enumerate(pictures) if i % 25]
-    test_random = np.random.default_rng(9)
-    test = [crops(held_out, 16, args.crop, test_random) for _ in range(4)]
-
-    teacher = (
-        load_caffemodel(args.teacher)
-        .eval()
-        .requires_grad_(False)
-        .to(memory_format=torch.channels_last)
-    )
-    student = load_caffemodel(args.start, args.width) if args.start else GoogLeNet(args.width)
-    student = student.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=1e-4)
-    step, elapsed, random = 0, 0.0, np.random.default_rng(0)
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        chosen, spread, step, elapsed = (
-            state[name] for name in ("chosen", "spread", "step", "elapsed")
-        )
-        random = np.random.default_rng(step)
-    else:
-        with torch.no_grad():
-            batches = [crops(train, 32, args.crop, random) for _ in range(6)]
-            spread = teacher_spread(teacher, batches)
-            chosen = (
-                most_alike(student, teacher, batches, spread, args.width)
-                if args.start
-                else most_varying(spread, args.width)
-            )
-    print(f"step {step}, held out {report(student, teacher, test, chosen, spread)}", flush=True)
-
-    begun = time.monotonic() - elapsed
-    while (
-        done := step / args.iterations
-        if args.iterations
-        else (time.monotonic() - begun) / (60 * args.minutes)
-    ) < 1:
-        for group in optimizer.param_groups:  # a short rise, then half a cosine
-            group["lr"] = (
-                args.lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
-            )
-        batch = crops(train, args.batch, args.crop, random)
-        if random.random() < args.dreamed:
-            batch = dreamed(student, batch, random)
-        with torch.no_grad():
-            goal = teacher(batch)
-        loss = sum(errors(student(batch), goal, chosen, spread).values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-        optimizer.step()
-        step += 1
-        if step % args.every == 0:
-            seconds = time.monotonic() - begun
-            held = report(student, teacher, test, chosen, spread)
-            print(
-                f"step {step}, {seconds:.0f} s, loss {float(loss.detach()):.3f}, held out {held}",
-                flush=True,
-            )
-            state = {
-                "student": student.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "chosen": chosen,
-                "spread": spread,
-            }
-            torch.save(state | {"step": step, "elapsed": seconds}, f"{state_path}.part")
-            os.replace(f"{state_path}.part", state_path)
-    save_caffemodel(student, args.width, args.out)
-    print(f"{args.out}: step {step}, held out {report(student, teacher, test, chosen, spread)}")
-    state_path.unlink(missing_ok=True)
+    train = [picture for i, picture in enumerate(pictures) if i % 25]
+    training = Training(args, train, held_out=pictures[::25])
+    print(f"step {training.step}, held out {training.report()}", flush=True)
+    random = np.random.default_rng(training.step)
+    for batch in training.batches() if training.done() < 1 else ():
+        loss = training.take_step(batch, random)
+        if training.step % args.every == 0:
+            seconds = time.monotonic() - training.begun
+            told = f"step {training.step}, {seconds:.0f} s, loss {loss:.3f}"
+            print(f"{told}, held out {training.report()}", flush=True)
+            training.keep()
+        if training.done() >= 1:
+            break
+    training.keep()  # should the next line fail
+    save_caffemodel(training.student, args.out)
+    print(f"{args.out}: step {training.step}, held out {training.report()}")
+    training.kept.unlink()
 
 
 if __name__ == "__main__":
