@@ -21,8 +21,8 @@ $(VENV)/installed: requirements.txt $(or $(WHEEL),$(shell find pycaffe -type f))
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(WHEEL),)
 	$(BIN)/pip install --quiet --upgrade pip
-	@echo 'Installing the Python packages and building Caffe: one to three minutes on two cores, in silence.'
-	$(REQUIREMENTS) | $(BIN)/pip install --quiet -r /dev/stdin
+	@echo 'Installing the Python packages and building Caffe: one to three minutes on two cores.'
+	$(REQUIREMENTS) | pycaffe/with-progress.sh $(VENV)/build.log $(BIN)/pip install --verbose -r /dev/stdin
 else
 	@echo 'Installing all from $(WHEELS)/.'
 	$(BIN)/pip install --quiet --no-index --no-deps --force-reinstall $(WHEEL)
@@ -54,7 +54,8 @@ wheel:
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Fetching the Python packages and building Caffe: two to three minutes on two cores.'
 	rm -f $(WHEELS)/pycaffe-*.whl
-	$(REQUIREMENTS) | PYCAFFE_BUNDLE=ON $(BIN)/pip wheel --quiet --wheel-dir $(WHEELS) -r /dev/stdin
+	$(REQUIREMENTS) | PYCAFFE_BUNDLE=ON pycaffe/with-progress.sh $(VENV)/build.log \
+	    $(BIN)/pip wheel --verbose --wheel-dir $(WHEELS) -r /dev/stdin
 
 gpu-check: $(VENV)/installed-test $(if $(shell ldconfig -p 2>/dev/null | grep libcuda.so.1),,$(VENV)/cuda_on_cpu/built)
 	$(BIN)/python tests/gpu_check.py
