@@ -5595,17 +5595,15 @@ class Web(Watcher):
         }
 
 
-def open_web_server(web, host, port):
-    """A server for the page of a Web, bound but not yet answering. Raises BadRequest.
+def web_handler(web):
+    """The class that answers requests for the page of a Web: GET and HEAD of three paths.
 
-    It answers GET and HEAD of three paths. A site that a browser is also showing must not read
-    them, even under a name that it has made lead to this machine (DNS rebinding). So the Host of a
-    request has to be this server's: an address, which nobody can make lead elsewhere, localhost or
-    what --web_host says; and the Origin, if there is one, the same.
+    A site that a browser is also showing must not read them, even under a name that it has made
+    lead to this machine (DNS rebinding). So the Host of a request has to be the server's: an
+    address, which nobody can make lead elsewhere, localhost or what --web_host says; and the
+    Origin, if there is one, the same.
     """
     import http.server
-    import ipaddress
-    import socketserver
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10  # seconds for which a client may keep a thread waiting to read or write
@@ -5683,13 +5681,21 @@ def open_web_server(web, host, port):
         def log_message(self, *_):
             pass
 
+    return Handler
+
+
+def web_server(handler, host):
+    """The class of servers that let `handler` answer for `host`, up to `most` requests at once."""
+    import ipaddress
+    import socketserver
+
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = allow_reuse_address = True
         request_queue_size = most = 64  # connections at once
 
         def __init__(self, family, address):
             self.address_family, self._places = family, threading.Semaphore(self.most)
-            super().__init__(address, Handler)
+            super().__init__(address, handler)
             self.port, bound = self.server_address[1], ipaddress.ip_address(self.server_address[0])
             self.is_local, self._names = bound.is_loopback, {"localhost", host.lower()}
             shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(bound), host)
@@ -5722,9 +5728,14 @@ def open_web_server(web, host, port):
             if not isinstance(error, OSError):  # that is a client that has gone
                 log.error(f"--iter_behavior web: {one_line(error)}")
 
+    return Server
+
+
+def open_web_server(web, host, port):
+    """A server for the page of a Web, bound but not yet answering. Raises BadRequest."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return Server(family, address)
+        return web_server(web_handler(web), host)(family, address)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
             remedy = "choose another, or leave it out"
