@@ -25,9 +25,11 @@ A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, 
 the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
 """
 
+import os
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" or getattr(sys.modules["__main__"], "__file__", "").endswith("/cnn-vis"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
 
 import argparse
@@ -51,7 +53,6 @@ import logging
 import math
 import mmap
 import multiprocessing
-import os
 import pickle
 import re
 import resource
@@ -59,7 +60,6 @@ import shlex
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -68,15 +68,23 @@ import zipfile
 import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+IS_INSTALLED = os.path.isdir(os.path.join(HERE, "cnn_vis_models"))  # by pip; or else in a clone
+INCLUDED = os.path.join(HERE, "cnn_vis_models" if IS_INSTALLED else "models")
+PROGRAM, COMMAND = ("cnn-vis",) * 2 if IS_INSTALLED else ("cnn_vis.py", "python cnn_vis.py")
 
 
-def missing_package(error):
-    """What to tell if this Python lacks a package (ModuleNotFoundError)."""
+def how_to_install(what):
+    """The command that installs `what` of the clone, a folder or a list of requirements."""
+    if IS_INSTALLED:
+        return "see 'Other ways to install' in the README of cnn-vis"
+    return f"pip install {'-r ' * what.endswith('.txt')}{shlex.quote(os.path.join(HERE, what))}"
+
+
+def missing_package(error, what="requirements.txt"):
+    """What to tell if this Python lacks a package (ModuleNotFoundError) that is in `what`."""
     python = os.path.join(HERE, ".venv", "bin", "python")
     is_set_up = os.path.exists(python) and not os.path.samefile(sys.prefix, f"{HERE}/.venv")
-    remedy = (
-        f"run cnn_vis.py with {python}" if is_set_up else f"pip install -r {HERE}/requirements.txt"
-    )
+    remedy = f"run cnn_vis.py with {python}" if is_set_up else how_to_install(what)
     return f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
 
 
@@ -85,7 +93,7 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    print(f"cnn_vis.py: error: {missing_package(error)}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {missing_package(error)}", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "1.1.0"
@@ -2119,7 +2127,7 @@ def build_parser():
     """The options, in the groups of --help: the original's names first, then the other names that
     its README used."""
     parser = Parser(
-        prog="cnn_vis.py",
+        prog=PROGRAM,
         description="DeepDream pictures on real Caffe: amplifies what a layer of a network "
         "responds to in a picture, or in noise.",
         epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW; the "
@@ -2127,7 +2135,7 @@ def build_parser():
         "network's input). No side may be below the network's input. @FILE stands for the options "
         "in a file.",
     )
-    parser.add_argument("--version", action="version", version=f"cnn_vis.py {__version__}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     network_options(parser.group("network"))
     target_options(parser.group("what is amplified"))
     start_options(parser.group("start picture"))
@@ -2201,7 +2209,7 @@ class Model:
         below, root = f"{self.name}/{self.name}.caffemodel", os.environ.get("CAFFE_ROOT")
         in_caffe = (below, *self.other_weights) if root else ()
         places = [os.path.join(root, "models", path) for path in in_caffe]
-        return [*places, self.cache_place(), os.path.join(HERE, "models", below)]
+        return [*places, self.cache_place(), os.path.join(INCLUDED, below)]
 
     def cache_place(self):
         """The path to which the weights are downloaded."""
@@ -2213,7 +2221,7 @@ class Model:
 
     def find_deploy(self):
         """The path of the description, or None. One prototxt serves every full GoogLeNet."""
-        own = os.path.join(HERE, "models", self.name, "deploy.prototxt")
+        own = os.path.join(INCLUDED, self.name, "deploy.prototxt")
         return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
 
 
@@ -2279,7 +2287,7 @@ def stand_in_notice(asked, name):
     if asked is None and name == "googlenet_mini":
         return (
             "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
-            "To get the real one: python cnn_vis.py --download_model bvlc_googlenet"
+            f"To get the real one: {COMMAND} --download_model bvlc_googlenet"
         )
     return None
 
@@ -2313,7 +2321,7 @@ def find_files(options):
     weights = existing_file("caffe_model", weights) if weights else model.find_weights()
     deploy = existing_file("deploy_txt", deploy) if deploy else model.find_deploy()
     if deploy is None:
-        remedy = "pip install ./pycaffe, or name one with --deploy_txt"
+        remedy = f"name one with --deploy_txt, or {how_to_install('pycaffe')}"
         raise refusal("model", model.name, f"no deploy.prototxt found; {remedy}")
     mean = None if options.mean_image else model.mean
     name = "network" if own else model.name
@@ -2332,7 +2340,7 @@ def find_network(options):
         return files
     path = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
     if path is None:
-        remedy = "pip install ./pycaffe, or name the file"
+        remedy = f"name the file, or {how_to_install('pycaffe')}"
         raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
     return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
 
@@ -2388,7 +2396,7 @@ CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classif
 
 def class_names(width):
     """The names of a classifier's classes, each a line of synonyms; None if they are not known."""
-    path = os.path.join(HERE, "models", "classes", f"{CLASSES.get(width)}.txt")
+    path = os.path.join(INCLUDED, "classes", f"{CLASSES.get(width)}.txt")
     return read_text(path).splitlines() if os.path.isfile(path) else None
 
 
@@ -2552,12 +2560,11 @@ def import_caffe():
     try:
         import caffe
     except ModuleNotFoundError as error:
-        if error.name == "caffe":
-            raise BadRequest(f"{missing_package(error)}, or pip install {HERE}/pycaffe") from None
-        raise BadRequest(missing_package(error)) from None
+        what = "pycaffe" if error.name == "caffe" else "requirements.txt"
+        raise BadRequest(missing_package(error, what)) from None
     except Exception as error:  # somebody's own may fail in any way
         extra = "[cuda]" if re.search("lib(cublas|curand|cudnn)", str(error)) else ""
-        remedy = f"install it with: pip install {shlex.quote(f'./pycaffe{extra}')}"
+        remedy = how_to_install(f"pycaffe{extra}")
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
     return caffe
 
@@ -4434,8 +4441,7 @@ class Cluster(Engine):
             import dask
             import distributed
         except ModuleNotFoundError as error:
-            remedy = f"pip install -r {HERE}/requirements-cluster.txt"
-            problem = f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
+            problem = missing_package(error, "requirements-cluster.txt")
             raise refusal("scheduler", self.address, problem) from None
         except Exception as error:  # as of a configuration that cannot be read
             problem = f"Dask cannot be imported ({one_line(error)}); see its configuration"
@@ -4697,7 +4703,7 @@ class Files:
         """How to continue after the run has ended too early, if there is a checkpoint."""
         candidates = filter(None, (self.checkpoint, self.resumed))
         path = next(filter(os.path.exists, candidates), None)
-        return f"; to continue: python cnn_vis.py --resume {shell_path(path)}" if path else ""
+        return f"; to continue: {COMMAND} --resume {shell_path(path)}" if path else ""
 
     def clean_up(self):
         """Removes the checkpoints of a run that has ended well."""
@@ -4863,10 +4869,9 @@ def make_record(options, settings, network, sizes, earlier=None):
     found = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.name in MODELS:
         found["model"] = network.name
-    words = ["python", "cnn_vis.py", *command_words(options, **found)]
     return {
         "program": f"cnn_vis.py {__version__}",
-        "command": shlex.join(words),
+        "command": f"{COMMAND} {shlex.join(command_words(options, **found))}",
         "network": network.name,
         "layer": (earlier or {}).get("layer", options.target_layer),
         "inputs": earlier.get("inputs") if earlier else inputs_of(options),
@@ -4903,19 +4908,20 @@ def versions():
 
 
 def check_record(record):
-    """The words of the command in a record, a dict. Raises ValueError if it is not a record as
-    make_record makes them."""
+    """The options of the command in a record, a dict, as words. Raises ValueError if it is not a
+    record as make_record makes them."""
     for name, kind in RECORD_FIELDS.items():
         if type(record.get(name)) is not kind:
             raise ValueError(f"it does not tell the {name}")
-    return shlex.split(record["command"])
+    words = shlex.split(record["command"])
+    return list(itertools.dropwhile(lambda word: not word.startswith("-"), words))
 
 
 def kept_options(record):
     """The options of the command in a record, a dict. Raises ValueError if it cannot be run."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # of --help
-            options = PARSER.parse_args(check_record(record)[2:])
+            options = PARSER.parse_args(check_record(record))
     except (BadRequest, SystemExit) as error:
         raise ValueError(f"it holds a command that cannot be run ({error})") from None
     if any(isinstance(getattr(options, a.dest), list) for a in several_options()):
@@ -4924,8 +4930,8 @@ def kept_options(record):
 
 
 def read_record(path):
-    """(record, words of its command) of the PNG `path`, or of the JSON file `path` or `path`.json.
-    Raises BadRequest."""
+    """(record, options of its command, as words) of the PNG `path`, or of the JSON file `path` or
+    `path`.json. Raises BadRequest."""
     from PIL import Image
 
     try:
@@ -4939,7 +4945,7 @@ def read_record(path):
         record = json.loads(text)
         return record, check_record(record)
     except Exception as error:  # strangers' files
-        remedy = "give a PNG that cnn_vis.py wrote, or the file that --sidecar wrote"
+        remedy = f"give a PNG that {PROGRAM} wrote, or the file that --sidecar wrote"
         problem = f"has no record of how it was made ({one_line(error)})"
         raise refusal("reproduce", path, f"{problem}; {remedy}") from None
 
@@ -6815,7 +6821,7 @@ def list_models(options):
     for model in MODELS.values():
         path = model.find_weights()
         if path is None:
-            command = f"python cnn_vis.py --download_model {model.name}"
+            command = f"{COMMAND} --download_model {model.name}"
             say(f"{model.name:20} not installed; {command}")
         else:
             size = os.path.getsize(path) / 1e6
@@ -6888,7 +6894,7 @@ def download_model(options):
     model = MODELS[options.download_model]
     deploy = model.find_deploy()
     if deploy is None:
-        remedy = "Caffe is needed to check it; pip install ./pycaffe"
+        remedy = f"Caffe is needed to check it; {how_to_install('pycaffe')}"
         raise refusal("download_model", model.name, remedy)
     check = functools.partial(in_a_worker, structure_error, deploy)
     download(model, options.model_url or model.url, check)
@@ -6904,7 +6910,7 @@ def reproduce(options):
     if "step" in record:
         when = f"after step {record['step']} of size {record.get('size')}"
         log.info(f"note: an intermediate picture, {when}; the command makes the finished one")
-    say(" ".join(map(shell_word, words)))
+    say(" ".join([COMMAND, *map(shell_word, words)]))
 
 
 def printable(text):
@@ -6950,7 +6956,7 @@ class LineHandler(logging.Handler):
     """Prints what the program logs as lines on stderr."""
 
     def emit(self, record):
-        prefix = "cnn_vis.py: " if record.levelno >= logging.ERROR else ""
+        prefix = f"{PROGRAM}: " if record.levelno >= logging.ERROR else ""
         say(printable(prefix + record.getMessage()), "stderr")
 
 
