@@ -1,14 +1,29 @@
 #!/bin/sh
-# Installs the packages of apt-packages.txt that are missing, as root or through sudo; without rights it prints the line
-# for someone who has them. On systems without apt it says what is needed and leaves the rest to you.
+# Installs the packages of apt-packages.txt that are missing, as root or through sudo; without rights, or with --print, it
+# prints the line for someone who has them. On systems without apt it prints their package manager's line.
 set -eu
-wanted=$(sed 's/#.*//' "$(dirname "$0")/apt-packages.txt")
+print=${1:-}
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-    echo "No apt here. Caffe needs a C++17 compiler, Python's headers, glog, gflags and protobuf with protoc." >&2
+    for manager in dnf zypper pacman brew none; do
+        ! command -v "$manager" >/dev/null || break
+    done
+    case $manager in
+        dnf) line="sudo dnf install gcc-c++ python3-devel glog-devel gflags-devel protobuf-devel protobuf-compiler" ;;
+        zypper) line="sudo zypper install gcc-c++ python3-devel glog-devel gflags-devel protobuf-devel" ;;
+        pacman) line="sudo pacman -S --needed gcc python google-glog gflags protobuf" ;;
+        brew) line="brew install gcc python glog gflags protobuf && export CMAKE_PREFIX_PATH=\$(brew --prefix)" ;;
+        *) line="a C++17 compiler, Python's headers, glog, gflags and protobuf with protoc" ;;
+    esac
+    [ "$print" = --print ] || {
+        exec >&2
+        echo "No apt here. Caffe takes this from the system:"
+    }
+    echo "    $line"
     exit 0
 fi
 
+wanted=$(sed 's/#.*//' "$(dirname "$0")/apt-packages.txt")
 missing=
 for package in $wanted; do
     dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
@@ -16,6 +31,10 @@ done
 [ -n "$missing" ] || exit 0
 
 install="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends$missing >/dev/null"
+if [ "$print" = --print ]; then
+    echo "    sudo apt-get install$missing"
+    exit 0
+fi
 echo "Installing system packages:$missing" >&2
 if [ "$(id -u)" = 0 ]; then
     sh -c "$install" >&2
