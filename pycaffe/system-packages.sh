@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the packages of apt-packages.txt that are missing, as root or through sudo; without rights, or with --print, it
-# prints the line for someone who has them. On systems without apt it prints their package manager's line.
+# Installs the packages of apt-packages.txt that are missing, as root or through sudo; without rights it prints the line for
+# someone who has them, as it does on systems without apt and, for all of the packages, with --print.
 set -eu
 print=${1:-}
 
@@ -23,7 +23,12 @@ if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     exit 0
 fi
 
-wanted=$(sed 's/#.*//' "$(dirname "$0")/apt-packages.txt")
+wanted=$(sed 's/#.*//' "$(dirname "$0")/apt-packages.txt" | xargs)
+if [ "$print" = --print ]; then
+    echo "    sudo apt-get install $wanted"
+    exit 0
+fi
+
 missing=
 for package in $wanted; do
     dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
@@ -31,10 +36,6 @@ done
 [ -n "$missing" ] || exit 0
 
 install="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends$missing >/dev/null"
-if [ "$print" = --print ]; then
-    echo "    sudo apt-get install$missing"
-    exit 0
-fi
 echo "Installing system packages:$missing" >&2
 if [ "$(id -u)" = 0 ]; then
     sh -c "$install" >&2
