@@ -22,7 +22,7 @@ $(VENV)/installed: requirements.txt $(or $(WHEEL),$(shell find pycaffe -type f))
 ifeq ($(WHEEL),)
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo 'Installing the Python packages and building Caffe: one to three minutes on two cores.'
-	$(REQUIREMENTS) | pycaffe/with-progress.sh $(VENV)/build.log $(BIN)/pip install --verbose -r /dev/stdin
+	$(REQUIREMENTS) | ./with-progress.sh $(VENV)/build.log $(BIN)/pip install --verbose -r /dev/stdin
 else
 	@echo 'Installing all from $(WHEELS)/.'
 	$(BIN)/pip install --quiet --no-index --no-deps --force-reinstall $(WHEEL)
@@ -54,7 +54,7 @@ wheel:
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Fetching the Python packages and building Caffe: two to three minutes on two cores.'
 	rm -f $(WHEELS)/pycaffe-*.whl
-	$(REQUIREMENTS) | PYCAFFE_BUNDLE=ON pycaffe/with-progress.sh $(VENV)/build.log \
+	$(REQUIREMENTS) | PYCAFFE_BUNDLE=ON ./with-progress.sh $(VENV)/build.log \
 	    $(BIN)/pip wheel --verbose --wheel-dir $(WHEELS) -r /dev/stdin
 
 gpu-check: $(VENV)/installed-test $(if $(shell ldconfig -p 2>/dev/null | grep libcuda.so.1),,$(VENV)/cuda_on_cpu/built)

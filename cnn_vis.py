@@ -26,10 +26,14 @@ the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3)
 """
 
 import os
+import re
 import signal
 import sys
 
-if __name__ == "__main__" or getattr(sys.modules["__main__"], "__file__", "").endswith("/cnn-vis"):
+if IS_COMMAND := __name__ == "__main__" or re.fullmatch(
+    r"(.*/)?cnn-vis[^/.]*",  # as pip and pipx call it
+    str(getattr(sys.modules.get("__main__"), "__file__", "")),
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
 
 import argparse
@@ -54,7 +58,6 @@ import math
 import mmap
 import multiprocessing
 import pickle
-import re
 import resource
 import shlex
 import shutil
@@ -77,7 +80,8 @@ def how_to_install(what):
     """The command that installs `what` of the clone, a folder or a list of requirements."""
     if IS_INSTALLED:
         return "see 'Other ways to install' in the README of cnn-vis"
-    return f"pip install {'-r ' * what.endswith('.txt')}{shlex.quote(os.path.join(HERE, what))}"
+    before = "PYCAFFE_CUDA=1 " * what.endswith("[cuda]") + "pip install "
+    return before + "-r " * what.endswith(".txt") + shlex.quote(os.path.join(HERE, what))
 
 
 def missing_package(error, what="requirements.txt"):
@@ -91,7 +95,7 @@ def missing_package(error, what="requirements.txt"):
 try:
     import numpy as np
 except ModuleNotFoundError as error:
-    if __name__ != "__main__":
+    if not IS_COMMAND:
         raise
     print(f"{PROGRAM}: error: {missing_package(error)}", file=sys.stderr)
     sys.exit(2)
@@ -743,6 +747,9 @@ class AmplifyLayer:
 
     def loss(self, a):
         """The loss of activations (N, C, ...)."""
+        return sum(map(self._loss, a), 0.0)  # one tile at a time stays in the processor's cache
+
+    def _loss(self, a):
         a = a.ravel().astype(np.float64)
         size = np.abs(a)
         slope = np.minimum(size, self.clip)
@@ -2273,6 +2280,14 @@ def find_in_caffe(below_root, below_package):
     return next(filter(os.path.isfile, places), None)
 
 
+def check_caffe():
+    """Raises BadRequest if there is no Caffe, whose lack is then the reason for everything else."""
+    root = os.environ.get("CAFFE_ROOT")
+    is_there = root and os.path.isdir(os.path.join(root, "python", "caffe"))
+    if not is_there and importlib.util.find_spec("caffe") is None:
+        raise BadRequest(missing_package(ModuleNotFoundError(name="caffe"), "pycaffe"))
+
+
 def choose_model(name, given_files):
     """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small
     network that is included, if BVLC GoogLeNet is not installed and no file (`given_files`) was
@@ -2321,6 +2336,7 @@ def find_files(options):
     weights = existing_file("caffe_model", weights) if weights else model.find_weights()
     deploy = existing_file("deploy_txt", deploy) if deploy else model.find_deploy()
     if deploy is None:
+        check_caffe()
         remedy = f"name one with --deploy_txt, or {how_to_install('pycaffe')}"
         raise refusal("model", model.name, f"no deploy.prototxt found; {remedy}")
     mean = None if options.mean_image else model.mean
@@ -2340,6 +2356,7 @@ def find_network(options):
         return files
     path = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
     if path is None:
+        check_caffe()
         remedy = f"name the file, or {how_to_install('pycaffe')}"
         raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
     return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
@@ -3264,7 +3281,7 @@ class Network:
         caffe = import_caffe()
         if spec.use_gpu:
             if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
-                remedy = "leave it out, or build: PYCAFFE_CUDA=1 pip install './pycaffe[cuda]'"
+                remedy = f"leave it out, or build: {how_to_install('pycaffe[cuda]')}"
                 raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}")
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees

@@ -2,14 +2,41 @@
 
     python patches.py CAFFE_SOURCE_DIR OUTPUT_DIR
 
-Writes the changed files to OUTPUT_DIR. A file that lacks one of the places is copied as it is: in a
-checkout of your own it may have been mended already.
+Writes the changed files to OUTPUT_DIR, headers below OUTPUT_DIR/include. A file that lacks one of
+the places is copied as it is: in a checkout of your own it may have been mended already.
 """
 
 import pathlib
 import sys
 
 PATCHES = {  # {file: ((old text, new text), ...)}
+    # Python reaches single precision only; compiling double precision too takes half as long again.
+    "include/caffe/common.hpp": (
+        (
+            "  template class classname<float>; \\\n  template class classname<double>\n",
+            "  template class classname<float>\n",
+        ),
+        (
+            "  template void classname<double>::Forward_gpu( \\\n"
+            "      const std::vector<Blob<double>*>& bottom, \\\n"
+            "      const std::vector<Blob<double>*>& top);\n",
+            "\n",
+        ),
+        (
+            "; \\\n"
+            "  template void classname<double>::Backward_gpu( \\\n"
+            "      const std::vector<Blob<double>*>& top, \\\n"
+            "      const std::vector<bool>& propagate_down, \\\n"
+            "      const std::vector<Blob<double>*>& bottom)\n",
+            "\n",
+        ),
+    ),
+    "include/caffe/layer_factory.hpp": (
+        ("  static LayerRegisterer<double> g_creator_d_##type(#type, creator<double>) ", " "),
+    ),
+    "include/caffe/solver_factory.hpp": (
+        ("  static SolverRegisterer<double> g_creator_d_##type(#type, creator<double>) ", " "),
+    ),
     # Master reads no more than 512 MB of a network, which VGG's 553 MB exceed; before it was 2 GB.
     "src/caffe/util/io.cpp": (
         ("SetTotalBytesLimit(536870912)", "SetTotalBytesLimit(kProtoReadBytesLimit)"),
@@ -116,7 +143,10 @@ def main(source, output):
             changes = ()
         for old, new in changes:
             text = text.replace(old, new)
-        (pathlib.Path(output) / pathlib.Path(name).name).write_text(text, encoding="utf-8")
+        is_header = name.startswith("include/")  # which is included by its path
+        path = pathlib.Path(output) / (name if is_header else pathlib.Path(name).name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel \\
         --start earlier.caffemodel --lr 5e-4
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER unused.caffemodel \\
-        --start student.caffemodel --iterations 0   # only tells how well it imitates
+        --start student.caffemodel --iterations 0   # writes nothing, tells how well it imitates
 
 Trains on a GPU if PyTorch finds one. Writes student.caffemodel, its deploy prototxt
 student.prototxt, and student.state.pt, from which the same command goes on after a stop. One step
@@ -321,14 +321,15 @@ def parse_arguments(argv):
     parser.add_argument("pictures", help="folder of photographs; every 25th is held out")
     parser.add_argument("out", help="caffemodel to write")
     parser.add_argument(
-        "--width", type=float, default=0.5, help="channels, as a fraction of the teacher's"
+        "--width", type=fraction, default=0.5, help="channels, as a fraction of the teacher's"
     )
     parser.add_argument(
         "--wide",
-        nargs="*",
+        action="append",
+        type=wide,
         default=[],
         metavar="OUTPUT=WIDTH",
-        help="a fraction for one output, such as conv1=1",
+        help="another fraction for one output, such as conv1=1; as often as you like",
     )
     parser.add_argument(
         "--minutes",
@@ -351,7 +352,8 @@ def parse_arguments(argv):
         "--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops"
     )
     parser.add_argument(
-        "--start", help="a caffemodel of the same width to go on from (default: random weights)"
+        "--start",
+        help="a caffemodel to continue from, which gives the widths (default: random weights)",
     )
     parser.add_argument(
         "--every", type=int, default=200, help="steps between reports and saved states"
@@ -359,10 +361,24 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
+def fraction(text):
+    """A number above 0 and up to 1. Raises ValueError."""
+    if not 0 < (value := float(text)) <= 1:
+        raise ValueError
+    return value
+
+
+def wide(text):
+    """(output, fraction) of OUTPUT=WIDTH. Raises ValueError."""
+    key, _, width = text.partition("=")
+    if key not in OUTPUTS:
+        raise ValueError
+    return key, fraction(width)
+
+
 def widths(args):
     """{output: the fraction of its channels that the student gets}"""
-    found = dict.fromkeys(OUTPUTS, args.width)
-    return found | {key: float(width) for key, width in (word.split("=") for word in args.wide)}
+    return dict.fromkeys(OUTPUTS, args.width) | dict(args.wide)
 
 
 class Training:
@@ -412,8 +428,8 @@ class Training:
 
     def done(self):
         """The fraction of the training that is over."""
-        if self.args.iterations is not None:
-            return self.step / self.args.iterations if self.args.iterations else 1
+        if self.args.iterations:
+            return self.step / self.args.iterations
         return (time.monotonic() - self.begun) / (60 * self.args.minutes)
 
     def batches(self):
@@ -427,8 +443,10 @@ class Training:
             pin_memory=on_gpu,
         )
 
-    def take_step(self, batch, random):
-        """One step of the optimizer; returns the loss before it."""
+    def take_step(self, batch):
+        """One step of the optimizer; returns the loss before it. Its random numbers are the step's
+        own, so that a training that is resumed is the same."""
+        random = np.random.default_rng((3, self.step))
         rate = min(1, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.done()))
         for group in self.optimizer.param_groups:  # a short rise, then half a cosine
             group["lr"] = self.args.lr * rate + 1e-6
@@ -459,9 +477,10 @@ def main(argv=None):
     train = [picture for i, picture in enumerate(pictures) if i % 25]
     training = Training(args, train, held_out=pictures[::25])
     print(f"step {training.step}, held out {training.report()}", flush=True)
-    random = np.random.default_rng(training.step)
+    if args.iterations == 0:
+        return
     for batch in training.batches() if training.done() < 1 else ():
-        loss = training.take_step(batch, random)
+        loss = training.take_step(batch)
         if training.step % args.every == 0:
             seconds = time.monotonic() - training.begun
             told = f"step {training.step}, {seconds:.0f} s, loss {loss:.3f}"
