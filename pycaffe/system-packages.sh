@@ -1,8 +1,9 @@
 #!/bin/sh
-# Installs the packages of apt-packages.txt that are missing, as root or through sudo; without rights it prints the line for
-# someone who has them, as it does on systems without apt and, for all of the packages, with --print.
+# Installs the packages of apt-packages.txt that are missing, as root or through sudo. Without the rights it prints the
+# command for someone who has them, as it does on systems without apt. With --print it only prints, for all packages.
 set -eu
 print=${1:-}
+[ -z "$print" ] || [ "$print" = --print ] || { echo "usage: $0 [--print]" >&2 && exit 2; }
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     for manager in dnf zypper pacman brew none; do
@@ -17,7 +18,7 @@ if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     esac
     [ "$print" = --print ] || {
         exec >&2
-        echo "No apt here. Caffe takes this from the system:"
+        echo "No apt here. Caffe needs these from the system:"
     }
     echo "    $line"
     exit 0
