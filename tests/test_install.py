@@ -154,3 +154,20 @@ def test_it_needs_what_the_script_needs(command):
     needed = re.findall(r"^Requires-Dist: (.*)", metadata.read_text(), re.MULTILINE)
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert ["./pycaffe", *needed] == [line for line in lines if line[0] != "#"]
+
+
+def test_the_progress_of_a_build_changes_nothing(tmp_path):
+    """The command gets its input and Ctrl-C, its status is passed on, and if it fails the end of
+    its output is shown."""
+    script, log = ROOT / "with-progress.sh", tmp_path / "a log"
+    code = "import signal, sys; print(sys.stdin.read(), signal.getsignal(signal.SIGINT)); sys.exit("
+    ends = []
+    for status in (0, 3):
+        words = [script, log, sys.executable, "-c", f"{code}{status})"]
+        done = subprocess.run(words, input="asked", text=True, capture_output=True, check=False)
+        assert done.returncode == status
+        assert done.stdout == ""
+        assert "asked" in log.read_text()
+        assert "default_int_handler" in log.read_text()
+        ends.append(done.stderr)
+    assert ends == ["", f"{log.read_text()}The whole log: {log}\n"]
