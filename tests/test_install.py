@@ -88,7 +88,8 @@ def test_commands_with_docker(command, photographs, tmp_path):
     assert dockerfile.endswith('WORKDIR /pictures\nUSER 1000:1000\nENTRYPOINT ["cnn-vis"]\n')
     (alias,) = [line for line in INSTALLED if line.startswith("alias cnn-vis='docker run ")]
     networks = re.search("CNN_VIS_MODELS=([^ ]*)", dockerfile)[1]
-    assert alias.endswith(f' --volume "$PWD:/pictures" --volume networks:{networks} cnn-vis\'')
+    volumes = f'--volume "$PWD:/pictures" --volume cnn-vis-networks:{networks}'
+    assert alias.endswith(f" {volumes} cnn-vis'")
     asked = [line.split()[1:] for line in INSTALLED if line.startswith("cnn-vis ")]
     asked.remove(DOWNLOAD.split()[2:])
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
