@@ -257,7 +257,7 @@ def test_flicker(programs):
     def dream(start):
         Image.fromarray(start).save(programs.parent / "start.png")
         more = ["--image=start.png", "--learning_rate=1.5", "--output=out.png"]
-        assert run_cli(*words[2:], *more, cwd=programs.parent).returncode == 0
+        assert run_cli(*words, *more, cwd=programs.parent).returncode == 0
         return np.asarray(Image.open(programs.parent / "out.png"))
 
     plain = [dream(frame) for frame in frames[4:]]
