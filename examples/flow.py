@@ -54,7 +54,7 @@ def difference(path, frame):
     dream = read(path).resize(frame.shape[1::-1], Image.Resampling.BICUBIC)
     try:
         record, words = cnn_vis.read_record(str(path))
-        options = cnn_vis.PARSER.parse_args(words[2:])
+        options = cnn_vis.PARSER.parse_args(words)
     except cnn_vis.BadRequest:
         options = None
     if options is None or options.rescale_image:  # nobody knows what was done to its contrast
