@@ -6180,15 +6180,22 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def hold(self, held=True):
+        """From now on the first signal is remembered, or raises Stopped. Raises Stopped if one came
+        before: its exception may have been lost, in C code that ignores exceptions."""
+        self.held = held
+        if self.signum:
+            raise Stopped(self.signum)
+
     def _handle(self, signum, _):
         self._count += signum == signal.SIGINT or not self.held or not self.signum
         if self._count > 2:
             os._exit(128 + signum)
         if self.held and self.signum and signum != signal.SIGINT:
             return  # supervisors often signal the process, then its group
-        if not self.held or self.signum:
+        is_first, self.signum = not self.signum, self.signum or signum
+        if not (self.held and is_first):
             raise Stopped(signum)
-        self.signum = signum
         if sys.stderr.isatty():
             text = "Saving the run; press Ctrl-C again to stop immediately."
             os.write(2, f"\n{text}\n".encode())
@@ -6547,9 +6554,7 @@ def make_pictures(jobs, signals, engines):
     failed, batch = 0, Batch(len(left))
     for batch.number, job in enumerate(left, 1):
         try:
-            signals.held = False
-            if signals.signum:
-                raise Stopped(signals.signum)
+            signals.hold(False)
             make_or_go_on(job, signals, engines, batch)
         except Stopped as stop:
             hint = "the same command, given again, goes on with all that are left"
@@ -6666,7 +6671,7 @@ def watch(run, signals):
     """Does the run with its watchers. However it ends, the picture so far is written. Raises
     RunFailed; Stopped after a signal."""
     dream = run.dream
-    signals.held = True
+    signals.hold()
     with contextlib.ExitStack() as stack:
         for watcher in run.watchers:
             watcher.begin(run)

@@ -105,19 +105,43 @@ def test_signals_save_and_say_how_to_go_on(signum, whole, tmp_path):
     assert_same_run(tmp_path, whole[0])
 
 
-def test_ctrl_c_from_a_terminal_shows_no_traceback(tmp_path):
+@pytest.mark.parametrize("moment", [0.05, 0.2, 0.4, 0.6, 0.8, 1.2])
+def test_ctrl_c_from_a_terminal_shows_no_traceback(moment, tmp_path):
     """A terminal sends Ctrl-C to workers too, at any moment: no traceback from any process."""
-    for moment in (0.05, 0.2, 0.4, 0.6, 0.8, 1.2):
-        running = start(*RUN, "--num_steps=100000", cwd=tmp_path)
-        time.sleep(moment)
-        os.killpg(running.pid, signal.SIGINT)
-        out, said = running.communicate(timeout=20)
-        if running.returncode == 130:
-            assert "Traceback" not in said, said
-            assert "stopped" in said
-        else:  # Python itself was still starting
-            assert not re.search(r"cnn_vis.py\", line \d+, in (?!<module>)", said), said
-        wait_for(lambda running=running: not session(running.pid))
+    running = start(*RUN, "--num_steps=100000", cwd=tmp_path)
+    time.sleep(moment)
+    os.killpg(running.pid, signal.SIGINT)
+    out, said = running.communicate(timeout=20)
+    if running.returncode == 130:
+        assert "Traceback" not in said, said
+        assert "stopped" in said
+    else:  # Python itself was still starting
+        assert not re.search(r"cnn_vis.py\", line \d+, in (?!<module>)", said), said
+    wait_for(lambda: not session(running.pid))
+
+
+def test_a_ctrl_c_whose_exception_is_lost_still_stops_the_run(tmp_path):
+    """C code that ignores exceptions may swallow the one that a signal raises."""
+    script = f"""
+import contextlib, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cnn_vis
+
+def find_network(options, real=cnn_vis.find_network):
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(options)
+
+cnn_vis.find_network = find_network
+if __name__ == "__main__":
+    sys.exit(cnn_vis.main(sys.argv[1:]))
+"""
+    (tmp_path / "lost.py").write_text(script)
+    command = [sys.executable, tmp_path / "lost.py", *RUN, "--num_steps=100000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("stopped")
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_a_signal_ends_a_run_amid_a_step(tmp_path):
