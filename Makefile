@@ -28,7 +28,16 @@ else
 	$(BIN)/pip install --quiet --no-index --no-deps --force-reinstall $(WHEEL)
 	$(REQUIREMENTS) | sed 's|^\./pycaffe|pycaffe|' | $(BIN)/pip install --quiet --no-index --find-links $(WHEELS) -r /dev/stdin
 endif
+	$(if $(PYCAFFE_CUDA),,rm -f $(VENV)/for-gpus)
 	touch $@
+
+# With PYCAFFE_CUDA=1 a Caffe that was built without it is built again.
+ifneq ($(PYCAFFE_CUDA),)
+$(VENV)/installed: $(VENV)/for-gpus
+$(VENV)/for-gpus:
+	mkdir -p $(VENV)
+	touch $@
+endif
 
 $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 	$(BIN)/pip install --quiet -r requirements-test.txt
@@ -42,6 +51,9 @@ $(VENV)/cuda_on_cpu/built: $(VENV)/installed $(shell find tests/cuda_on_cpu -typ
 
 example: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/example.sh example.png
+	@echo 'Next, on a photograph of yours:'
+	@echo '    . $(BIN)/activate'
+	@echo '    python cnn_vis.py --preset animals --image in.jpg'
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -183,6 +183,28 @@ def test_make_example_runs_that_script():
     assert "examples/example.sh example.png" in done.stdout
 
 
+def test_make_builds_for_gpus_after_a_build_for_the_cpu(tmp_path):
+    def plan(*variables):
+        command = ["make", "-n", f"VENV={tmp_path}", *variables, "install"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    now = time.time()
+    (tmp_path / "installed").touch()
+    os.utime(tmp_path / "installed", (now + 60, now + 60))
+    assert "pip install" not in plan()
+    assert "pip install" in plan("PYCAFFE_CUDA=1")  # for-gpus is new
+    (tmp_path / "for-gpus").touch()
+    assert "pip install" not in plan("PYCAFFE_CUDA=1")
+    assert "pip install" not in plan()
+
+
+def test_the_system_packages_are_those_of_the_build():
+    done = subprocess.run(
+        [ROOT / "pycaffe/system-packages.sh", "--print"], capture_output=True, text=True, check=True
+    )
+    assert f"`{done.stdout.strip()}`" in README
+
+
 def test_options_in_the_readme_exist():
     import cnn_vis
 
