@@ -13,12 +13,12 @@
 Faithful to Justin Johnson's cnn-vis (2015): the picture is cut into overlapping tiles of the
 network's input size. Each step runs every tile forward and backward through Caffe, adds the
 gradients of two p-norms and of total variation, and takes an RMSProp step. After num_steps steps
-the picture is enlarged, and so on from initial_size to final_size.
+the picture is enlarged and the steps start again, from initial_size up to final_size.
 
-The rooms of this file:
+The sections of this file:
 
-    The program       Pictures; Sizes and tiles; Objective, regularizers, step; The dream
-    What carries it   Options; Networks by name; The network; Engines; Files of a run;
+    The algorithm     Pictures; Sizes and tiles; Objective, regularizers, step; The dream
+    The rest          Options; Networks by name; The network; Engines; Files of a run;
                       Along the way; The page of web; A run; Commands
 
 A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
@@ -31,10 +31,10 @@ import signal
 import sys
 
 if IS_COMMAND := __name__ == "__main__" or re.fullmatch(
-    r"(.*/)?cnn-vis[^/.]*",  # as pip and pipx call it
+    r"(.*/)?cnn-vis[^/.]*",  # the name that pip and pipx give it
     str(getattr(sys.modules.get("__main__"), "__file__", "")),
 ):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback out of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback on Ctrl-C
 
 import argparse
 import collections
@@ -71,13 +71,13 @@ import zipfile
 import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-IS_INSTALLED = os.path.isdir(os.path.join(HERE, "cnn_vis_models"))  # by pip; or else in a clone
+IS_INSTALLED = os.path.isdir(os.path.join(HERE, "cnn_vis_models"))  # with pip; False in a clone
 INCLUDED = os.path.join(HERE, "cnn_vis_models" if IS_INSTALLED else "models")
 PROGRAM, COMMAND = ("cnn-vis",) * 2 if IS_INSTALLED else ("cnn_vis.py", "python cnn_vis.py")
 
 
 def how_to_install(what):
-    """The command that installs `what` of the clone, a folder or a list of requirements."""
+    """The command that installs `what` from the clone, a folder or a requirements file."""
     if IS_INSTALLED:
         return "see 'Other ways to install' in the README of cnn-vis"
     before = "PYCAFFE_CUDA=1 " * what.endswith("[cuda]") + "pip install "
@@ -85,7 +85,7 @@ def how_to_install(what):
 
 
 def missing_package(error, what="requirements.txt"):
-    """What to tell if this Python lacks a package (ModuleNotFoundError) that is in `what`."""
+    """The message for a ModuleNotFoundError; installing `what` provides the missing package."""
     python = os.path.join(HERE, ".venv", "bin", "python")
     is_set_up = os.path.exists(python) and not os.path.samefile(sys.prefix, f"{HERE}/.venv")
     remedy = f"run cnn_vis.py with {python}" if is_set_up else how_to_install(what)
@@ -120,14 +120,14 @@ class RunFailed(Exception):
 
 
 class NotFinite(RunFailed):
-    """The options drove the picture out of all bounds."""
+    """The picture overflowed with these options."""
 
 
 class OutOfMemory(RunFailed):
-    """The machine's memory does not suffice."""
+    """The machine does not have enough memory."""
 
     def __init__(self, who=""):
-        super().__init__(f"{who}there is not enough memory; use smaller sizes, or fewer --workers")
+        super().__init__(f"{who}not enough memory; use smaller sizes or fewer --workers")
 
 
 class Stopped(KeyboardInterrupt):
@@ -139,31 +139,31 @@ class Stopped(KeyboardInterrupt):
 
 
 def one_line(error):
-    """An exception's message in one line."""
+    """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- Pictures ---------------------------------------------------------------------------------
 
-GAIN = 1.2  # contrast gained whenever a picture becomes 8-bit
-MAX_PIXELS = 178_956_970  # of a picture file; Pillow too treats a larger one as an attack
-DEPTHS = {8: np.uint8, 16: np.uint16}  # of a picture that is written: the bits of a channel
-RAW = (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef")  # endings of cameras' raw files
-NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg"}  # though Pillow knows them
-HEIC = (".heic", ".heif", ".avif")  # endings of files that pillow-heif reads
+GAIN = 1.2  # contrast gain whenever an image becomes a picture
+MAX_PIXELS = 178_956_970  # in a picture file; Pillow, too, rejects larger ones as an attack
+DEPTHS = {8: np.uint8, 16: np.uint16}  # of output pictures, by bits per channel
+RAW = (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef")  # extensions of camera raw files
+NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg"}  # although Pillow recognizes them
+HEIC = (".heic", ".heif", ".avif")  # extensions of files that pillow-heif reads
 
 
 def read_picture(path, background="white", option="image"):
-    """The picture in the file `path` of an option as people see it, sRGB, uint8 (H, W, 3), and
-    remarks on how it was read. The colour `background` shows where it is transparent. Raises
-    BadRequest."""
+    """Returns (picture, remarks): the picture in the file `path`, sRGB, uint8 (H, W, 3), and a list
+    of remarks on how it was read. Transparent parts show the colour `background`. Raises
+    BadRequest, naming the `option`."""
     picture, remarks = read_rgba(path, option)
     return flattened(picture, background), remarks
 
 
 def flattened(picture, background):
-    """A PIL picture RGB or RGBA as an array uint8 (H, W, 3); the colour `background` shows where it
-    is transparent."""
+    """An RGB or RGBA PIL picture as a uint8 array (H, W, 3); transparent parts show the colour
+    `background`."""
     from PIL import Image
 
     if picture.mode != "RGB":
@@ -173,8 +173,8 @@ def flattened(picture, background):
 
 
 def read_masked(path, background, mask):
-    """As read_picture, and the mask that read_mask finds for the picture; returns (picture, mask,
-    remarks). Raises BadRequest."""
+    """Returns (picture, mask, remarks): what read_picture and read_mask return for the start
+    picture and its mask. Raises BadRequest."""
     rgba, remarks = read_rgba(path)
     picture = flattened(rgba, background)
     alpha = np.asarray(rgba.getchannel("A")) if rgba.mode == "RGBA" else None
@@ -183,25 +183,26 @@ def read_masked(path, background, mask):
 
 
 def read_mask(name, picture, alpha=None, path="the array"):
-    """The mask that --mask names for the start picture, uint8 (H, W) of its size, and remarks; None
-    without --mask. It is the brightness of the picture in the file `name`, black where that is
-    transparent; for "alpha" it is `alpha`, the start picture's own, None if it is opaque. `path`
-    names the start picture in errors. Raises BadRequest."""
+    """Returns (mask, remarks) for --mask `name`. The mask is uint8 (H, W), of the start picture's
+    size, or None without --mask. It is the brightness of the picture in the file `name`, where
+    transparent parts count as black; for "alpha" it is `alpha`, the start picture's alpha channel,
+    which is None if that picture is opaque. `path` names the start picture in errors. Raises
+    BadRequest."""
     from PIL import Image
 
     if name is None:
         return None, []
     if picture is None:
-        raise refusal("mask", name, "noise has nothing to be kept; give an --image, or no mask")
+        raise refusal("mask", name, "noise has nothing to keep; add --image or drop --mask")
     size, remarks = picture.shape[:2], []
     if name == "alpha" and os.path.exists(name):
-        remarks.append("--mask alpha is the picture's own; for the file of that name write ./alpha")
+        remarks.append("--mask alpha is the alpha channel; for the file of that name use ./alpha")
     if name != "alpha":
         brightness, remarks = read_picture(existing_file("mask", name), "black", "mask")
         mask = np.asarray(Image.fromarray(brightness).convert("L"))
     else:
         if alpha is None:
-            problem = f"{path} has no transparent parts; give a picture as the mask"
+            problem = f"{path} has no transparent parts; use a mask file instead"
             raise refusal("mask", name, problem)
         mask = alpha
     if mask.shape != size:
@@ -214,16 +215,17 @@ def read_mask(name, picture, alpha=None, path="the array"):
 
 
 def read_rgba(path, option="image"):
-    """The picture in the file `path` of an option as PIL's, sRGB, RGBA if parts are transparent and
-    else RGB, and remarks on how it was read. EXIF orientation, colour profile and depths other than
-    8 bits are respected; of several frames the first is used. Raises BadRequest."""
+    """Returns (picture, remarks): the picture in the file `path` as an sRGB PIL picture, RGBA if
+    parts are transparent and otherwise RGB, and a list of remarks on how it was read. Respects EXIF
+    orientation, colour profile and depths other than 8 bits; of several frames it uses the first.
+    Raises BadRequest, naming the `option`."""
     from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # Pillow's: 1 MB
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # default: 1 MB
     remarks = []
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
+            warnings.simplefilter("ignore")  # about damaged metadata, which does not matter
             for name in ("PIL", "tifffile"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             file = stack.enter_context(open_picture(path, remarks))
@@ -235,13 +237,13 @@ def read_rgba(path, option="image"):
             file.info["white_is_zero"] = getattr(file, "tag_v2", {}).get(262) == 0
             file.load()
             picture = file
-            with contextlib.suppress(Exception):  # damaged EXIF data does not tell the orientation
+            with contextlib.suppress(Exception):  # damaged EXIF data gives no orientation
                 picture = ImageOps.exif_transpose(file)
             return to_srgb(picture, path, remarks), remarks
     except Image.DecompressionBombError:
         raise refusal(option, path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
-        remedy = "give a PNG or JPEG file"
+        remedy = "use a PNG or JPEG file"
         if path.lower().endswith(HEIC):
             remedy = f"pip install pillow-heif, or {remedy}"
         is_unknown = isinstance(error, UnidentifiedImageError)
@@ -250,8 +252,8 @@ def read_rgba(path, option="image"):
 
 
 def open_picture(path, remarks):
-    """The file `path` as a PIL picture. Unlike with Pillow alone, chunks of a PNG that are damaged
-    and not needed are skipped, as viewers do, and deep TIFFs of several channels are read."""
+    """The file `path` as a PIL picture. Unlike Pillow alone, this skips damaged PNG chunks that are
+    not needed, as viewers do, and reads deep TIFFs of several channels."""
     from PIL import Image
 
     with open(path, "rb") as file:
@@ -270,36 +272,36 @@ def open_picture(path, remarks):
 
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs in all but this
+RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs except for this
 
 
 def read_raw_preview(data, path, remarks):
-    """The largest picture in a TIFF of a camera's raw data, as bytes, as a PIL picture; None for
-    any other TIFF. Raises ValueError if there is nothing that can be shown."""
+    """The largest picture in `data`, the bytes of a camera raw file, as a PIL picture; None for any
+    other TIFF. Raises ValueError if it contains no picture that can be shown."""
     import tifffile
 
     try:
         pages = all_pages(tifffile.TiffFile(io.BytesIO(data)).pages)
         pages = list(itertools.islice(pages, 32))  # a camera's file has a handful
-    except Exception:  # a damaged one, which others may still read
+    except Exception:  # a damaged file, which other readers may still read
         return None
     is_sensor = any(page.tags.valueof(262) in (32803, 34892) for page in pages)
     if not is_sensor and data[:4] not in RAW_MAGIC and data[8:11] != b"CR\2":  # Canon
         return None
     found = [picture for page in pages for picture in previews(data, page)]
     for picture in sorted(found, key=lambda picture: math.prod(picture.size), reverse=True):
-        with contextlib.suppress(Exception):  # a sensor's data, compressed as JPEGs are
+        with contextlib.suppress(Exception):  # skips sensor data, which can be JPEG-compressed too
             picture.load()
             exif = picture.getexif()
             exif.setdefault(0x0112, pages[0].tags.valueof(0x0112, default=1))
             size = "x".join(map(str, picture.size[::-1]))
             remarks.append(f"{path}: camera raw; the largest picture in it, {size}, is used")
             return picture
-    raise ValueError("camera raw without a picture of its own; develop it first")
+    raise ValueError("camera raw without an embedded picture; develop it first")
 
 
 def all_pages(pages):
-    """Yields the tifffile pages, and those below them."""
+    """Yields the tifffile pages and all their subpages."""
     for page in pages:
         page = page.aspage()
         yield page
@@ -308,7 +310,7 @@ def all_pages(pages):
 
 
 def previews(data, page):
-    """Yields the pictures, as PIL's, that a tifffile page of camera raw data shows or points to."""
+    """Yields the PIL pictures that a tifffile page of a camera raw file holds or points to."""
     from PIL import Image
 
     starts, lengths = (np.ravel(page.tags.valueof(tag, default=())) for tag in (513, 514))
@@ -341,9 +343,9 @@ def without_damaged_chunks(data):
 
 
 def read_deep_tiff(data, path, remarks):
-    """A TIFF of several channels deeper than 8 bits, or of numbers that Pillow takes for others, as
-    bytes, as a PIL picture of 8 bits; None for any other TIFF, which Pillow reads. Raises
-    ValueError for what cannot be shown rightly."""
+    """`data`, the bytes of a TIFF, as an 8-bit PIL picture if the TIFF has several channels deeper
+    than 8 bits, or a number type that Pillow misreads; None for any other TIFF, which Pillow reads.
+    Raises ValueError if it cannot be shown correctly."""
     import tifffile
     from PIL import Image
 
@@ -364,7 +366,7 @@ def read_deep_tiff(data, path, remarks):
     modes = {(0, 1): "L", (1, 1): "L", (2, 3): "RGB", (5, 4): "CMYK"}  # by photometric, channels
     mode = modes.get((int(page.photometric), colours))
     if mode is None or values.ndim != 3:
-        raise ValueError(f"a deep TIFF of the kind {page.photometric.name}")
+        raise ValueError(f"unsupported deep TIFF: {page.photometric.name}")
     seen = to_8_bits(values[..., :colours], path, remarks)
     seen = 255 - seen if page.photometric == 0 else seen
     picture = Image.frombytes(mode, values.shape[1::-1], seen.tobytes())
@@ -409,8 +411,8 @@ def to_srgb(picture, path, remarks):
 
 
 def from_profile(picture, profile):
-    """A PIL picture with an ICC profile, as bytes, in sRGB. It is left as it is if the profile says
-    the same as sRGB to two levels, whatever its name."""
+    """A PIL picture converted from an ICC profile (bytes) to sRGB. It is left unchanged if the
+    profile agrees with sRGB to within two levels, whatever its name."""
     from PIL import Image, ImageCms
 
     profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
@@ -425,14 +427,14 @@ def from_profile(picture, profile):
 
 
 def from_gamma(picture, gamma, chromaticity):
-    """A PIL picture whose PNG states a gamma and the chromaticities of white, red, green and blue
-    (or None: sRGB's), in sRGB. Raises ArithmeticError if they are impossible."""
+    """A PIL picture converted to sRGB from the gamma and the chromaticities of white, red, green
+    and blue (None: sRGB's) that its PNG states. Raises ArithmeticError if they are impossible."""
     from PIL import Image
 
     srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
     chromaticity = srgb if chromaticity is None else chromaticity
     if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(chromaticity, srgb, atol=0.005):
-        return picture  # how programs say "sRGB"
+        return picture  # this is how programs declare sRGB
 
     def to_xyz(chromaticity):
         x, y = np.reshape(chromaticity, (4, 2)).T
@@ -457,12 +459,13 @@ def from_gamma(picture, gamma, chromaticity):
 
 
 def to_8_bits(values, path, remarks):
-    """A deeper greyscale picture, an array (H, W), as uint8.
+    """A picture deeper than 8 bits, an array (H, W) or (H, W, C), as uint8.
 
-    Two bytes a pixel are 0..65535, or 12 bits if they end there. Otherwise the range is the first
-    of 0..1 (fractions only, and a few may overshoot it), 0..255, 0..65535 and 0..maximum that holds
-    the values; 0..maximum too for fractions up to 16; or minimum..maximum if some are negative.
-    What is a guess is told in a remark.
+    Values that are 16-bit integers have the range 0..65535 (signed: 0..32767), or 0..4095 if they
+    appear to be 12-bit. Otherwise the range is the first of 0..1 (fractions only, and a few may
+    overshoot it), 0..255, 0..65535 and 0..maximum that contains the values. Fractions up to 16 also
+    have 0..maximum, and values of which some are negative have minimum..maximum. A guessed
+    range is reported in a remark.
     """
     sixteen_bits = values.dtype.itemsize == 2 and values.dtype.kind != "f"
     is_float, is_signed = values.dtype.kind == "f", values.dtype.kind == "i"
@@ -488,7 +491,7 @@ def to_8_bits(values, path, remarks):
 
 
 def alpha_to_8_bits(values):
-    """An alpha channel of any depth as uint8: 0..1 if it is of floats, else its type's range."""
+    """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range."""
     if values.dtype.kind == "f":
         values, top = np.nan_to_num(values), max(1, values.max())
     else:
@@ -497,8 +500,8 @@ def alpha_to_8_bits(values):
 
 
 def to_picture(image, mean, rescale=False, depth=8):
-    """`image` (1, 3, H, W) as people see it: uint8 (H, W, 3), truncated, or uint16 for the depth
-    16; with `rescale` it is stretched to the full range instead of clipped."""
+    """The picture of an `image` (1, 3, H, W): uint8 (H, W, 3), truncated, or uint16 if `depth` is
+    16. With `rescale` it is stretched to the full range instead of clipped."""
     picture = np.empty((*image.shape[2:], 3), DEPTHS[depth])
     low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
     for rows in strips(image.shape[2]):
@@ -516,8 +519,8 @@ def to_picture(image, mean, rescale=False, depth=8):
 
 
 def strips(height, rows=64):
-    """Slices of so many rows, from the top to the bottom: what is computed strip by strip takes no
-    memory to speak of."""
+    """Slices of `rows` rows each, from top to bottom. Computing strip by strip needs hardly any
+    memory."""
     return [slice(y, y + rows) for y in range(0, height, rows)]
 
 
@@ -527,8 +530,8 @@ def planes(picture):
 
 
 def from_uint8(picture, mean, out=None):
-    """The image (1, 3, H, W) of a picture, written to `out` if it is given. No gain, so this is not
-    the inverse of to_picture."""
+    """The image (1, 3, H, W) of a picture, written to `out` if that is given. Applies no gain, so
+    it is not the inverse of to_picture."""
     image = np.empty((1, 3, *picture.shape[:2])) if out is None else out
     image[0] = picture[:, :, ::-1].transpose(2, 0, 1)
     image -= mean
@@ -544,8 +547,8 @@ def resize(picture, size, bilinear=False):
 
 
 def composed(picture, start, mask):
-    """`picture` where the mask, uint8 (H, W), is white; `start`, of its size and depth, where it is
-    black."""
+    """Blends two pictures of the same size and depth: `picture` where the mask, uint8 (H, W), is
+    white, `start` where it is black."""
     made = np.empty_like(picture)
     for rows in strips(len(picture)):
         share = mask[rows, :, np.newaxis].astype(np.uint32)
@@ -554,9 +557,9 @@ def composed(picture, start, mask):
 
 
 def with_colors_of(start, picture):
-    """`picture` in the colours of `start`, of its size and depth: brightness of the one, hue and
-    saturation of the other (YCbCr, as JPEG has it, where equal chroma is an equal distance from
-    the brightness)."""
+    """`picture` in the colours of `start`, which has the same size and depth: the brightness of
+    `picture` with the hue and saturation of `start` (in JPEG's YCbCr, where equal chroma is an
+    equal distance from the brightness)."""
     made = np.empty_like(picture)
     for rows in strips(len(picture)):
         brighter = (picture[rows].astype(float) - start[rows]) @ (0.299, 0.587, 0.114)
@@ -566,8 +569,8 @@ def with_colors_of(start, picture):
 
 
 def noise(image, scale, blur, mean, seed=None):
-    """Makes `image` noise to start from. The blur is the original's: on 8-bit pixels, and across
-    channels too."""
+    """Fills `image` with noise to start from. The blur is the original's: on 8-bit pixels, and
+    across channels too."""
     from scipy.ndimage import gaussian_filter
 
     random = np.random.RandomState(seed)
@@ -578,17 +581,17 @@ def noise(image, scale, blur, mean, seed=None):
 
 
 def zeros(shape, folder=None, dtype=np.float64):
-    """An array of zeros, in memory or in a file in `folder` that has no name, so that it goes with
-    the process however that ends. Raises RunFailed if the file does not fit there."""
+    """An array of zeros, in memory or in an unnamed file in `folder`, which disappears with the
+    process however that ends. Raises RunFailed if the file does not fit there."""
     if folder is None:
         return np.zeros(shape, dtype)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process
             memory = mmap.mmap(file.fileno(), size)
     except OSError as error:
-        remedy = "name a folder on a disk with room"
+        remedy = "use a folder on a disk with more free space"
         raise RunFailed(f"--scratch {folder}: {error.strerror}; {remedy}") from None
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
@@ -597,14 +600,14 @@ def zeros(shape, folder=None, dtype=np.float64):
 # A size is (height, width). A region is (y0, y1, x0, x1), the place of a tile in the picture.
 
 MAX_SIDE = 1_000_000
-LEAST_SIDE = 16  # of a tile; a smaller input is no picture, or is to be set at run time
+LEAST_SIDE = 16  # of a tile; a smaller input is not a picture, or is meant to be set at run time
 BYTES_A_PIXEL = 24  # of an image, and of a tile's cache
-BYTES_BESIDES = 16  # a pixel of 8-bit pictures: start, and what enlarging and writing take
+BYTES_BESIDES = 16  # a pixel, for 8-bit pictures: the start, and those for enlarging and writing
 
 
 def parse_size(text, base):
-    """The size that an option gives: "HxW", "xF" (the factor F of the size `base`), "N" (the shape
-    of `base` with the longer side N), or None (`base`). Raises ValueError."""
+    """The size that an option gives: "HxW", "xF" (F times the size `base`), "N" (the proportions of
+    `base` with the longer side N), or None (`base`). Raises ValueError."""
     if text is None:
         return tuple(base)
     height, x, width = text.partition("x")
@@ -633,14 +636,14 @@ def size_sequence(initial, final, number, resize_type):
 
 
 def tile_starts(total, tile):
-    """Where the fewest tiles of `tile` pixels start that cover `total` pixels, evenly spread,
-    rounded half up."""
+    """The positions at which tiles of `tile` pixels start, evenly spread and rounded half up, so
+    that as few as possible cover `total` pixels."""
     count = -(-total // tile)
     return [math.floor(start + 0.5) for start in np.linspace(0, total - tile, count)]
 
 
 def tiles(size, tile_size):
-    """The regions of a picture's tiles, as two lists (even, odd): a chequerboard, columns outer."""
+    """The regions of a picture's tiles, as two lists (even, odd): a chequerboard, columns first."""
     colours = ([], [])
     for i, x in enumerate(tile_starts(size[1], tile_size[1])):
         for j, y in enumerate(tile_starts(size[0], tile_size[0])):
@@ -699,7 +702,7 @@ def plan_sizes(settings, base, tile_size):
 
 def check_room(settings, sizes, tile_size, scratch=None, held=0):
     """Raises BadRequest if the sizes of a run are too large for the memory, or for the folder
-    `scratch`. So many bytes of what it takes are `held` already."""
+    `scratch`. `held` is how many of the bytes needed are allocated already."""
     needs = [memory_needed(*pair, tile_size) for pair in zip(sizes, [(0, 0), *sizes])]
     largest = max(range(len(sizes)), key=lambda i: sum(needs[i]))
     arrays, besides = needs[largest]
@@ -723,23 +726,23 @@ def check_room(settings, sizes, tile_size, scratch=None, held=0):
 
 
 def memory_needed(size, smaller, tile_size):
-    """Bytes that a run takes at a size, while it comes from the one before: (images and caches,
-    which --scratch keeps in files; all else)."""
+    """The bytes that a run needs while it goes from the size `smaller` to `size`: (images and
+    caches, which --scratch keeps in files; everything else)."""
     tiles = math.prod(len(tile_starts(n, tile)) for n, tile in zip(size, tile_size))
     pixels = math.prod(size) + math.prod(smaller) + tiles * math.prod(tile_size)
     return BYTES_A_PIXEL * pixels, BYTES_BESIDES * math.prod(size)
 
 
 # ---- Objective, regularizers, step ------------------------------------------------------------
-# Every term of the sum that a step goes down has loss(x), a number, and gradient(x), of x's shape.
-# A target is a term of a layer's activations, float32 (N, C, ...), and has one of three forms; a
-# regularizer is a term of an image or a part of it, float64 (1, C, H, W), with its weight included.
+# A step minimizes a sum of terms. Each has loss(x), a number, and gradient(x), of x's shape. For a
+# target, x is a layer's activations, float32 (N, C, ...); there are three forms of targets. For a
+# regularizer, x is an image or a part of it, float64 (1, C, H, W), and its weight is included.
 
 
 @dataclasses.dataclass(frozen=True)
 class AmplifyLayer:
-    """Lets every activation `a` grow: minus the sum of l1 a|a| / 2 + l2 a^2 / 2, where the square
-    continues as a straight line beyond `clip`."""
+    """Makes every activation `a` grow. The loss is minus the sum of l1 a|a| / 2 + l2 a^2 / 2, where
+    the square continues as a straight line beyond `clip`."""
 
     l1: float = 1.0
     l2: float = 1.0
@@ -756,14 +759,14 @@ class AmplifyLayer:
         return -float(self.l1 * (a @ size) / 2 + self.l2 * (slope @ (size - slope / 2)))
 
     def gradient(self, a):
-        """The gradient of the loss with respect to `a`, of its shape and dtype. It is the
-        original's: the l1 part is |a| whatever the sign of `a`."""
+        """The gradient of the loss with respect to `a`, of its shape and dtype. As in the
+        original, the l1 part is |a| whatever the sign of `a`."""
         return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
 
 
 @dataclasses.dataclass(frozen=True)
 class AmplifyNeuron:
-    """Lets one channel grow, or all for None: minus the sum of its activations."""
+    """Makes one channel grow, or all if None. The loss is minus the sum of the activations."""
 
     neuron: int | None = 0
 
@@ -783,16 +786,16 @@ class AmplifyNeuron:
 
 @dataclasses.dataclass(frozen=True)
 class Resemble:
-    """Lets the activations x at every place grow like those of a guide that they resemble most:
-    minus the sum of the largest x . y over the guide's places. It is Google's (Mordvintsev, Tyka
-    and Olah, the DeepDream notebook of 2015). `features` are the y, float32 (C, Q); a network adds
-    them once it has seen the guide."""
+    """Makes the activations x at every place grow towards the activations y of a guide that
+    they resemble most. The loss is minus the sum over x of the largest x . y among the guide's
+    places, as in Google's DeepDream notebook (Mordvintsev, Tyka and Olah, 2015). `features` are
+    the y, float32 (C, Q); a network adds them once it has seen the guide."""
 
     features: np.ndarray | None = None
-    BLOCK = 1 << 22  # products that are held in memory
+    BLOCK = 1 << 22  # products in memory at a time
 
     def on(self, channels):
-        """The same on some of the channels, or None: on all."""
+        """The same target for some of the channels only; None: for all."""
         return self if channels is None else Resemble(self.features[list(channels)])
 
     def loss(self, a):
@@ -818,8 +821,8 @@ class Resemble:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One term of the objective: `form` on the `channels` of a layer. They are numbers, besides
-    words of --layer that stand for numbers until find_channels has found those; None: all."""
+    """One term of the objective: `form` on the `channels` of a layer. These are numbers, or words
+    from --layer until find_channels has replaced them by numbers; None: all channels."""
 
     layer: str
     form: object = AmplifyLayer()
@@ -834,8 +837,8 @@ class Target:
         return f"{weight}{layer}{channels}"
 
     def check(self, channels):
-        """Raises BadRequest if the layer, with so many channels, does not have those of the
-        target."""
+        """Raises BadRequest if the layer, which has `channels` channels, lacks any of the
+        target's."""
         numbers = [n for n in self.channels or () if type(n) is int]
         asked = {("layer", f"{self.layer}:{n}"): n for n in numbers}
         if isinstance(self.form, AmplifyNeuron) and self.channels is None:
@@ -861,8 +864,8 @@ class Target:
 def descents(targets, activations):
     """The gradient of the sum of the Targets with respect to each one's activations (N, C, ...), a
     list of arrays of their shapes and dtypes. In each of the N tiles a target's gradient is scaled
-    to the L2 norm of the first one's (of the first that is not zero there), and then weighted; of
-    one alone only the sign counts."""
+    to the L2 norm of the first target's (the first that is not zero there) and then weighted. If
+    there is only one target, only the sign of its weight counts."""
     gradients = [target.gradient(a) for target, a in zip(targets, activations)]
     if len(targets) == 1:
         return gradients if targets[0].weight > 0 else [-gradients[0]]
@@ -874,38 +877,38 @@ def descents(targets, activations):
 
 
 def loss(targets, activations):
-    """The sum of the Targets' losses of each one's activations, as they are weighted; of one alone
-    only the sign of the weight counts."""
+    """The weighted sum of the Targets' losses, each of its own activations. If there is only one
+    target, only the sign of its weight counts."""
     weights = [t.weight if len(targets) > 1 else np.sign(t.weight) for t in targets]
     return sum(w * t.loss(a) for w, t, a in zip(weights, targets, activations))
 
 
 def rows(a):
-    """The array with its axes after the first as one, a view."""
+    """A view of the array with all axes after the first merged into one."""
     return a.reshape(len(a), -1)
 
 
-CHANNELS = "numbers and ranges, as 17,40-47, or strong5"  # of a layer that is not a classifier
+CHANNELS = "numbers and ranges such as 17,40-47, or strong5"  # if the layer is not a classifier
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-TERM = re.compile(  # weight, layer in quotes or without, channels, what follows
+TERM = re.compile(  # weight, layer with or without quotes, channels, "+" or the end
     rf'\s*(?:({_NUMBER})\s*\*\s*)?(?:"([^"]+)"|([^"*+:]*[^"*+:\s]))\s*(?::([^"*+:]+))?(\+|$)'
 )
 
 
 def parse_targets(text):
-    """The Targets that --layer names, of the first form: "[WEIGHT*]LAYER[:CHANNELS] + ...". Raises
-    BadRequest that points at the place of a mistake."""
+    """The Targets that --layer names, "[WEIGHT*]LAYER[:CHANNELS] + ...", with the default form.
+    Raises BadRequest, pointing at the mistake."""
     targets, place, joint = [], 0, "+"
     while joint:
         term = TERM.match(text, place)
         if term is None:
             here = f"character {place + 1}, {text[place:].strip()[:40] or 'the end'}"
-            form = '[WEIGHT*]LAYER[:CHANNELS], with quotes around names that hold + * or ":"'
+            form = "[WEIGHT*]LAYER[:CHANNELS], with quotes around names that contain +, * or :"
             raise refusal("layer", text, f"at {here}: a term is {form}")
         weight, quoted, plain, channels, joint = term.groups()
         weight, channels = float(weight or 1), channels and parse_channels(channels, term[0])
         if not 1e-6 <= abs(weight) <= 1e6:
-            problem = "a weight must be between 1e-6 and 1e6, or -1e-6 and -1e6"
+            problem = "a weight must be between 1e-6 and 1e6, or between -1e6 and -1e-6"
             raise refusal("layer", term[0].strip(" +"), problem)
         targets.append(Target(quoted or plain, channels=channels, weight=weight))
         place = term.end()
@@ -913,14 +916,14 @@ def parse_targets(text):
 
 
 def parse_channels(text, term):
-    """The channels that a term of --layer names: numbers, and words that stand for some. Raises
-    BadRequest."""
+    """The channels that a term of --layer names: numbers, and words that stand for numbers.
+    Raises BadRequest."""
     found = {}
     for word in map(str.strip, text.split(",")):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word)
         numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
         if not (numbers or word) or ends and not numbers or re.fullmatch("strong0*", word):
-            problem = f"at {word or text!r}: give {CHANNELS}"
+            problem = f"at {word or text!r}: use {CHANNELS}"
             raise refusal("layer", term.strip(" +"), problem)
         found |= dict.fromkeys(numbers or [word])
     return tuple(found)
@@ -933,7 +936,7 @@ IMAGE_TYPES = {  # --image_type: the form that the settings ask for, on all chan
     "amplify_neuron": lambda settings, channels: AmplifyNeuron(
         settings.target_neuron if channels is None else None
     ),
-    "guide": lambda settings, channels: Resemble(),  # of --guide
+    "guide": lambda settings, channels: Resemble(),  # for --guide
 }
 
 
@@ -947,9 +950,9 @@ def choose_targets(settings):
 
 
 def power(x, exponent):
-    """x ** exponent for an array x >= 0; for exponent 1 that is x itself, not a copy. The exponents
-    in use are halves and quarters, which square roots and products give several times faster than a
-    general power."""
+    """x ** exponent for an array x >= 0; for exponent 1 this is x itself, not a copy. The usual
+    exponents are multiples of a quarter, for which square roots and products are several times
+    faster than a general power."""
     quarters = exponent * 4
     if not (quarters == int(quarters) and 0 <= quarters <= 48):
         return x**exponent
@@ -991,7 +994,7 @@ class PNorm:
         return gradient
 
 
-TV_FLOOR = 1e-3  # least squared slope in total variation
+TV_FLOOR = 1e-3  # lower limit of the squared slope in total variation
 TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as correlation kernels
     "naive": ((1, -1), (1, 0)),
     "sobel": ((-1, 0, 1), (1, 2, 1)),
@@ -1001,8 +1004,8 @@ TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as co
 
 @dataclasses.dataclass(frozen=True)
 class TotalVariation:
-    """weight * sum (dx^2 + dy^2)^(beta / 2) of x / scale, each channel apart (Mahendran and
-    Vedaldi 2015, equation 4), with slopes dx and dy as one of TV_OPERATORS measures them."""
+    """weight * sum (dx^2 + dy^2)^(beta / 2) of x / scale, for each channel separately (Mahendran
+    and Vedaldi 2015, equation 4), with slopes dx and dy as one of TV_OPERATORS measures them."""
 
     weight: float
     beta: float
@@ -1014,8 +1017,8 @@ class TotalVariation:
         return self.weight * float(power(self._slopes(x)[2], self.beta / 2).sum())
 
     def gradient(self, x):
-        """Its gradient. As in the original the floor is not masked out: a flat place has a
-        gradient, of nearly 0."""
+        """Its gradient. As in the original, the floor is not masked out, so a flat place has a
+        gradient of nearly 0."""
         dx, dy, factor = self._slopes(x)
         factor = power(factor, self.beta / 2 - 1)
         factor *= self.weight * self.beta / self.scale
@@ -1044,7 +1047,7 @@ def _window(x, axis, start, length):
 
 
 def _slope(x, operator, axis):
-    """The slopes of x along axis 2 or 3 that the operator measures, where it fits."""
+    """The slopes of x along axis 2 or 3 that the operator measures, wherever its kernel fits."""
     difference, smoothing = TV_OPERATORS[operator]
     n = len(difference) - 1
     up, down = (_window(x, axis, difference.index(sign), x.shape[axis] - n) for sign in (1, -1))
@@ -1076,12 +1079,12 @@ def _spread_slope(x, slope, operator, axis):
     down -= spread
 
 
-EPSILON = 1e-8  # against division by 0; under RMSProp's square root
+EPSILON = 1e-8  # prevents division by 0, also under RMSProp's square root
 
 
 def rmsprop(gradient, cache, decay, learning_rate):
-    """The step -gradient / sqrt(cache + EPSILON) * learning_rate. Changes `cache`, and `gradient`,
-    which becomes the step."""
+    """The step -gradient / sqrt(cache + EPSILON) * learning_rate. Updates `cache`, and
+    overwrites `gradient` with the step."""
     scratch = gradient * gradient
     scratch *= 1 - decay
     cache *= decay
@@ -1094,16 +1097,16 @@ def rmsprop(gradient, cache, decay, learning_rate):
 
 
 def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
-    """Takes the step of a tile, x += step. Returns the step's mean absolute value; or None if it
-    overflows: the channel in which it does, and those after it, are left as they were.
+    """Takes the step of a tile, x += step. Returns the step's mean absolute value, or None if it
+    overflows; x is then left as it was in the channel that overflows and in those after it.
 
-    `x`, float64 (3, H, W), is the tile's part of the image; `start` that of the start image, or
-    None; `descent` the network's gradient, float32 (3, H, W); `cache` RMSProp's, float64 (3, H, W),
-    changed; `divisors` those of the step, float64 (H, W), or None. `terms` are the
-    regularizers, {name: term}, in the original's order.
+    `x`, float64 (3, H, W), is the tile's part of the image, and `start` the same part of the start
+    image, or None. `descent` is the network's gradient, float32 (3, H, W). `cache`, float64
+    (3, H, W), is RMSProp's, and is updated. The step is divided by `divisors`, float64 (H, W), or
+    by nothing if None. `terms` are the regularizers, {name: term}, in the original's order.
     """
     total = 0.0
-    for channel in range(3):  # channels do not meet here, and the arrays of one fit the cache
+    for channel in range(3):  # channels are independent, and one's arrays fit the processor's cache
         place = np.s_[np.newaxis, channel : channel + 1]
         gradient = descent[place].astype(np.float64)
         for name, term in terms.items():
@@ -1120,8 +1123,8 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
 
 
 def argument(name, x, start):
-    """What the regularizer `name` is a term of: "p" of the change from the start image, if there is
-    one, all others of the image."""
+    """The x of the regularizer `name`: for "p" the change from the start image, if there is one;
+    for all others the image."""
     return x - start if name == "p" and start is not None else x
 
 
