@@ -4615,9 +4615,9 @@ def idle(options, engine):
 
 @contextlib.contextmanager
 def whole_file(path, name=None):
-    """A binary file to write that becomes `path` (if that is a link, what it leads to) when all is
-    written and on the disk, and leaves no trace if that fails. Raises RunFailed, whose message
-    calls the file `name`."""
+    """A binary file to write that replaces `path` (or its target, if it is a link) only once all
+    is written and on disk, and is removed if that fails. Raises RunFailed, whose message calls the
+    file `name`."""
     try:
         place = os.path.realpath(path)
         part = part_name(place, os.getpid())
@@ -4633,12 +4633,12 @@ def whole_file(path, name=None):
             with contextlib.suppress(OSError):
                 os.remove(part)
     except OSError as error:
-        problem = f"cannot be written ({one_line(error)}); what was there is unchanged"
+        problem = f"cannot be written ({one_line(error)}); an existing file is unchanged"
         raise RunFailed(f"{name or path}: {problem}") from None
 
 
 def part_name(path, pid):
-    """Where process `pid` of this machine writes what is to become `path`."""
+    """The temporary file in which process `pid` on this machine writes `path`."""
     folder, name = os.path.split(path)
     name = os.fsdecode(os.fsencode(name)[:100])
     return os.path.join(folder, f".{name}.{os.uname().nodename}.{pid}.part")
@@ -4646,10 +4646,11 @@ def part_name(path, pid):
 
 @contextlib.contextmanager
 def sole_writer(paths):
-    """Within, no other run on this machine writes to any of `paths`. Raises BadRequest if one does.
+    """Keeps other runs on this machine from writing to any of `paths`. Raises BadRequest if one
+    already does.
 
-    Each path is held by a socket in Linux's abstract namespace, which leaves nothing behind however
-    the process ends.
+    Each path is locked by a socket in Linux's abstract namespace, which leaves nothing behind
+    however the process ends.
     """
     with contextlib.ExitStack() as stack:
         for path in sorted({os.path.realpath(path) for path in paths}):
@@ -4657,13 +4658,13 @@ def sole_writer(paths):
             try:
                 lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
             except OSError:
-                problem = f"another run is writing {path}; choose another name, or stop it"
+                problem = f"another run is writing {path}; choose another name, or stop that run"
                 raise BadRequest(f"--output: {problem}") from None
         yield
 
 
 class Files:
-    """The names of all files that a run may write: the picture, and beside it everything else.
+    """The names of all files that a run may write: the picture and the files beside it.
     `resumed` is the checkpoint that the run continues from, or None."""
 
     def __init__(self, picture, resumed=None):
@@ -4672,23 +4673,23 @@ class Files:
         self.checkpoint, self.sidecar = f"{picture}.checkpoint", f"{picture}.json"
 
     def on_the_way(self, size, step):
-        """A picture along the way: NAME_SIZE_STEP.EXT."""
+        """The name of an intermediate picture: NAME_SIZE_STEP.EXT."""
         return f"{self.stem}_{size}_{step}{self.extension}"
 
     def beside(self, ending):
-        """A file of a watcher: NAME and its ending."""
+        """The name of a watcher's file: NAME + ending."""
         return f"{self.stem}{ending}"
 
     def may_write(self, path):
-        """Whether a run to this picture may ever write `path`, whatever its options."""
+        """Whether a run that makes this picture could write `path`, whatever its options."""
         pictures, stems = Files.owners(os.path.realpath(path))
         ours = Files(os.path.realpath(self.picture))
         return ours.picture in pictures or ours.stem in stems
 
     @staticmethod
     def owners(path):
-        """The pictures of runs that may ever write `path`, whatever their options: a set of paths,
-        and of those whose extension does not matter a set of paths without it."""
+        """The pictures whose runs could write `path`, whatever their options, as two sets: full
+        paths, and paths without extension if any extension will do."""
         stem, extension = os.path.splitext(path)
         pictures = {path, re.sub(r"_\d+_\d+$", "", stem) + extension}
         pictures |= {stem} if extension == ".json" else set()
@@ -4698,14 +4699,14 @@ class Files:
 
     @staticmethod
     def of_checkpoint(path):
-        """The picture of the run that a checkpoint belongs to, by its name; None if somebody gave
-        it a name of their own."""
+        """The picture that a checkpoint belongs to, judging by its name; None if somebody renamed
+        it."""
         match = re.fullmatch(r"(.+)\.checkpoint(\.old\d*)?", path, re.DOTALL)
         return match and match[1]
 
     def resumed_from(self):
-        """The picture of the run that this one continues, which that must not write any more, as a
-        list; empty if it continues none."""
+        """The picture of the run that this one continues, as a list; empty if it continues none.
+        The earlier run must no longer be writing it."""
         return [Files.of_checkpoint(self.resumed) or self.resumed] if self.resumed else []
 
     def set_aside(self):
@@ -4720,13 +4721,13 @@ class Files:
         return old
 
     def hint(self):
-        """How to continue after the run has ended too early, if there is a checkpoint."""
+        """How to continue a run that ended early, if there is a checkpoint."""
         candidates = filter(None, (self.checkpoint, self.resumed))
         path = next(filter(os.path.exists, candidates), None)
         return f"; to continue: {COMMAND} --resume {shell_path(path)}" if path else ""
 
     def clean_up(self):
-        """Removes the checkpoints of a run that has ended well."""
+        """Removes the checkpoints of a run that has succeeded."""
         for path in {self.checkpoint, self.resumed} - {None}:
             if Files.of_checkpoint(path) is not None:
                 with contextlib.suppress(OSError):
@@ -4734,7 +4735,7 @@ class Files:
 
 
 def remove_parts(path):
-    """Removes what runs to `path` that were killed while they wrote a file have left."""
+    """Removes the temporary files of runs to `path` that were killed while writing."""
     stem = glob.escape(os.path.splitext(os.path.realpath(path))[0])
     for part in glob.glob(part_name(f"{stem}*", "*")):
         pid = part.split(".")[-2]
@@ -4743,8 +4744,8 @@ def remove_parts(path):
                 os.remove(part)
 
 
-# Formats of the finished picture, by the file name's extension: PIL's name, the greatest side in
-# pixels, PIL's options. PNG and TIFF can have 16 bits.
+# Formats of the finished picture, by the file name's extension: PIL's name, the longest side
+# allowed in pixels, PIL's options. PNG and TIFF can have 16 bits.
 FORMATS = {
     ".png": ("PNG", MAX_SIDE, {}),
     ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
@@ -4756,12 +4757,12 @@ FORMATS = {
 
 
 def extension_of(path):
-    """A file name's extension, as FORMATS has it."""
+    """A file name's extension in lower case, as in FORMATS."""
     return os.path.splitext(path)[1].lower()
 
 
 def check_format(option, path):
-    """Raises BadRequest if no format of pictures has the extension of `path`."""
+    """Raises BadRequest if `path` does not have the extension of a picture format."""
     extension = extension_of(path)
     if extension not in FORMATS:
         known = f"unknown file extension{extension and f' {extension}'}; use one of"
@@ -4769,7 +4770,7 @@ def check_format(option, path):
 
 
 def check_output(option, path, formats=FORMATS):
-    """Raises BadRequest if `path` cannot be written: tries it, without touching what is there."""
+    """Raises BadRequest if `path` cannot be written; the test leaves existing files untouched."""
     refuse = functools.partial(refusal, option, path)
     folder = os.path.dirname(os.path.realpath(path))
     if formats:
@@ -4779,18 +4780,18 @@ def check_output(option, path, formats=FORMATS):
     if os.path.isdir(path):
         raise refuse(f"this is a folder; give a file name, or {path.rstrip('/')}/")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise refuse("this is not a regular file; give another name")
+        raise refuse("this is not a regular file; choose another name")
     if is_protected(path):
-        raise refuse("this file is write-protected; give another name, or chmod u+w")
+        raise refuse("this file is write-protected; choose another name, or run chmod u+w on it")
     try:
         files = Files(path)
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
-                os.stat(name)  # fails if the name is too long, or links lead in a circle
+                os.stat(name)  # fails if the name is too long, or links form a loop
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except OSError as error:
-        raise refuse(f"cannot be written there ({error.strerror}); choose another place") from None
+        raise refuse(f"cannot be written ({error.strerror}); use another path") from None
 
 
 def is_protected(path):
@@ -4801,23 +4802,23 @@ def is_protected(path):
 
 
 def check_depth(path, depth):
-    """Raises BadRequest if the format of `path` cannot hold so many bits for a channel."""
+    """Raises BadRequest if the format of `path` cannot hold `depth` bits per channel."""
     form = FORMATS[extension_of(path)][0]
     if depth == 16 and form not in ("PNG", "TIFF"):
-        raise refusal("depth", depth, f"{path}: {form} has 8 bits; name a .png or .tif")
+        raise refusal("depth", depth, f"{path}: {form} has only 8 bits; use .png or .tif")
 
 
 def check_sides(path, sizes):
     """Raises BadRequest if the format of `path` cannot hold pictures as large as the `sizes`."""
     name, greatest, _ = FORMATS[extension_of(path)]
     if max(map(max, sizes)) > greatest:
-        problem = f"{name} cannot hold sides of more than {greatest} pixels"
+        problem = f"a {name} side can be at most {greatest} pixels"
         raise refusal("output", path, f"{problem}; use .png")
 
 
 def write_picture(picture, path, record=None, name=None):
     """Writes a picture, uint8 or uint16 (H, W, 3), to `path`, tagged as sRGB, whole or not at all;
-    the extension decides the format. A PNG carries the dict `record`, which tells how it was made.
+    the extension decides the format. A PNG also stores the dict `record` of how it was made.
     Raises RunFailed, whose message calls the file `name`."""
     from PIL import Image, ImageCms, PngImagePlugin
 
@@ -4843,8 +4844,8 @@ def write_picture(picture, path, record=None, name=None):
 
 
 def write_deep_png(picture, file, profile, texts):
-    """Writes a picture uint16 (H, W, 3) as a PNG, which Pillow cannot; `texts` are (kind, data) of
-    chunks with text."""
+    """Writes a uint16 picture (H, W, 3) as a PNG, which Pillow cannot do; `texts` are the (kind,
+    data) of text chunks."""
 
     def write(kind, data):
         checksum = zlib.crc32(kind + data).to_bytes(4, "big")
@@ -4860,7 +4861,7 @@ def write_deep_png(picture, file, profile, texts):
     compressor, above = zlib.compressobj(6), np.zeros(6 * width, np.uint8)
     for part in strips(height):
         rows = picture[part].astype(">u2").view(np.uint8).reshape(-1, 6 * width)
-        lines = np.full((len(rows), 1 + 6 * width), 2, np.uint8)  # 2: less the line above
+        lines = np.full((len(rows), 1 + 6 * width), 2, np.uint8)  # 2: minus the line above
         lines[:, 1:] = rows - np.vstack((above, rows[:-1]))
         above = rows[-1]
         write(b"IDAT", compressor.compress(lines.tobytes()))
@@ -4868,10 +4869,10 @@ def write_deep_png(picture, file, profile, texts):
     write(b"IEND", b"")
 
 
-# How a picture was made is one record, a dict, in PNGs, sidecars and checkpoints alike.
+# PNGs, sidecars and checkpoints all store how a picture was made in the same record, a dict.
 
-RECORD_KEY = "cnn-vis"  # of the text in a PNG
-RECORD_FIELDS = {  # what is relied on, when a record is read
+RECORD_KEY = "cnn-vis"  # the keyword of the PNG's text chunk
+RECORD_FIELDS = {  # required when a record is read
     "program": str,
     "command": str,
     "network": str,
@@ -4883,9 +4884,9 @@ RECORD_FIELDS = {  # what is relied on, when a record is read
 
 
 def make_record(options, settings, network, sizes, earlier=None):
-    """The record of a run: program and versions; the command, with what the program chose itself;
-    what identifies the network and the pictures that it is given; the layer as it was asked for,
-    the sizes, the seed. Of a run that is resumed, `earlier` is the record."""
+    """The record of a run: program and versions; the command, including values that the program
+    chose; what identifies the network and the input pictures; the layer as requested; the sizes
+    and the seed. If the run is resumed, `earlier` is its earlier record."""
     found = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.name in MODELS:
         found["model"] = network.name
@@ -4904,19 +4905,19 @@ def make_record(options, settings, network, sizes, earlier=None):
 
 
 def inputs_of(options):
-    """{option: SHA-256} of the pictures that a run with the options is given."""
+    """{option: SHA-256} of the input pictures that the options name."""
     return {name: sha256_of(path) for name, path in files_read(options, free=False).items()}
 
 
 def identify(network):
-    """What tells one network from others, as a dict."""
+    """What identifies a network, as a dict."""
     hashes = {f"{name}_sha256": sha256 for name, sha256 in content_of(network).items()}
     return hashes | {"mean": float(network.mean)}
 
 
 @functools.cache
 def versions():
-    """The versions of what makes the pictures, as a dict."""
+    """The versions of the software that makes the pictures, as a dict."""
     import importlib.metadata
     import platform
 
@@ -4928,29 +4929,30 @@ def versions():
 
 
 def check_record(record):
-    """The options of the command in a record, a dict, as words. Raises ValueError if it is not a
-    record as make_record makes them."""
+    """The words of the options in the command of `record`, a dict. Raises ValueError if it is not
+    a record as made by make_record."""
     for name, kind in RECORD_FIELDS.items():
         if type(record.get(name)) is not kind:
-            raise ValueError(f"it does not tell the {name}")
+            raise ValueError(f"its {name} is missing or of the wrong type")
     words = shlex.split(record["command"])
     return list(itertools.dropwhile(lambda word: not word.startswith("-"), words))
 
 
 def kept_options(record):
-    """The options of the command in a record, a dict. Raises ValueError if it cannot be run."""
+    """The parsed options of the command in `record`, a dict. Raises ValueError if that command
+    cannot be run."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # of --help
+        with contextlib.redirect_stdout(io.StringIO()):  # silences --help
             options = PARSER.parse_args(check_record(record))
     except (BadRequest, SystemExit) as error:
-        raise ValueError(f"it holds a command that cannot be run ({error})") from None
+        raise ValueError(f"its command cannot be run ({error})") from None
     if any(isinstance(getattr(options, a.dest), list) for a in several_options()):
-        raise ValueError("it holds a command of several pictures")
+        raise ValueError("its command makes several pictures")
     return options
 
 
 def read_record(path):
-    """(record, options of its command, as words) of the PNG `path`, or of the JSON file `path` or
+    """(record, words of its command's options) from the PNG `path`, or the JSON file `path` or
     `path`.json. Raises BadRequest."""
     from PIL import Image
 
@@ -4964,16 +4966,16 @@ def read_record(path):
             text = read_text(sidecar)
         record = json.loads(text)
         return record, check_record(record)
-    except Exception as error:  # strangers' files
-        remedy = f"give a PNG that {PROGRAM} wrote, or the file that --sidecar wrote"
+    except Exception as error:  # other programs' files can fail in any way
+        remedy = f"use a PNG that {PROGRAM} wrote, or the file that --sidecar wrote"
         problem = f"has no record of how it was made ({one_line(error)})"
         raise refusal("reproduce", path, f"{problem}; {remedy}") from None
 
 
-# A checkpoint is NumPy's archive of arrays: the state of a Dream, the start picture, what watchers
-# keep, and one array of JSON with the rest.
+# A checkpoint is a NumPy archive (.npz) of arrays: the state of a Dream, the start picture, what
+# watchers keep, and the rest as JSON in one more array.
 
-CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
+CHECKPOINT_ARRAYS = {  # dtype, *shape; None: any length
     "image": (np.float64, 1, 3, None, None),
     "caches": (np.float64, None, 3, None, None),
     "before": (np.float32, None, 3, None, None),
@@ -4986,7 +4988,7 @@ CHECKPOINT_ARRAYS = {  # dtype, shape; None: any
 @dataclasses.dataclass
 class Checkpoint:
     """A run so far: the numbers and arrays of its Dream and its watchers, the record of how its
-    picture is made, and the folder in which its command was given."""
+    picture is made, and the folder in which its command was run."""
 
     record: dict
     folder: str
@@ -5002,32 +5004,32 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path, scratch=None):
-        """The Checkpoint in `path`, with its arrays in the folder `scratch` if there is one; all is
-        of the kinds that it should be. Raises BadRequest, RunFailed.
+        """The Checkpoint in `path`, with its arrays in the folder `scratch` if there is one; all
+        types and dimensions are checked. Raises BadRequest, RunFailed.
 
-        Every array's bytes are read, and so checked against their CRC, before anything in them is
-        believed. No pickles.
+        All bytes of every array are read, and so checked against their CRC, before their contents
+        are trusted. Pickles are rejected.
         """
         try:
             with zipfile.ZipFile(path) as file:
                 if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
-                    raise ValueError("it claims to hold more than it does")
+                    raise ValueError("it claims to contain more data than it does")
                 arrays = {
                     os.path.splitext(entry.filename)[0]: read_array(file, entry, scratch)
                     for entry in file.infolist()
                 }
             header = json.loads(arrays.pop("header").tobytes())
             if "command" in header:
-                raise ValueError("version 1.0 wrote it; finish it with that version")
+                raise ValueError("it was written by version 1.0; finish it with that version")
             for name, kind in {"record": dict, "folder": str, "numbers": dict}.items():
                 if type(header.get(name)) is not kind:
-                    raise ValueError(f"it has no {name}")
+                    raise ValueError(f"its {name} is missing or of the wrong type")
             check_record(header["record"])
             cls._check_arrays(arrays)
             return cls(**header, arrays=arrays)
         except RunFailed:
             raise
-        except Exception as error:  # damaged, it can fail in any part of zipfile, NumPy and json
+        except Exception as error:  # damage can surface anywhere in zipfile, NumPy or json
             raise unusable(path, f"not a readable checkpoint ({one_line(error)})") from None
 
     @staticmethod
@@ -5039,29 +5041,30 @@ class Checkpoint:
             dtype, *shape = known[name]
             fits = array.dtype == dtype and array.ndim == len(shape)
             if not fits or any(n not in (None, side) for n, side in zip(shape, array.shape)):
-                raise ValueError(f"its {name} is of another kind")
+                raise ValueError(f"its {name} has the wrong type or shape")
 
 
 def read_array(file, entry, scratch=None):
-    """An array of NumPy's .npy format in the open ZipFile; in the folder `scratch` if it is large.
-    Raises ValueError if it is of another size than it says, and as zipfile and NumPy do."""
+    """Reads an array in NumPy's .npy format from an open ZipFile, into the folder `scratch` if it
+    is large. Raises ValueError if its size is not as stated, and whatever zipfile and NumPy raise.
+    """
     with file.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         header = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Python 2's headers
+            warnings.simplefilter("ignore")  # about headers that Python 2 wrote
             shape, is_fortran, dtype = getattr(np.lib.format, header)(stream)
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject:
-            raise ValueError("it holds a pickle")
+            raise ValueError("it contains a pickle")
         if is_fortran or size != entry.file_size - stream.tell():
-            raise ValueError(f"its {entry.filename} is not as long as it says")
+            raise ValueError(f"its {entry.filename} has the wrong length")
         array = zeros(shape, scratch if size > 1 << 20 else None, dtype)
         left = memoryview(array.reshape(-1).view(np.uint8))
         while count := stream.readinto(left[: 1 << 24]):
             left = left[count:]
-        if stream.read(1) or left:  # at its end zipfile has checked the sum
-            raise ValueError(f"its {entry.filename} is not as long as it says")
+        if stream.read(1) or left:  # reading to the end makes zipfile check the CRC
+            raise ValueError(f"its {entry.filename} has the wrong length")
     return array
 
 
@@ -5074,9 +5077,9 @@ def unusable(path, problem):
 
 
 def say(text, stream="stdout"):
-    """Prints a line on sys.stdout or sys.stderr, past the progress bar if there is one. If nobody
-    reads any more (| head), or a log's disk is full, this and all later ones go nowhere, and the
-    run goes on."""
+    """Prints a line on sys.stdout or sys.stderr, above the progress bar if there is one. If the
+    reader has gone (| head) or the log's disk is full, this and all later lines are discarded, and
+    the run continues."""
     file, tqdm = getattr(sys, stream), sys.modules.get("tqdm")
     try:
         tqdm.tqdm.write(text, file) if tqdm else print(text, file=file)
@@ -5088,24 +5091,24 @@ def say(text, stream="stdout"):
 
 
 class Watcher:
-    """Something that a run does along the way. To add one, write a class and put it into BEHAVIORS
-    under its word of --iter_behavior.
+    """Something that a run does along the way. To add one, write a class and put it in BEHAVIORS
+    under its word for --iter_behavior.
 
-    A RunFailed from after_step or when_due is reported, and the run goes on; any other failure ends
-    it. `self.run` is the Run, once it has begun: its options, files, record and so on. `say` prints
-    a line past the progress bar.
+    A RunFailed from after_step or when_due is reported, and the run continues; any other failure
+    ends it. Once the run has begun, `self.run` is the Run: its options, files, record and so on.
+    `say` prints a line above the progress bar.
     """
 
-    ending = None  # of a file NAME + ending that it writes beside the picture
-    at_end = False  # whether it does something at the end, too
+    ending = None  # it writes a file NAME + ending beside the picture
+    at_end = False  # whether it also does something at the end
     arrays = {}  # what it keeps in a checkpoint: {name: (dtype, *shape)}, None for any length
 
     def __init__(self, options, files):
-        """Before the run: raises BadRequest if it cannot work."""
+        """Called before the run; raises BadRequest if the watcher cannot work."""
         self.options, self.files = options, files
 
     def writes(self):
-        """The paths that it writes, besides pictures with a number."""
+        """The paths that it writes, except those of intermediate pictures."""
         return [self.files.beside(self.ending)] if self.ending else []
 
     def wants_stats(self, step):
@@ -5113,21 +5116,21 @@ class Watcher:
         return False
 
     def begin(self, run):
-        """When all is known to be right, before the first step; run.kept holds the arrays of the
-        checkpoint that the run continues from."""
+        """Called when everything has been checked, before the first step; run.kept holds the
+        arrays of the checkpoint that the run continues from."""
         self.run = run
 
     def after_step(self, progress):
-        """After every step."""
+        """Called after every step."""
 
     def when_due(self, progress):
-        """After every --output_iter steps of a size."""
+        """Called after every --output_iter steps at a size."""
 
     def finish(self, progress):
-        """When the finished picture has been written. A RunFailed ends the run."""
+        """Called when the finished picture has been written. A RunFailed ends the run."""
 
     def close(self):
-        """However the run ends."""
+        """Called at the end, however the run ends."""
 
     def keep(self):
         """Its `arrays`, {name: array}, for a checkpoint."""
@@ -5135,7 +5138,7 @@ class Watcher:
 
 
 class Silence(Watcher):
-    """Tells once, if the network's gradient is zero."""
+    """Reports, once, that the network's gradient is zero."""
 
     is_told = False
 
@@ -5149,7 +5152,7 @@ class Silence(Watcher):
 
 
 class Print(Watcher):
-    """print: statistics as lines for people."""
+    """print: statistics as readable lines."""
 
     def wants_stats(self, step):
         return step % self.options.output_iter == 0
@@ -5161,7 +5164,7 @@ class Print(Watcher):
             f"  losses: p {s['p_loss']:.4g}, aux {s['aux_loss']:.4g}, tv {s['tv_loss']:.4g}\n"
             f"  mean gradients: cnn {s['cnn_gradient']:.4g}, p {s['p_gradient']:.4g}, "
             f"aux {s['aux_gradient']:.4g}, tv {s['tv_gradient']:.4g}\n"
-            f"  step: mean {s['step_size']:.4g}, to value {s['step_to_value']:.4g}; "
+            f"  step: mean {s['step_size']:.4g}, relative to value {s['step_to_value']:.4g}; "
             f"image: mean {s['image_mean']:.4g}, std {s['image_std']:.4g}"
         )
 
@@ -5176,7 +5179,7 @@ class Save(Watcher):
 
 
 class Drawing(Watcher):
-    """A watcher that draws with matplotlib: in a window, or without a display in a file."""
+    """A watcher that draws with matplotlib: in a window, or in a file if there is no display."""
 
     def __init__(self, options, files):
         super().__init__(options, files)
@@ -5184,7 +5187,7 @@ class Drawing(Watcher):
             import matplotlib.figure
             import matplotlib.pyplot  # noqa: F401
         except (ImportError, ValueError) as error:
-            remedy = "pip install matplotlib, and look at $MPLBACKEND"
+            remedy = "pip install matplotlib, and check $MPLBACKEND"
             problem = f"matplotlib does not work ({one_line(error)})"
             raise BadRequest(f"--iter_behavior: {problem}; {remedy}") from None
 
@@ -5236,8 +5239,8 @@ class Show(Drawing):
 
 
 class PlotPix(Drawing):
-    """plot_pix: a few pixels' values over time, the original's four, as far as the picture has
-    them."""
+    """plot_pix: the values of a few pixels over time: those of the original's four that lie inside
+    the picture."""
 
     ending = "_plot_pix.png"
     arrays = {"pixels": (np.float64, None, 6)}
@@ -5273,7 +5276,7 @@ COLUMNS = ("size", "height", "width", "step", *STATS)
 
 
 class Statistics(Watcher):
-    """A watcher of every step's statistics: a row for each, as COLUMNS name them."""
+    """A watcher that keeps the statistics of every step as a row with the COLUMNS."""
 
     at_end = True
     arrays = {"rows": (np.float64, None, len(COLUMNS))}
@@ -5339,23 +5342,23 @@ class Plot(Statistics, Drawing):
                 axes.set_yscale("log")
             if len(names) > 1 and axes.lines:
                 axes.legend()
-        axes.set_xlabel("step, over all sizes (dotted: the size changes)")
+        axes.set_xlabel("step, over all sizes (dotted: size changes)")
         self.write(figure)
 
 
 class Gif(Watcher):
-    """gif: an animation of ten pictures a second that rests on the last."""
+    """gif: an animation at ten pictures a second that pauses on the last."""
 
     ending, at_end = "_run.gif", True
     arrays = {"frames": (np.uint8, None, None, None, 3)}
-    SIDE = 480  # at most
+    SIDE = 480  # pixels, at most
 
     def begin(self, run):
         super().begin(run)
         self.frames = list(run.kept.get("frames", []))
 
     def _frame(self, picture, last_size):
-        """The picture, whatever its size, in the shape of the last size: uint8 (h, w, 3)."""
+        """The picture resized to the proportions of the last size: uint8 (h, w, 3)."""
         scale = min(1, self.SIDE / max(last_size))
         return resize(picture, tuple(max(1, round(scale * side)) for side in last_size))
 
@@ -5378,7 +5381,7 @@ class Gif(Watcher):
 
 
 class Checkpoints(Watcher):
-    """--checkpoint_iter: saves the run every so many steps, over all sizes."""
+    """--checkpoint_iter: saves the run every N steps, counted over all sizes."""
 
     def after_step(self, progress):
         every = self.options.checkpoint_iter
@@ -5389,7 +5392,7 @@ class Checkpoints(Watcher):
 
 
 class Pace:
-    """How far a run has come, in tiles, and how fast it goes."""
+    """How far a run has got, in tiles, and how fast it is."""
 
     def __init__(self, dream):
         steps, at_size = dream.settings.num_steps, dream.size - 1
@@ -5405,7 +5408,7 @@ class Pace:
         return count
 
     def rate(self):
-        """Tiles per second, on the average."""
+        """Tiles per second, on average."""
         return (self.done - self._done_before) / (time.monotonic() - self._begun)
 
     def seconds_left(self):
@@ -5415,8 +5418,8 @@ class Pace:
 
 
 class Snapshot:
-    """A picture along the way, for browsers: a copy of the image in a Progress, with blocks of
-    pixels made one where a side is above SIDE. It becomes a JPEG when the first one asks."""
+    """An intermediate picture for browsers: a copy of the image in a Progress, with blocks of
+    pixels averaged if a side is above SIDE. It is encoded as a JPEG on the first request."""
 
     SIDE = 2048
 
@@ -5433,13 +5436,13 @@ class Snapshot:
         with self._encoding:
             if self._jpeg is None:
                 self._jpeg = encode_jpeg(self._progress.picture(rescale))
-                self._progress = None  # the copy has served
+                self._progress = None  # frees the copy
             return self._jpeg
 
 
 def block_means(image, side):
-    """The image (1, 3, H, W) with the mean of each block of side x side pixels, or of what there is
-    of it at the edges, as one pixel."""
+    """The image (1, 3, H, W) with each block of side x side pixels, smaller at the edges, replaced
+    by one pixel: its mean."""
     for _ in range(2):  # rows, then columns
         total = image[:, :, ::side].copy("K")
         for i in range(1, side):
@@ -5452,7 +5455,7 @@ def block_means(image, side):
 
 
 def encode_jpeg(picture):
-    """The bytes of a picture as a JPEG to look at."""
+    """The bytes of a picture as a JPEG for viewing."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -5461,29 +5464,30 @@ def encode_jpeg(picture):
 
 
 class Web(Watcher):
-    """web: a page on which a browser shows the run while it lasts.
+    """web: a page that shows the run in a browser while it lasts.
 
-    The run's thread only notes where it is, and copies the image if a request is waiting for a
-    picture; all else is done in threads of the server, which share what `_changed` guards. Steps
-    are measured every --output_iter steps, and while somebody looks as often as PAUSE allows.
+    The run's thread only records how far it is, and copies the image if a request is waiting for a
+    picture; everything else is done in the server's threads. `_changed` guards what they share.
+    Steps are measured every --output_iter steps, and while somebody is watching as often as PAUSE
+    allows.
     """
 
-    at_end = True  # it is followed from the first step to the last
-    PAUSE = 0.25  # seconds from one event to the next, and from one measured step to the next
-    PATIENCE = 15  # seconds after which a request that waits for something new is answered without
-    FAREWELL = 2  # seconds at most in which listeners may fetch the end
-    POINTS = 500  # of the curve, at most
+    at_end = True  # the page follows the run from the first step to the last
+    PAUSE = 0.25  # seconds, at least, between events and between measured steps
+    PATIENCE = 15  # seconds after which a waiting request is answered even if nothing is new
+    FAREWELL = 2  # seconds, at most, that listeners have to fetch the last event
+    POINTS = 500  # in the curve, at most
 
     def __init__(self, options, files):
         super().__init__(options, files)
         self._changed = threading.Condition()
         self._version, self._seen, self._end = 0, None, None
-        self._snapshot, self._curve = None, []  # of [steps done, objective]
-        self._is_wanted = False  # whether a request waits for a picture
-        self._visitors = 0  # requests that the end waits for
-        self._looked = self._measured = -math.inf  # when a picture was asked for, a step measured
-        self._asked = {}  # step: what wants_stats has answered, which holds for the whole step
-        open_web_server(self, options.web_host, options.web_port).server_close()  # to see if it can
+        self._snapshot, self._curve = None, []  # curve: [[steps done, objective], ...]
+        self._is_wanted = False  # whether a request is waiting for a picture
+        self._visitors = 0  # requests that the end of the run waits for
+        self._looked = self._measured = -math.inf  # times of the last request and measured step
+        self._asked = {}  # {step: what wants_stats answered}; must not change during a step
+        open_web_server(self, options.web_host, options.web_port).server_close()  # fails early
 
     def wants_stats(self, step):
         if step not in self._asked:
@@ -5503,12 +5507,12 @@ class Web(Watcher):
         if not self._server.is_local:
             place = f"port {self._server.port} of this machine"
             lines.append(f"whoever can reach {place} can see the picture and the command")
-        for line in lines:  # with --quiet, too: without its address there is no page
+        for line in lines:  # even with --quiet: nobody can find the page without its address
             say(printable(f"note: {line}"), "stderr")
 
     def _open(self):
-        """A server at the port that was asked for; if any will do, at that of the picture before,
-        where a page then goes on with this one."""
+        """A server at the requested port; if any port will do, at the previous picture's, so that
+        an open page continues with this one."""
         host, port = self.options.web_host, self.options.web_port
         if self.run.batch.port and not port:
             with contextlib.suppress(BadRequest):
@@ -5527,7 +5531,7 @@ class Web(Watcher):
             self._tell(progress, self._is_wanted)
 
     def close(self):
-        """Lets those who look fetch the end, and ends the server."""
+        """Lets viewers fetch the last event and picture, and stops the server."""
         dream, error = self.run.dream, sys.exc_info()[1]
         end = "done" if dream.is_done() and not error else "stopped"
         is_failure = error and not isinstance(error, Stopped)
@@ -5540,20 +5544,20 @@ class Web(Watcher):
         self._server.server_close()
 
     def _tell(self, progress, with_picture):
-        """Notes where the run is, for those who look."""
+        """Records how far the run is, for viewers."""
         self._version += 1
         self._seen = dataclasses.replace(progress, image=None)
         if with_picture:
-            with contextlib.suppress(MemoryError):  # it is not worth the run
+            with contextlib.suppress(MemoryError):  # a snapshot is not worth failing the run
                 self._snapshot = Snapshot(progress)
             self._is_wanted = False
         self._changed.notify_all()
 
-    # What follows runs in threads of the server.
+    # The methods below run in the server's threads.
 
     @contextlib.contextmanager
     def visitor(self):
-        """While a request is answered that the end of the run should wait for."""
+        """Makes the end of the run wait while a request is being answered."""
         with self._changed:
             self._visitors += 1
         try:
@@ -5564,8 +5568,8 @@ class Web(Watcher):
                 self._changed.notify_all()
 
     def picture(self, after):
-        """(steps done, JPEG) of the picture as it stands, once that is after more than `after`
-        steps, or at the end; None if there is none in time."""
+        """Waits until more than `after` steps are done, or the run ends, and returns (steps done,
+        JPEG) of the picture as it stands; None if there is none within PATIENCE."""
         with self._changed:
             before = self._snapshot
 
@@ -5583,8 +5587,8 @@ class Web(Watcher):
         return snapshot.steps, snapshot.jpeg(self.options.rescale_image)
 
     def events(self):
-        """Yields what is new, as dicts for the page: all at first, then changes; empty ones to see
-        whether the listener is still there. The last one has an end."""
+        """Yields news for the page as dicts: first everything, then changes, or empty dicts to see
+        whether the listener is still there. The last one says how the run ended."""
         news, version, drawn = self._plan(), None, None
         while True:
             with self._changed:
@@ -5602,7 +5606,7 @@ class Web(Watcher):
                 self._changed.wait_for(lambda: self._end, self.PAUSE)
 
     def _plan(self):
-        """What is known beforehand."""
+        """What is known before the first step."""
         dream = self.run.dream
         plan = {"command": self.run.record["command"], "sizes": dream.sizes, "curve": []}
         plan |= {"steps": dream.settings.num_steps, "tiles": self._pace.counts}
@@ -5624,15 +5628,15 @@ class Web(Watcher):
 def web_handler(web):
     """The class that answers requests for the page of a Web: GET and HEAD of three paths.
 
-    A site that a browser is also showing must not read them, even under a name that it has made
-    lead to this machine (DNS rebinding). So the Host of a request has to be the server's: an
-    address, which nobody can make lead elsewhere, localhost or what --web_host says; and the
-    Origin, if there is one, the same.
+    Other sites open in the same browser must not read the answers, not even through a name that
+    they have pointed at this machine (DNS rebinding). So the Host of a request has to be the
+    server's: an IP address, which nobody can redirect, localhost or the value of --web_host; and
+    the Origin, if there is one, has to match the Host.
     """
     import http.server
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10  # seconds for which a client may keep a thread waiting to read or write
+        timeout = 10  # seconds that a thread waits for a client to send or receive
 
         def do_GET(self):
             path, _, query = self.path.partition("?")
@@ -5641,11 +5645,11 @@ def web_handler(web):
                 problem = f"open {self.server.url}"
                 self.reply(403, problem.encode())
             elif self.command not in ("GET", "HEAD"):
-                self.reply(405, b"only GET and HEAD", Allow="GET, HEAD")
+                self.reply(405, b"only GET and HEAD are allowed", Allow="GET, HEAD")
             elif path in answers:
                 answers[path](query)
             else:
-                self.reply(404, b"there is nothing here but /")
+                self.reply(404, b"not found; the page is at /")
 
         def __getattr__(self, name):
             if name.startswith("do_"):  # any other method
@@ -5653,11 +5657,11 @@ def web_handler(web):
             raise AttributeError(name)
 
         def is_for_us(self):
-            """Whether a request may be answered, by what the browser says of it."""
+            """Whether a request may be answered, judging by its headers."""
             host, *others = self.headers.get_all("Host", [""])
             origins = self.headers.get_all("Origin", [])
             site, mode = (self.headers.get(f"Sec-Fetch-{name}") for name in ("Site", "Mode"))
-            is_own = site in (None, "same-origin", "none") or mode == "navigate"  # by a link
+            is_own = site in (None, "same-origin", "none") or mode == "navigate"  # a link
             is_same = all(origin == f"http://{host}" for origin in origins)
             return not others and self.server.has_name(host) and is_same and is_own
 
@@ -5665,7 +5669,7 @@ def web_handler(web):
             self.reply(200, PAGE.encode(), "text/html; charset=utf-8")
 
         def picture(self, query):
-            if self.command == "HEAD":  # not worth a picture
+            if self.command == "HEAD":  # without making a picture
                 self.reply(200, None, "image/jpeg")
                 return
             after = re.fullmatch(r"after=(\d{1,15})", query)
@@ -5684,10 +5688,10 @@ def web_handler(web):
                 for news in web.events():
                     line = f"data: {json.dumps(news)}" if news else ": nothing new"
                     self.wfile.write(f"{line}\n\n".encode())
-                self.rfile.read(1)  # until the page, having all, hangs up
+                self.rfile.read(1)  # waits until the page has everything and hangs up
 
         def reply(self, status, body=b"", kind="text/plain; charset=utf-8", **more):
-            """Sends an answer; its headers alone if `body` is None."""
+            """Sends an answer, only its headers if `body` is None."""
             self.send_response(status)
             headers = more | page_headers() | {"Content-Type": kind}
             if body is not None and status != 204:
@@ -5698,8 +5702,8 @@ def web_handler(web):
             if body and self.command != "HEAD":
                 self.wfile.write(body)
 
-        def send_error(self, code, *_):  # of requests that are none
-            self.reply(code, b"not a request that is understood here")
+        def send_error(self, code, *_):  # for malformed requests
+            self.reply(code, b"invalid request")
 
         def version_string(self):
             return "cnn-vis"
@@ -5711,7 +5715,7 @@ def web_handler(web):
 
 
 def web_server(handler, host):
-    """The class of servers that let `handler` answer for `host`, up to `most` requests at once."""
+    """A class of servers for `host` whose `handler` answers up to `most` requests at a time."""
     import ipaddress
     import socketserver
 
@@ -5729,7 +5733,7 @@ def web_server(handler, host):
             self.url = f"http://{shown}:{self.port}/"
 
         def has_name(self, text):
-            """Whether a Host is this server's."""
+            """Whether a Host header names this server."""
             text = text.lower() + (":80" if self.port == 80 and text[-3:] != ":80" else "")
             name, _, port = text.rpartition(":")
             with contextlib.suppress(ValueError):
@@ -5751,7 +5755,7 @@ def web_server(handler, host):
 
         def handle_error(self, *_):
             error = sys.exc_info()[1]
-            if not isinstance(error, OSError):  # that is a client that has gone
+            if not isinstance(error, OSError):  # an OSError means that the client has gone
                 log.error(f"--iter_behavior web: {one_line(error)}")
 
     return Server
@@ -5764,22 +5768,22 @@ def open_web_server(web, host, port):
         return web_server(web_handler(web), host)(family, address)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
-            remedy = "choose another, or leave it out"
+            remedy = "choose another port, or omit this option"
             raise refusal("web_port", port, f"{error.strerror}; {remedy}") from None
         problem = f"cannot listen there ({getattr(error, 'strerror', None) or one_line(error)})"
-        remedy = "give an address or a name of this machine, or leave it out"
+        remedy = "use an address or name of this machine, or omit this option"
         raise refusal("web_host", host, f"{problem}; {remedy}") from None
 
 
 class Bar(Watcher):
-    """The progress bar on a terminal; lines in a log."""
+    """The progress bar on a terminal, or lines in a log."""
 
     def begin(self, run):
         from tqdm import tqdm
 
         super().begin(run)
         self._pace, batch = Pace(run.dream), run.batch
-        others = batch.done + (batch.count - batch.number) * self._pace.total  # about
+        others = batch.done + (batch.count - batch.number) * self._pace.total  # a guess
         has_columns = sys.stderr.isatty() and os.get_terminal_size(2).columns > 0
         self._bar = tqdm(
             desc="starting", total=self._pace.total + others, initial=batch.done + self._pace.done,
@@ -5825,7 +5829,7 @@ class Watchers(list):
         super().__init__(watcher(options, files) for watcher in asked)
 
     def writes(self):
-        """The paths that they write, besides pictures with a number."""
+        """The paths that they write, except those of intermediate pictures."""
         return [path for watcher in self for path in watcher.writes()]
 
     def wants_stats(self, step):
@@ -5833,7 +5837,7 @@ class Watchers(list):
         return any(watcher.wants_stats(step) for watcher in self)
 
     def after_step(self, progress):
-        """Does what is due after a step. What fails is reported, and the run goes on."""
+        """Does what is due after a step. A RunFailed is reported, and the run continues."""
         for watcher in self:
             try:
                 watcher.after_step(progress)
