@@ -238,8 +238,8 @@ def measure_maths(_, tile):
 
 
 def measured(what, arguments, threads=1, copies=1):
-    """The result of measure_WHAT(...) in `copies` processes at the same time, the mean of numbers;
-    None where it fails."""
+    """The result of measure_WHAT(...). With several `copies`, that many processes run at the same
+    time, and the result is their mean time divided by their number. None if it fails."""
     command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments]), *sys.argv[1:]]
     threaded = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
     running = [
@@ -257,7 +257,7 @@ def measured(what, arguments, threads=1, copies=1):
 
 
 class Instant(cnn_vis.Engine):
-    """Answers at once, with what it was sent."""
+    """Answers immediately, without computing anything."""
 
     def __init__(self, slots=9, tile_size=(224, 224)):
         self.tile_size, self.batch_size, self.number = tile_size, 1, 1
@@ -281,8 +281,8 @@ class Instant(cnn_vis.Engine):
 
 
 def parent_alone(step_tile):
-    """Runs the parent at 1080x1920 with an Instant engine; (seconds, seconds of CPU, those of its
-    main thread) for each tile, and the Dream."""
+    """Runs the parent process at 1080x1920 with an Instant engine; returns (seconds, CPU seconds,
+    CPU seconds of its main thread) per tile, and the Dream."""
     settings = cnn_vis.Settings(
         **SETTINGS, initial_size="1080x1920", num_steps=22, seed=1, initialization_scale=20.0
     )
@@ -301,7 +301,7 @@ def ceiling(args):
     that means for other machines."""
     compiled, numpys = cnn_vis.compiled_step_tile(), cnn_vis.step_tile
     if compiled is None:
-        sys.exit("this Caffe is not the one that comes with cnn_vis.py: there is no compiled step")
+        sys.exit("this is not the Caffe included with cnn_vis.py: it has no compiled step")
     for name, step_tile in (("NumPy", numpys), ("compiled", compiled)):
         (seconds, cpu, main_cpu), dream = parent_alone(step_tile)
         print(f"parent alone: {1 / seconds:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
@@ -370,7 +370,8 @@ def seconds(folder, *words):
 
 
 def memory(pid):
-    """Bytes of a process and all below it, shared pages in shares (PSS)."""
+    """The memory of a process and its descendants in bytes; shared pages are divided among them
+    (PSS)."""
     total = 0
     with contextlib.suppress(OSError):
         with open(f"/proc/{pid}/smaps_rollup") as file:
@@ -485,7 +486,7 @@ def report(args):
         print(
             f"network: {torch_best / rows[f'{cores} workers']:.2f} times faster than PyTorch's best"
         )
-    print(f"one worker: {100 * floor / rows['one worker']:.0f}% of the floor")
+    print(f"one worker: {100 * floor / rows['one worker']:.0f}% of the matrix products' speed")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ EMULATION = {
 
 
 def run_cli(*arguments, cwd, timeout=110, **environment):
-    """Runs the script in a process of its own, in this environment with changes (None: without that
+    """Runs the script in a separate process, in this environment with changes (None removes a
     variable); returns the finished process with its stdout and stderr as text."""
     environment = {
         name: value for name, value in (os.environ | environment).items() if value is not None
@@ -75,7 +75,8 @@ def psnr(a, b):
 
 
 def assert_one_line(process, status, *words):
-    """The process ended with `status` and said one line on stderr that holds all the `words`."""
+    """Asserts that the process ended with `status` and one line on stderr that contains all
+    `words`."""
     assert process.returncode == status, process.stderr
     lines = process.stderr.splitlines()
     assert len(lines) == 1, process.stderr
@@ -141,8 +142,8 @@ CARD = Image.fromarray(np.random.RandomState(3).randint(0, 256, (40, 50, 3), np.
 
 
 def start(*arguments, cwd):
-    """The program as a running process, its own session leader, to which SIGHUP matters though
-    these tests run under nohup. It is ended with the test."""
+    """Starts the program as a session leader and returns the process, which is killed when the test
+    ends. SIGHUP has its default effect, even if the tests run under nohup."""
     running = subprocess.Popen(
         [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
         cwd=cwd,
@@ -226,7 +227,7 @@ def wait_for(condition, seconds=20):
         if value:
             return value
         time.sleep(0.01)
-    raise AssertionError("waited in vain")
+    raise AssertionError("timed out")
 
 
 def free_port():
@@ -270,8 +271,8 @@ def mutated(data, randomly):
 
 
 def assert_same_run(folder, whole):
-    """Picture, statistics and animation are those of the run left alone, and no checkpoint is
-    left."""
+    """Asserts that picture, statistics and animation equal those of the uninterrupted run, and that
+    no checkpoint is left."""
     assert np.array_equal(pixels(folder / "out.png"), pixels(whole / "out.png"))
     assert (folder / "stats.csv").read_text() == (whole / "stats.csv").read_text()
     assert (folder / "out_run.gif").read_bytes() == (whole / "out_run.gif").read_bytes()
@@ -329,7 +330,7 @@ class DaskCluster:
         return running
 
     def wait_for_workers(self, number):
-        """Waits until the scheduler has known so many."""
+        """Waits until `number` workers have registered with the scheduler."""
 
         def registered():
             return sum("Registered to" in worker.log.read_text() for worker in self.workers)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What the program does on the GPU of this machine, as tables for the README.
+"""Tests and times the program on this machine's GPU, and prints tables for the README.
 
     make gpu-check                         # everything: about ten minutes on a large GPU
     python tests/gpu_check.py --parts gradients speed    # some of it
-    python tests/gpu_check.py --quick      # every part with as little work as it can do
+    python tests/gpu_check.py --quick      # every part, with as little work as possible
 
-Without a GPU this is --quick on two emulated ones (cuda_on_cpu/README.md), to try the kit itself. A
-part that fails says so in its table and lets the others go on; the exit code is then 1.
+Without a GPU this is --quick on two emulated ones (cuda_on_cpu/README.md), to test this script. If
+a part fails, its table says so and the other parts still run; the exit code is then 1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ IS_EMULATED = os.environ.get("LD_LIBRARY_PATH") == EMULATION["LD_LIBRARY_PATH"]
 
 
 class Work:
-    """What is measured: much, or with `quick` as little as shows that the kit works."""
+    """How much is measured; with `quick`, just enough to show that this script works."""
 
     def __init__(self, model, layer, quick):
         self.words = [f"--model={model}"] if model else []
@@ -60,14 +60,14 @@ def noise(count, tile_size):
 
 
 def machine(work):
-    """What all this is measured on."""
+    """The machine and software used."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     told = (
         subprocess.run(query, capture_output=True, text=True, check=False).stdout
         if shutil.which(query[0])
         else ""
     )
-    yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "not told")
+    yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "unknown")
     yield "cores", cnn_vis.count_cores()
     yield "network", f"{work.files.name}, {work.spec.targets[0]}"
     types = on_gpu(layer_types)
@@ -91,7 +91,8 @@ def tests(_):
 
 
 def gradients(work):
-    """Every layer that can be amplified: the gradient of a tile of noise, beside the CPU's."""
+    """The gradient of a tile of noise for every layer that can be amplified, compared with the
+    CPU's."""
     listed, _, _ = cnn_vis.in_a_worker(cnn_vis.layer_shapes, work.files)
     layers = [blob for blob, _, _ in listed]
     found = on_gpu(distances, work.spec, layers)
@@ -117,13 +118,13 @@ def distances(spec, layers):
 
 
 def speed(work):
-    """ms for each tile, there and back, by the number of tiles in a batch: one process."""
+    """One process: ms per tile, forward and backward, for each number of tiles in a batch."""
     ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (cnn_vis.GPU_LAYERS, False)}
     ways["cuDNN, TF32"] = (cnn_vis.GPU_LAYERS, True)
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
     for name, (fast, tf32) in ways.items():
         if fast and not has_cudnn:
-            yield name, "Caffe was built without"
+            yield name, "Caffe was built without cuDNN"
             continue
         yield name, by_batch(on_gpu(batch_times, work, fast, tf32))
 
@@ -146,8 +147,8 @@ def batch_times(work, fast, tf32):
 
 
 def processes(work):
-    """ms for each tile of many that do not wait for one another, by processes on GPU 0: all that
-    the program does but for the steps."""
+    """Independent tiles: ms per tile for each number of processes on GPU 0, with all of the
+    program's work except the steps."""
     for each in (1, 2, 3):
         cnn_vis.Workers.EACH = each
         with cnn_vis.Workers(work.spec, gpus=[0]) as workers:
@@ -197,8 +198,8 @@ def command(folder, work, steps):
 
 @contextlib.contextmanager
 def gpu_watch():
-    """A list that holds GPU 0's (utilization in percent, MiB of memory), twice a second, at the end
-    of the block; empty without nvidia-smi."""
+    """Yields a list that is filled when the block ends, with GPU 0's (utilization in percent, MiB
+    of memory) twice a second. It stays empty without nvidia-smi."""
     found, query = [], "--query-gpu=utilization.gpu,memory.used"
     if not shutil.which("nvidia-smi"):
         yield found
@@ -214,8 +215,8 @@ def gpu_watch():
 
 
 def torch(work):
-    """The same by PyTorch, channels last: ms for each tile by the number of tiles in a batch, and
-    regularizers and step on the GPU too."""
+    """The same in PyTorch, channels last: ms per tile for each number of tiles in a batch,
+    including regularizers and step, also on the GPU."""
     try:
         import torch as library
     except ModuleNotFoundError:
@@ -268,15 +269,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="network (default: as the program chooses)")
     parser.add_argument("--layer", default="inception_4c/output")
-    parser.add_argument(
-        "--quick", action="store_true", help="as little work as shows the kit works"
-    )
+    parser.add_argument("--quick", action="store_true", help="just enough work to test this script")
     names = [part.__name__ for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="some of it only")
     args = parser.parse_args()
     if not IS_EMULATED and not cnn_vis.count_gpus():
         if not CUDA_ON_CPU.exists():
-            sys.exit(f"there is no GPU, and none to emulate one: make {CUDA_ON_CPU}/built")
+            sys.exit(f"no GPU found, and the emulation is not built: make {CUDA_ON_CPU}/built")
         words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | EMULATION)
 

@@ -35,8 +35,8 @@ def alone(folder, *arguments):
 @pytest.mark.parametrize("images", [["--image=in"], ["--image", "in/a.png", "in/b.png"],
                                     ["--image=in/a.png", "--image=in/b.png"]])  # fmt: skip
 def test_every_picture_through_every_layer(images, folder):
-    """As one alone would be; a command in it tells how that is made. What is there is not made
-    again, unless by other settings."""
+    """Each picture is as if made alone, and records the command that makes it. Existing pictures
+    are not made again unless the settings differ."""
     words = [*DREAM, *images, *LAYERS, "--output=new/dreams/"]
     done = run_cli(*words, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def test_workers_are_started_once(folder):
 
 @pytest.mark.parametrize("layer", ["pool1/norm1:1,3", "pool1/norm1:strong2"])
 def test_a_stopped_batch_goes_on_where_it_stopped(layer, folder):
-    """Amid the second picture: that is continued, not begun again."""
+    """Stopped during the second picture: it is resumed, not started over."""
     words = [*DREAM, "--image=in", f"--layer={layer}", "--num_steps=150", "--checkpoint_iter=1"]
     assert run_cli(*words, "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--output=out/", cwd=folder)
@@ -152,7 +152,7 @@ def test_a_batch_that_cannot_be_is_refused(arguments, words, folder):
 
 
 def test_the_last_layer_counts_for_one_picture(folder):
-    """As with every option, so that scripts take options of their own."""
+    """As with every option, so that a script's options can be overridden."""
     done = run_cli(*DREAM, "--image=in/b.png", "--image=in/a.png", *LAYERS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(pixels(folder / "out.png"), alone(folder, "--image=in/a.png", LAYERS[1]))
@@ -171,8 +171,8 @@ def stop_in_the_first(words, folder, name):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
 def test_one_that_is_stopped_twice_is_continued_in_every_format(ending, folder):
-    """With the channels that its words stood for; a picture so far is not taken for a finished
-    one."""
+    """It keeps the channels that `strong2` selected; an unfinished picture is not taken for a
+    finished one."""
     words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=300"]
     whole = [*words, f"--output=whole/{{name}}.{ending}"]
     assert run_cli(*whole, cwd=folder).returncode == 0

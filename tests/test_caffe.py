@@ -14,8 +14,8 @@ HAS = set(caffe.layer_type_list())
 
 
 def net(kind, parameters, shape, tmp_path):
-    """A net of one layer `top` of that kind, behind a convolution of which only the bias learns: as
-    the program cuts nets, so that gradients go back to the data and none is asked for of the
+    """A net with one layer `top` of that kind, after a convolution that learns only its bias. The
+    program cuts nets like this, so that gradients reach the data but none are computed for the
     layer's weights."""
     dims = " ".join(f"dim: {side}" for side in shape)
     weights = 0 if "convolution" not in parameters else 1 if "bias_term: false" in parameters else 2
@@ -106,7 +106,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("parameters", CONVOLUTIONS)
 @pytest.mark.parametrize("size", [(14, 14), (7, 7), (1, 5), (29, 56), (131, 97)])
 def test_winograd_convolution(parameters, size, tmp_path):
-    """Equal up to rounding where it is our own, and to the last bit where it is Caffe's."""
+    """Equal up to rounding if our own code runs, to the last bit if Caffe's does."""
     if min(size) < 3 and "pad: 1" not in parameters:
         pytest.skip("larger than the picture")
     parameters = f"convolution_param {{ {parameters} }}"

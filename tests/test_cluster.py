@@ -61,7 +61,7 @@ def test_a_cluster_gives_this_machines_pixels(dask_cluster, picture, tmp_path):
 
 
 def test_workers_come_and_go(dask_cluster, whole, tmp_path):
-    """Killed amid the run, with others in their place: the same run."""
+    """Workers are killed during the run and others join: the result is the same."""
     first, second = dask_cluster.add_worker(), dask_cluster.add_worker()
     cluster = f"--scheduler={dask_cluster.address}"
     running = under_way(*RUN, "--checkpoint_iter=1", cluster, cwd=tmp_path)
@@ -78,7 +78,7 @@ def test_workers_come_and_go(dask_cluster, whole, tmp_path):
 
 
 def test_without_workers_a_run_waits(dask_cluster, whole, tmp_path):
-    """From here to the cluster and back, with a stop while all workers are gone."""
+    """A run moves to the cluster and back, and is stopped while all workers are gone."""
     running = under_way(*RUN, "--checkpoint_iter=1", cwd=tmp_path)
     running.send_signal(signal.SIGINT)
     assert running.wait() == 128 + signal.SIGINT
@@ -146,7 +146,7 @@ def test_without_dask_there_is_one_line(tmp_path):
 
 
 def test_a_worker_without_caffe_is_not_used(dask_cluster, tmp_path):
-    """Alone it is an error; beside another, a notice."""
+    """If it is the only worker, that is an error; otherwise a notice."""
     broken = tmp_path / "broken"
     shutil.copytree(GOLDEN, broken / "caffe")
     (broken / "caffe" / "__init__.py").write_text("1 / 0")
@@ -188,7 +188,7 @@ def namespaces():
     """The names of two network namespaces, and of the links to them, behind a bridge that has the
     address 10.203.7.1."""
     if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces take root, and iproute2's ip")
+        pytest.skip("network namespaces need root and iproute2's ip")
 
     bridge, names = f"cv{os.getpid()}", [f"cv{os.getpid()}-{n}" for n in (2, 3)]
 
@@ -262,7 +262,7 @@ def test_a_damaged_file_of_the_cache_is_sent_again(dask_cluster, tmp_path):
 def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     """As where homes are on one server: here two host names, and a file of many parts."""
     if os.geteuid() or not shutil.which("unshare"):
-        pytest.skip("another host name takes root, and util-linux's unshare")
+        pytest.skip("another host name needs root and util-linux's unshare")
     name = ["unshare", "--uts", "sh", "-c", 'hostname other; exec "$@"', "sh"]
     dask_cluster.add_worker()
     dask_cluster.add_worker(within=name)
@@ -310,7 +310,7 @@ if __name__ == "__main__":
 
 
 def test_a_silent_loan_ends_and_another_follows(dask_cluster):
-    """Where nothing is heard of a run, its Caffe processes end; should it go on, it gets others."""
+    """When a run falls silent, its Caffe processes end; if it continues, it gets new ones."""
     worker = dask_cluster.add_worker()
     with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
         engine.describe()

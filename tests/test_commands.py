@@ -1,4 +1,4 @@
-"""The program from outside: what is done instead of a run, streams, surroundings."""
+"""The program from outside: commands other than a run, its streams, its environment."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def test_closed_and_full_streams_stop_nothing(redirection, tmp_path):
 
 
 def test_an_error_on_a_full_stderr_keeps_its_status(tmp_path):
-    """Nobody reads the line; the exit status says it."""
+    """The message is lost, but the exit status still reports the error."""
     command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *TINY, "--image=nope.jpg"])
     assert subprocess.run(["sh", "-c", f"{command} 2>/dev/full"], cwd=tmp_path).returncode == 2
 
@@ -60,7 +60,7 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
 
 
 def test_main_leaves_the_callers_logging_and_streams_alone(tmp_path, monkeypatch):
-    """Its stderr may be any stream; lines are printed once; --quiet ends with it."""
+    """The caller's stderr may be any stream; lines are printed once; --quiet lasts for one call."""
     monkeypatch.chdir(tmp_path)
     told = io.StringIO()
     root = logging.StreamHandler(told)

@@ -1,5 +1,5 @@
-"""The loop. Tiles are computed ahead of their turn, and the picture must not know: the scheduler
-with an engine that only pretends, against a plain loop."""
+"""The main loop. Tiles are computed ahead of their turn, which must not change the picture: the
+scheduler with a fake engine is compared with a plain loop."""
 
 import concurrent.futures
 import contextlib
@@ -21,7 +21,7 @@ def gradient(tile):
 
 
 def pool_of(threads):
-    """So many threads, as a context manager; None for 0."""
+    """A pool of that many threads, as a context manager, which gives None for 0."""
     if threads:
         return concurrent.futures.ThreadPoolExecutor(threads)
     return contextlib.nullcontext()
@@ -33,7 +33,7 @@ def step(image, region, gradient):
 
 
 class PretendedEngine:
-    """As cnn_vis.Engine, with `slots` places; tells when it is given more than it can hold, or
+    """A fake cnn_vis.Engine with `slots` places. Fails if it is given more than it can hold, or
     asked for too much."""
 
     def __init__(self, slots, batch_size, number=1):
@@ -134,8 +134,8 @@ def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, threads,
 
 
 def test_the_engine_is_kept_busy():
-    """In a picture of many tiles an engine of few slots always has the next tile before it is done
-    with the one in hand, and full batches are made where there are tiles for them."""
+    """In a picture of many tiles, an engine with few slots always has its next tile before it
+    finishes the current one, and batches are full if there are enough tiles."""
     size, tile = (1080, 1920), (224, 224)
     colours = [colour for colour in cnn_vis.tiles(size, tile) if colour] * 4
     image = np.zeros((1, 3, *size))
@@ -170,7 +170,7 @@ class Clockwork(PretendedEngine):
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_gpus_share_the_tiles_of_a_turn(number):
-    """However large a batch may be: none of them waits for one that has them all."""
+    """However large a batch may be, no GPU takes all tiles while the others wait."""
     size = (1080, 1920)
     turns = [(colour, False) for colour in cnn_vis.tiles(size, (224, 224))] * 4
     engine = Clockwork(number)
@@ -189,8 +189,8 @@ layer {{ name: "after" type: "Power" bottom: "relu" top: "after" power_param {{ 
 
 
 def test_a_gradient_of_zeros_is_told_and_ends_a_run_that_nothing_changes(tmp_path):
-    """A ReLU that is off everywhere: told where the regularizers go on, the end where they are off
-    too. The same network without the ReLU's silence says nothing."""
+    """A ReLU that is off everywhere is reported; the run goes on if there are regularizers, else it
+    ends. The same network with the ReLU on reports nothing."""
     (tmp_path / "no.caffemodel").write_bytes(b"")
     for shift in (-1000, 1000):
         (tmp_path / f"{shift}.prototxt").write_text(SILENT.format(shift=shift))
@@ -212,7 +212,7 @@ def test_a_gradient_of_zeros_is_told_and_ends_a_run_that_nothing_changes(tmp_pat
 
 
 def test_overflow_of_the_running_square_is_reported(tmp_path):
-    """In the running square first, where it would stop the picture's pixels and say nothing."""
+    """The running square overflows first, which would silently freeze the picture's pixels."""
     done = run_cli(
         *TINY,
         "--layer=inception_a/output",
@@ -249,7 +249,7 @@ def test_overflow_ends_the_run_and_keeps_the_last_good_picture(tmp_path):
     [("--learning_rate=1e39", "overflowed"), ("--l1_weight=1e38", "gradient of the start picture")],
 )
 def test_absurd_values_are_one_line(option, words, tmp_path):
-    """With tiles that overlap: what one has driven up, the next one is sent with."""
+    """With overlapping tiles: the next tile includes the pixels that the previous one drove up."""
     words_of_one = [word for word in ONE if "size" not in word]
     options = [*words_of_one, "--num_steps=3", "--initial_size=64x96", option]
     done = run_cli(*options, "--initialization_scale=20", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Engines: where tiles are computed must not show in the picture, nor that a process was killed."""
+"""Engines: neither where tiles are computed nor a killed process may change the picture."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ class OnDask:
 
 @pytest.fixture(params=["local", "cluster"])
 def kind(request):
-    """Every engine keeps the tests below that take this."""
+    """Tests that use this fixture run with every kind of engine."""
     if request.param == "local":
         return Local()
     return OnDask(request.getfixturevalue("dask_cluster"))
@@ -114,8 +114,8 @@ def test_an_engine_gives_each_ticket_its_own_tile(kind, expected):
 
 
 def test_an_engine_makes_up_for_processes_that_are_killed(kind, expected):
-    """In two rounds. A third where a round's tiles were done before the deaths: these are found out
-    at the next tiles, and there is nobody to be killed then."""
+    """Processes are killed in two rounds. If a round's tiles were done before the kills, these are
+    noticed only with the next tiles, and that round, with nobody to kill, does not count."""
     rounds = 0
     with kind.engine(SPEC) as engine:
         engine.describe()

@@ -1,4 +1,4 @@
-"""The scripts in examples/ do what they say, on the network that comes along, with one step and
+"""The scripts in examples/ do what they say. They are run with the included network, one step and
 small pictures."""
 
 import os
@@ -325,8 +325,8 @@ def test_all_layers_of_the_network(cat):
 
 
 def test_a_stopped_picture_is_not_taken_for_a_whole_one(cat):
-    """cnn_vis.py writes what it has when it is stopped or fails; here, something that does so in
-    its place."""
+    """cnn_vis.py saves an unfinished picture when it is stopped or fails; here a stand-in does
+    so."""
     python = stand_in(cat.parent, 'for last; do :; done; cp "$PICTURE" "$last"; exit 130')
     environment = {"LAYERS": "conv2/3x3", "CNN_VIS_PYTHON": python, "PICTURE": str(cat)}
     run("all_layers.sh", cat, "folder", cwd=cat.parent, status=1, **environment)
@@ -351,7 +351,7 @@ def test_neurons_are_no_more_than_there_are(tmp_path):
 
 
 def test_compare_networks(cat, tmp_path):
-    """All networks that are installed: here only the one that comes along."""
+    """All installed networks are compared: here only the included one."""
     nowhere = {"CNN_VIS_MODELS": str(tmp_path), "CAFFE_ROOT": str(tmp_path), "SIDE": "224"}
     run("compare_networks.sh", cat, *FAST, cwd=tmp_path, **nowhere)
     folder = tmp_path / "my <cat> & co_networks"
@@ -384,7 +384,7 @@ def test_targets(tmp_path):
 
 
 def test_a_page_of_a_folder(tmp_path):
-    """Of the pictures that browsers show, without those along the way."""
+    """It shows all pictures that browsers can display, except intermediate ones."""
     for name in ("a.png", "a_1_50.png", "b_2_7.jpg", "c.webp", "d.tif"):
         Image.new("RGB", (8, 6)).save(tmp_path / name)
     sheet = [sys.executable, EXAMPLES / "sheet.py", tmp_path]
@@ -633,7 +633,7 @@ def test_cluster(way, cat):
 
 
 def test_cluster_tells_what_does_not_answer(cat):
-    """A machine without ssh is told of; one that is there does the work."""
+    """A machine that ssh cannot reach is reported; another one does the work."""
     environment = {"MACHINES": "nosuch.invalid,:", "PORT": str(free_port())}
     environment["CNN_VIS_MODELS"] = str(cat.parent / "cache")
     said = run("cluster.sh", *FAST, f"--image={cat.name}", cwd=cat.parent, **environment)
@@ -642,8 +642,8 @@ def test_cluster_tells_what_does_not_answer(cat):
 
 
 def test_slurm(cat):
-    """Run as Slurm runs it: a copy elsewhere, in the folder of submission, with its variables. A
-    checkpoint is gone on from."""
+    """Run as Slurm runs it: from a copy of the script, in the submission folder, with Slurm's
+    variables. If there is a checkpoint, it is resumed."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
     environment = {
         "SLURM_SUBMIT_DIR": str(ROOT),
@@ -667,8 +667,8 @@ def test_slurm(cat):
 
 
 def test_slurm_ends_a_task_and_starts_it_again(cat):
-    """With the signal that comes when time is up: all is saved, goes on, and is not made again when
-    it is done."""
+    """The signal that Slurm sends when time is up saves the work. The next task resumes it; once it
+    is done, it is not made again."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
     environment = {
         "SLURM_SUBMIT_DIR": str(ROOT),

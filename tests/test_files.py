@@ -1,5 +1,5 @@
-"""Files of a run: written whole or not at all, never over another, and what they say of how they
-were made."""
+"""Files of a run: written completely or not at all, never over other files, and their record of how
+they were made."""
 
 import io
 import json
@@ -87,8 +87,8 @@ def test_a_full_disk_at_the_end_loses_nothing(small_disk, tmp_path):
 
 
 def test_a_full_disk_on_the_way_is_reported(small_disk, tmp_path):
-    """What is saved on the way and cannot be is told; the run goes on, and ends well where there is
-    room again."""
+    """An intermediate picture that cannot be saved is reported; the run goes on, and succeeds if
+    there is room again."""
     (small_disk / "filler").write_bytes(bytes(50 * 1024))
     running = start(
         *TINY,
@@ -140,7 +140,7 @@ def test_the_extension_decides_the_format(extension, tmp_path):
 
 @pytest.mark.parametrize(("extension", "side"), [("jpg", 65501), ("webp", 16384)])
 def test_sides_that_a_format_does_not_hold(extension, side, tmp_path):
-    """Told before work begins; one pixel less is written."""
+    """Refused before work begins; a picture one pixel smaller is written."""
     options = [*TINY, "--layer=inception_a/output", f"--output=out.{extension}"]
     done = run_cli(*options, f"--initial_size=32x{side}", cwd=tmp_path)
     assert_one_line(done, 2, "--output", str(side - 1), ".png")
@@ -195,7 +195,7 @@ def test_inputs_are_not_overwritten(option, tmp_path):
 
 
 def test_a_checkpoint_is_not_overwritten(tmp_path):
-    """By the picture of the run that goes on from it."""
+    """A resumed run must not write its picture over its checkpoint."""
     running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     running.kill()
     running.communicate()
@@ -295,8 +295,7 @@ def test_what_can_be_written_at_the_end_is_written(tmp_path):
 
 
 def test_the_work_is_kept_when_the_folder_goes_away(tmp_path):
-    """The picture cannot be written where it was to be; the work is kept, and can be gone on
-    with."""
+    """The picture cannot be written to its folder; the work is kept and can be resumed."""
     folder = tmp_path / "folder"
     folder.mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path)}
@@ -362,7 +361,8 @@ def test_the_printed_command_makes_the_same_picture(extension, tmp_path):
 
 
 def test_a_strangers_record_is_printed_as_escapes(tmp_path):
-    """What a terminal would obey comes out as escapes, which a shell reads as what they were."""
+    """Control characters are printed as escapes, which a shell turns back into the same
+    characters."""
     name = "a \x1b]0;title\x07 'quoted' \\ name.png"
     record = {
         "program": "\x1b[2J",
@@ -428,8 +428,8 @@ def checkpoint(tmp_path_factory):
 
 
 def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
-    """Changed anywhere, a checkpoint is refused; where the change does not matter to anyone, it is
-    read as it was."""
+    """A checkpoint with any change is refused, unless the change leaves its contents as they
+    were."""
     path, randomly = tmp_path / CHECKPOINT, random.Random(8)
     path.write_bytes(checkpoint)
     sound = cnn_vis.Checkpoint.read(str(path))
@@ -450,7 +450,7 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
 
 
 def forged(checkpoint, change):
-    """A sound archive with something else in it: change(header, arrays) edits them."""
+    """A well-formed checkpoint with other contents: change(header, arrays) edits them."""
     with zipfile.ZipFile(io.BytesIO(checkpoint)) as file:
         arrays = {name[:-4]: np.load(io.BytesIO(file.read(name))) for name in file.namelist()}
     header = json.loads(arrays.pop("header").tobytes())
@@ -541,7 +541,7 @@ def test_links_in_a_circle_are_refused_at_the_start(tmp_path):
 
 
 def deep_pixels(path):
-    """The pixels of a picture of 16 bits, as a reader that is not ours has them."""
+    """The pixels of a 16-bit picture, read with OpenCV instead of our own code."""
     import cv2
 
     return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[:, :, ::-1]
@@ -549,7 +549,7 @@ def deep_pixels(path):
 
 @pytest.mark.parametrize("more", [[], ["--rescale_image"], ["--keep_colors"]])
 def test_16_bits_are_the_floats(more, picture, tmp_path):
-    """Their upper halves are the 8 bits that are written else, and the lower ones are not empty."""
+    """Their upper bytes are those of the 8-bit picture, and the lower ones are not empty."""
     common = [*QUICK, f"--image={picture}", "--iter_behavior=save", "--output_iter=1", *more]
     for words in (["--output=8.png"], ["--output=16.png", "--depth=16"]):
         assert run_cli(*common, *words, cwd=tmp_path).returncode == 0

@@ -20,8 +20,8 @@ COMMANDS = [
 
 
 def tiny_pictures(case, folder, *arguments, **environment):
-    """Runs a case there. Returns {name: (the greatest difference from the original's picture, in
-    grey levels, and the PSNR)}: of all pictures of the run, those along the way too."""
+    """Runs a case in `folder`. Returns {name: (largest difference from the original's picture in
+    grey levels, PSNR)} for all pictures of the run, including intermediate ones."""
     words = shlex.split(CASES["cases"][case])
     words = [word.replace("=input.png", f"={GOLDEN}/input.png") for word in words]
     seed = f"--seed={CASES['seed']}"

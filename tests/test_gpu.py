@@ -1,5 +1,5 @@
-"""The GPU path: on the GPUs of this machine where Caffe was built for them, else on two that are
-emulated (cuda_on_cpu/README.md); what needs a GPU that fails, or one that counts, is emulated."""
+"""The GPU path: on this machine's GPUs if Caffe was built for them, else on two emulated ones
+(cuda_on_cpu/README.md). Tests that need a GPU to fail, or to log what it does, need emulation."""
 
 import collections
 import errno
@@ -47,13 +47,13 @@ IS_REAL = cnn_vis.count_gpus() > 0 and cnn_vis.in_a_worker(cnn_vis.can_use_gpu)
 GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
 COUNT = cnn_vis.count_gpus() if IS_REAL else 2
 
-# How far a GPU's pictures may be from the CPU's: in grey levels, and in dB. Sums of another order
-# are other in their last bits, and a dream makes more of every difference.
+# How far a GPU's pictures may differ from the CPU's, in grey levels and in dB. Adding in another
+# order changes the last bits, and a dream amplifies every difference.
 LEVELS, RATIO = (255, 35) if IS_REAL else (8, 65)
 # And gradients, relatively: those of a convolution, and of a network with its max pooling.
 BOUND = 1e-5 if IS_REAL else 1e-6
 
-emulated = pytest.mark.skipif("IS_REAL", reason="makes an emulated GPU fail or tell")
+emulated = pytest.mark.skipif("IS_REAL", reason="needs an emulated GPU")
 two_gpus = pytest.mark.skipif("COUNT < 2", reason="there is one GPU")
 EVERYWHERE = [word for word in TINY if not word.startswith("--gpu")]
 DREAM = [
@@ -224,7 +224,8 @@ def test_batches_give_the_same_picture(size, on_cpu, tmp_path):
     ],
 )
 def test_cuda_visible_devices_is_heeded(visible, gpu, told, on_cpu, tmp_path):
-    """Numbers are of the GPUs that it leaves; one that is not among them names the reason."""
+    """--gpu counts only the GPUs that it leaves; for any other number the error names the
+    variable."""
     done = run_cli(*DREAM, *gpu, cwd=tmp_path, **GPU | {"CUDA_VISIBLE_DEVICES": visible})
     if told:
         assert done.returncode == 0, done.stderr
@@ -337,7 +338,7 @@ json.dump(found, open("found.json", "w"))
 
 @pytest.fixture(scope="module")
 def cudnn():
-    """Skips what needs it on a machine where Caffe was built without."""
+    """Skips tests that need cuDNN if Caffe was built without it."""
     script = "import sys, caffe; sys.exit('CudnnConvolution' not in caffe.layer_type_list())"
     if IS_REAL and subprocess.run([sys.executable, "-c", script], check=False).returncode:
         pytest.skip("Caffe was built without cuDNN")
@@ -354,14 +355,15 @@ def distances(cudnn, tmp_path_factory):
 
 @pytest.mark.parametrize("parameters", CONVOLUTIONS)
 def test_convolutions_are_caffes(parameters, distances):
-    """To rounding, and with TF32 to ten bits. Those for which cuDNN has no algorithm, in the
-    emulation filters that are not square, are Caffe's own."""
+    """Equal to rounding, or with TF32 to ten bits. If cuDNN has no algorithm (in the emulation: for
+    filters that are not square), Caffe's own convolution runs."""
     assert max(distances["CudnnConvolution"][parameters]) <= BOUND
     assert max(distances["CudnnTF32Convolution"][parameters]) <= 2e-3
 
 
 def test_tf32_is_off_where_it_is_not_asked_for(distances):
-    """It shows, so what does not show it has none. (The oldest real GPUs have none at all.)"""
+    """TF32 shows in the results, so results without its errors did not use it. (The oldest GPUs
+    lack it.)"""
     shown = [min(found) for found in distances["CudnnTF32Convolution"].values()]
     assert IS_REAL or sum(error >= 1e-5 for error in shown) == len(CONVOLUTIONS) - 1
     assert all(max(found) <= BOUND for found in distances["CudnnConvolution"].values())
@@ -381,7 +383,7 @@ def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_pat
 
 
 def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
-    """In the picture's origin; without the option products are of full precision."""
+    """The picture records --tf32; on the CPU, products keep their full precision."""
     dream("--gpu=0", "--tf32", cwd=tmp_path)
     ratio = psnr(tmp_path / "out.png", on_cpu)
     assert ratio >= 20
@@ -462,7 +464,8 @@ def test_a_gpu_that_takes_one_process_only_gets_one(on_cpu, tmp_path, logged):
 
 @emulated
 def test_a_batch_is_tried_before_the_run(on_cpu, tmp_path):
-    """One that is too large for the GPU does not end a run on its way."""
+    """A batch that is too large for the GPU is noticed at the start, not in the middle of the
+    run."""
     small = {"CUDA_ON_CPU_MEMORY": "6500000"}
     done = run_cli(*DREAM, "--gpu=0", "--batch_size=32", cwd=tmp_path, **GPU | small)
     assert_one_line(done, 1, "memory is full", "--batch_size")
@@ -473,7 +476,7 @@ def test_a_batch_is_tried_before_the_run(on_cpu, tmp_path):
 
 
 def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
-    """Those that are there wait for the others, and must not for ever."""
+    """Processes that did start wait for the others, but must not wait for ever."""
     popen = multiprocessing.get_context("spawn").Process._Popen
     started = []
 

@@ -22,9 +22,9 @@ SMALL += ["--initialization_scale=20", "--num_steps=1"]
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    """The command, installed as the README tells, from a repository with nothing but what the
-    Docker image takes, in an environment of its own with the packages of this one. Python code that
-    opens a file of the clone fails in it."""
+    """The command, installed as the README says, from a repository that contains only what the
+    Docker image copies, in a new environment that shares this one's packages. There, Python code
+    that opens a file of the clone fails."""
     folder = tmp_path_factory.mktemp("installed")
     source, environment = folder / "source", folder / "environment"
     source.mkdir()
@@ -64,7 +64,8 @@ def run_installed(command, *arguments, cwd):
 
 
 def test_it_makes_the_pictures_of_the_script(command, photographs, tmp_path):
-    """Each PNG tells the command that made it, and either program prints its own."""
+    """Each PNG records the command that made it; --reproduce prints it with the name of the program
+    that is run."""
     words = ["--image", photographs / "in.jpg", *SMALL]
     made = [
         run_installed(command, *words, cwd=tmp_path),
@@ -83,7 +84,7 @@ def test_it_makes_the_pictures_of_the_script(command, photographs, tmp_path):
 
 
 def test_commands_with_docker(command, photographs, tmp_path):
-    """Where the Dockerfile says, the program does what the image is asked for."""
+    """The README's Docker commands fit the Dockerfile, and the installed program runs them."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert dockerfile.endswith('WORKDIR /pictures\nUSER 1000:1000\nENTRYPOINT ["cnn-vis"]\n')
     (alias,) = [line for line in INSTALLED if line.startswith("alias cnn-vis='docker run ")]

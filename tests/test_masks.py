@@ -68,7 +68,7 @@ def test_a_white_mask_changes_nothing(folder):
 
 @pytest.mark.parametrize("more", [[], ["--num_sizes=2", "--initial_size=x0.5"]])
 def test_grey_is_between(more, folder):
-    """As far from the photograph as from the dream that it would be in white."""
+    """A mix of the photograph and the dream under a white mask, in proportion to the grey."""
     Image.new("L", CARD.size, 64).save(folder / "grey.png")
     dream("--output=white.png", *more, cwd=folder)
     dream("--mask=grey.png", *more, cwd=folder)
@@ -139,7 +139,8 @@ def test_a_checkpoint_with_another_mask_is_refused(change, folder):
 
 
 def test_the_alpha_channel_can_be_the_mask(folder):
-    """What is opaque dreams. The word is no file's name, wherever the run goes on."""
+    """Opaque areas dream. `alpha` is not taken for a file name, even when a run is resumed
+    elsewhere."""
     cut = CARD.copy()
     cut.putalpha(Image.fromarray(ramp()))
     cut.save(folder / "cut.png")

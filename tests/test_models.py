@@ -49,7 +49,8 @@ def weights():
 
 @pytest.fixture
 def server():
-    """Serves {path: bytes or function(handler)}; its `url` is where."""
+    """A server, as the dict {path: bytes or function(handler)} that it serves; `url` is its
+    address."""
     answers = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -136,8 +137,8 @@ def test_a_good_download_is_installed_and_used(server, weights, tmp_path, photog
 
 
 def test_a_file_with_the_known_hash_is_verified(server, weights, tmp_path, monkeypatch, capsys):
-    """A file with the known hash is placed as verified. Run in this process, as the real file's
-    hash cannot be met."""
+    """A file with the known hash is installed as verified. Runs in this process, to replace the
+    real hash, which no test file has."""
     server["/file"] = weights(1000)
     model = cnn_vis.Model(
         "bvlc_googlenet", "http://unused", (f"sha1:{hashlib.sha1(weights(1000)).hexdigest()}",)
@@ -399,7 +400,7 @@ def test_the_small_network_is_what_was_committed(tmp_path):
 
 
 def test_mini_can_be_copied_elsewhere(tmp_path, photographs):
-    """The same file under --caffe_model and --deploy_txt is not tied to its place."""
+    """Named by --caffe_model and --deploy_txt, the network works in any folder."""
     for name in ("deploy.prototxt", "googlenet_mini.caffemodel"):
         shutil.copy(ROOT / "models" / "googlenet_mini" / name, tmp_path)
     done = run_cli(

@@ -274,7 +274,8 @@ def test_a_network_of_more_than_512_mb_is_read(tmp_path):
 
 
 def changed_weights(change, tmp_path):
-    """The weights of the tiny network with change(its NetParameter) done, as a file."""
+    """Writes the tiny network's weights, edited by change({layer name: layer}); returns the option
+    for the file."""
     cnn_vis.import_caffe()
     from caffe.proto import caffe_pb2
 
@@ -366,7 +367,7 @@ def test_a_mean_image_may_be_a_binaryproto(tmp_path):
 
 
 def test_layers_that_this_caffe_lacks_are_told(tmp_path):
-    """Before the target they matter, behind it they don't; both are listed."""
+    """They only matter before the target, but --list_layers reports all of them."""
     text = (GOLDEN / "deploy.prototxt").read_text()
     text += 'layer { name: "norm" type: "Normalize" bottom: "classifier" top: "norm" }\n'
     text += 'layer { name: "after" type: "ReLU" bottom: "norm" top: "after" }\n'

@@ -236,8 +236,8 @@ VALUES = st.one_of(
 )
 @given(values=st.lists(st.tuples(st.sampled_from(VALUE_OPTIONS), VALUES), min_size=1, max_size=4))
 def test_any_values_are_accepted_or_one_line(values, capsys, monkeypatch, tmp_path_factory):
-    """Whatever the values, a request that cannot be met is one line and exit status 2, without a
-    traceback. Workers are left out here: what one reaches them with counts as good."""
+    """Whatever the values, a request that cannot be met gives one line and exit status 2, without a
+    traceback. No workers are started: a request that gets that far counts as valid."""
 
     def refuse(*_, **__):
         raise cnn_vis.RunFailed("as far as this test goes")
@@ -362,7 +362,8 @@ def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path):
 
 @pytest.mark.parametrize("name", cnn_vis.PRESETS)
 def test_a_preset_is_what_its_options_are(name):
-    """In any order with others, which win; and it is not in the command that is kept."""
+    """Other options override it, in any order; the recorded command lists its options instead of
+    its name."""
     words = cnn_vis.PRESETS[name].split()
     expected = vars(cnn_vis.PARSER.parse_args([*words, "--num_steps=3"])) | {"preset": name}
     for given_words in (

@@ -96,7 +96,7 @@ def assert_looks_like(seen, expected, tolerance=2.5):
 
 
 def test_a_profiles_name_says_nothing(tmp_path):
-    """Of a profile its curves and primaries count, for grey pictures and transparent ones too."""
+    """Only a profile's curves and primaries count, for grey and transparent pictures too."""
     linear = Image.fromarray((255 * srgb_to_linear(SMOOTH) + 0.5).astype(np.uint8))
     assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(LINEAR)))
     assert_looks_like(read(encoded(linear, "PNG", icc_profile=LINEAR), tmp_path)[0], SMOOTH)
@@ -230,7 +230,7 @@ def test_colour_profiles_are_applied_and_broken_ones_are_reported(tmp_path):
 
 
 def test_the_first_frame_is_used_and_said_so(tmp_path):
-    """Of animations the first frame, and said so."""
+    """An animation's first frame is used, and a note says so."""
     others = [CARD.rotate(90), CARD.rotate(180)]
     for form in ("GIF", "WEBP", "PNG"):
         data = encoded(CARD, form, save_all=True, append_images=others)
@@ -240,8 +240,8 @@ def test_the_first_frame_is_used_and_said_so(tmp_path):
 
 
 def test_very_wide_pictures_are_read(tmp_path):
-    """30,000 pixels wide and read; the size that can be worked on is another question, answered
-    before memory is asked for."""
+    """A picture 30,000 pixels wide is read. Whether a size fits in memory is a separate check, made
+    before any is allocated."""
     seen, _ = read(encoded(Image.new("RGB", (30000, 40)), "PNG"), tmp_path)
     assert seen.shape == (40, 30000, 3)
     done = run_cli(
@@ -302,8 +302,8 @@ def test_damaged_pictures_are_read_or_refused_in_one_line(form, tmp_path):
 
 
 def raw_file(path, magic=None, orientation=1, has_preview=True):
-    """Writes a file as cameras do: a thumbnail first, below it the sensor's data and a JPEG as
-    large; returns the JPEG's picture."""
+    """Writes a raw file as cameras do: a thumbnail first and, in its sub-IFDs, the sensor's data
+    and a JPEG of full size; returns the JPEG's pixels."""
     large = Image.fromarray(skimage.data.coffee())
     jpeg, place = encoded(large, "JPEG", quality=95), 0x0DEADBEE
     with tifffile.TiffWriter(path) as file:
@@ -342,7 +342,7 @@ def test_a_camera_raw_with_a_thumbnail_alone_is_told(tmp_path):
 
 
 def test_damaged_pixels_are_not_shown(tmp_path):
-    """A wrong byte amid the pixels of a PNG, which decoders notice: refused, whatever is in it."""
+    """A PNG with a wrong byte among its pixels, which decoders notice, is refused."""
     data = encoded(CARD, "PNG")
     place = data.index(b"IDAT") + 200
     broken = data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]

@@ -73,7 +73,7 @@ def dreams(tmp_path, *options):
 
 
 def test_both_a_blobs_name_and_its_layers_can_be_given(tmp_path):
-    """With the pixels of the same network whose names agree."""
+    """The pixels are the same as from this network with names that agree."""
     text = given_input("data", 1, 3, 32, 32) + conv("conv1_new", "data", "conv1")
     text += in_place("relu1", "conv1") + conv("conv2_new", "conv1", "conv2")
     text += layer("relu2", "ReLU", "conv2", "act2")
@@ -99,8 +99,8 @@ def test_both_a_blobs_name_and_its_layers_can_be_given(tmp_path):
 
 
 def test_a_mistyped_layer_is_found(tmp_path):
-    """By the name without capitals and signs, a layer in place by the blob that it works on, part
-    of a name by the last layer that has it."""
+    """Case and punctuation are ignored; an in-place layer is found by its blob, and part of a name
+    finds the last layer that contains it."""
     names = {
         "Inception_A_Output": "inception_a/output",
         "conv1/relu": "conv1/5x5_s2",
@@ -152,8 +152,8 @@ DATA = {  # a data layer: the (height, width) of its pictures, None if it does n
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("phases", [("TEST",), ("TRAIN",), ("TRAIN", "TEST"), ()])
 def test_a_training_prototxt_is_dreamed_on_or_named(data, phases, tmp_path):
-    """Where its data layer tells the pictures' size, that is an input; else one line says that the
-    deploy.prototxt is wanted, or --input_size."""
+    """If its data layer gives the pictures' size, it becomes an input; otherwise one line asks for
+    the deploy.prototxt, or for --input_size."""
     rules = [f"include {{ phase: {phase} }}" for phase in phases] or [""]
     text = "".join(
         f'layer {{ name: "data" top: "data" top: "label" {data} {rule} }}\n' for rule in rules
@@ -204,8 +204,8 @@ def test_an_input_far_smaller_than_a_picture_is_refused_before_any_work(tmp_path
 
 
 def test_input_size_is_the_size_of_tiles(tmp_path):
-    """A layer that takes any size has the gradient that Caffe gives for it; one that does not says
-    so, and is not listed."""
+    """Layers that accept any size have a gradient; one that does not is refused with that reason,
+    and is not listed."""
     spec = cnn_vis.NetworkSpec(
         cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel"),
         (cnn_vis.Target("inception_a/output"),),
@@ -273,7 +273,7 @@ def test_v1_training_prototxts_are_upgraded(tmp_path):
 
 
 def gradient_by_plain_caffe(files, target, start):
-    """That of the target's sum of activations, of the whole network with force_backward."""
+    """The gradient of the target's summed activations: the whole network, with force_backward."""
     net = cnn_vis.caffe_net(forced(cnn_vis.parse_prototxt(files[0][13:])))
     net.copy_from(files[1][14:])
     net.blobs["data"].data[...] = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32))
@@ -563,7 +563,8 @@ def test_known_networks_are_listed_dreamed_on_and_resumed(network, tmp_path):
 
 
 def test_layers_without_a_gradient_are_not_listed(tmp_path):
-    """Nor what follows them, nor where a pooling layer's maxima were; the rest is, and runs."""
+    """Nor layers after them, nor a pooling layer's mask of maxima. The others are listed and
+    run."""
     text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1")
     text += layer("best", "ArgMax", "conv1", "best") + layer("after", "Power", "best", "after")
     text += layer("step", "Threshold", "conv1", "step")

@@ -1,5 +1,5 @@
-"""Caffe's own Python, as the package offers it for use on its own: every public function that needs
-no files of its own, with today's libraries and without a warning."""
+"""Caffe's own Python interface, which the package also offers without cnn_vis.py: every public
+function that needs no extra files works with current libraries, without a warning."""
 
 import numpy as np
 import pytest
@@ -192,6 +192,6 @@ def test_coordinates_are_mapped_between_layers():
     )
     from caffe import coord_map
 
-    # Pixel j of conv lies at 2j - 5 + 1 of the data, and at 2j + 1.5 of what goes up again.
+    # Pixel j of conv lies at 2j - 5 + 1 in the data, and at 2j + 1.5 in the upsampled layer.
     axis, scale, offset = coord_map.coord_map_from_to(net.data, net.up)
     assert (axis, scale, offset) == (1, 1, 5.5)

@@ -1,5 +1,4 @@
-"""Every command of the README is run, with a picture in.jpg at hand, few steps and the network that
-comes along."""
+"""Runs every command of the README, with a picture in.jpg, few steps and the included network."""
 
 import os
 import re
@@ -45,9 +44,9 @@ SMALL = [
 
 
 def test_the_set_up_commands_are_two():
-    """What is not a run of the program is set-up: the two commands, one of which runs these very
-    tests, the environment, and the download, which test_models.py runs against a server of its
-    own. The other ways to install are in test_install.py."""
+    """Commands that do not run the program are set-up: two `make` commands, one of which runs these
+    tests, activating the environment, and the download, which test_models.py tries with its own
+    server. The other ways to install are in test_install.py."""
     known = PROGRAM + SCRIPTS + CLUSTER + INSTALLED + [GO_ON, REPRODUCE, SHEET]
     others = [line for line in COMMANDS if line not in known]
     assert others == ["make example", "make test", ". .venv/bin/activate", DOWNLOAD]
@@ -58,7 +57,7 @@ def test_program_commands(command, photographs, tmp_path):
     arguments = shlex.split(command)[2:]
     for name in ("in", "guide", "other"):
         (tmp_path / f"{name}.jpg").symlink_to(photographs / "in.jpg")
-    if "--deploy_txt" in arguments:  # VGG19's, of its structure, with few channels
+    if "--deploy_txt" in arguments:  # stands for VGG19: the same layers, few channels
         path = tmp_path / arguments[arguments.index("--deploy_txt") + 1]
         path.write_text(KNOWN["VGG19"][0](32))
         weights = random_weights(path)[1].partition("=")[2]
@@ -192,7 +191,7 @@ def test_make_builds_for_gpus_after_a_build_for_the_cpu(tmp_path):
     (tmp_path / "installed").touch()
     os.utime(tmp_path / "installed", (now + 60, now + 60))
     assert "pip install" not in plan()
-    assert "pip install" in plan("PYCAFFE_CUDA=1")  # for-gpus is new
+    assert "pip install" in plan("PYCAFFE_CUDA=1")  # for-gpus does not exist yet
     (tmp_path / "for-gpus").touch()
     assert "pip install" not in plan("PYCAFFE_CUDA=1")
     assert "pip install" not in plan()

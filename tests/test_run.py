@@ -179,8 +179,8 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
 def test_signals_to_all_processes_save_the_run(signum, whole, tmp_path):
-    """As the loss of a terminal sends them, and a cluster's scheduler: one line, and the run can go
-    on."""
+    """As sent when a terminal closes, or by a cluster's scheduler: one line is printed, and the run
+    can be resumed."""
     running = under_way(*RUN, "--checkpoint_iter=5", "--quiet", cwd=tmp_path)
     os.killpg(running.pid, signum)
     _, said = running.communicate(timeout=20)
@@ -193,7 +193,7 @@ def test_signals_to_all_processes_save_the_run(signum, whole, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    """While a step goes on that takes long, here because the workers are held up."""
+    """Even in the middle of a long step; here the workers are suspended."""
     running = under_way(*RUN, "--num_steps=100000", "--checkpoint_iter=1", cwd=tmp_path)
     held = workers(running.pid)
     for pid in held:
@@ -324,8 +324,7 @@ def test_a_checkpoint_of_version_1_0_is_told(tmp_path):
 
 
 def test_resume_of_one_set_aside(tmp_path):
-    """It goes on by the line that was printed, and leaves a newer unfinished run's checkpoint
-    alone."""
+    """Resuming it continues that run, and keeps the checkpoint of a newer unfinished one."""
     for seed in (1, 2):
         running = start(
             *RUN, f"--seed={seed}", "--num_steps=4000", "--checkpoint_iter=1", cwd=tmp_path
@@ -444,7 +443,7 @@ def test_the_notebook_runs(monkeypatch):
 
 
 def test_a_step_begun_with_statistics_goes_on_without(tmp_path):
-    """Or the other way round: what is watched may change when a run goes on amid a step."""
+    """Whether statistics are needed may change when a run resumes in the middle of a step."""
     options = [*TINY, "--layer=inception_a/output", "--initial_size=900x900", "--seed=4"]
     options += ["--num_steps=2", "--output_iter=1", "--iter_behavior=plot"]
     running = start(*options, cwd=tmp_path)
@@ -487,7 +486,7 @@ def test_a_scratch_folder_that_cannot_be_used_is_one_line(tmp_path):
 
 
 def test_a_scratch_folder_that_is_full_is_one_line(tmp_path):
-    """Here because files may not be as large as the caches would be."""
+    """Simulated by a limit on file sizes that the caches exceed."""
     command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
     words = ["bash", "-c", f"ulimit -f 300; {command} --initial_size=300x300 --scratch ."]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -108,8 +108,8 @@ def sums():
 
 
 def test_a_sums_gradient_is_the_sum_of_separate_backward_passes():
-    """In whatever order the layers come, before or behind one another or side by side; with ReLUs
-    in place; each term scaled, in every tile, to the first one's norm."""
+    """For layers in any order, one after the other or side by side; with in-place ReLUs; each term
+    is scaled, in every tile, to the norm of the first one."""
     batch, separate = tiles(), {}
     for targets in sums():
         parts = []
@@ -154,7 +154,8 @@ def test_a_sum_of_a_batch_is_that_of_its_tiles():
 
 
 def test_one_term_of_any_weight_is_the_layer_alone(folder):
-    """To the last bit; but a negative one leads away. That the weight has no effect is told."""
+    """The pictures are identical, and a note says that the weight has no effect. A negative weight,
+    though, leads away from the layer."""
     said = dream("--layer=inception_a/output", "--output=plain.png", cwd=folder)
     assert "weight" not in said
     for weight in (3, 0.001):
@@ -175,7 +176,7 @@ def test_one_term_of_any_weight_is_the_layer_alone(folder):
 
 
 def test_only_the_named_channels_grow():
-    """All channels of amplify_neuron are its sum; those of amplify_layer its form on them."""
+    """amplify_neuron amplifies the channels' sum, amplify_layer applies its usual form to them."""
     a = np.random.default_rng(1).normal(0, 3, (2, 5, 3, 3)).astype(np.float32)
     for form in (AmplifyLayer(), AmplifyNeuron(None)):
         target = Target("x", form, channels=(3, 1))
@@ -199,7 +200,8 @@ def test_one_channel_is_the_originals_neuron(folder):
 
 
 def test_the_strongest_channels_are_found(folder):
-    """By another way: all tiles of the first size, cut here; and kept in the picture's origin."""
+    """Checked independently, on tiles of the first size cut here. The picture records the
+    channels."""
     words = ["--initial_size=96x120", "--num_sizes=2"]
     said = dream("--layer=0.5*inception_a/output:strong3 + pool1/norm1:1", *words, cwd=folder)
     size, mean = (96, 120), float(np.load(GOLDEN / "mean.npy").mean())
@@ -237,7 +239,7 @@ def test_a_run_goes_on_with_the_channels_that_were_found(folder):
 
 
 def test_strong_channels_of_noise_and_in_a_library(folder):
-    """Noise is a start picture too; the loop is in the caller's hands."""
+    """Also when starting from noise, and when the caller runs the loop."""
     common = [*TINY, "--num_steps=1", "--seed=1", "--iter_behavior=none"]
     done = run_cli(*common, "--layer=inception_a/output:strong1", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -393,7 +395,7 @@ def test_guides_that_cannot_be_are_refused(guide, words, folder):
 
 
 def test_a_guide_leads_the_dream_to_what_it_has(folder):
-    """Of two guided runs, each has larger products with its own guide, as far as with the other."""
+    """Relative to the other run, each has larger products with its own guide."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::8] = stripes[:, 1::8] = (255, 40, 0)
     Image.fromarray(stripes).save(folder / "stripes.png")

@@ -132,8 +132,9 @@ EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floa
 def test_the_compiled_step_is_numpys(
     shape, weights, exponents, scales, operator, has_start, has_counts, decay, seed
 ):
-    """To the last bit where `power` has square roots and products, else within 1e-12 of the largest
-    term, as terms may cancel each other; the step's mean, x and cache."""
+    """x and cache are equal to the last bit if `power` uses only square roots and products.
+    Otherwise, like the step's mean, they agree within 1e-12 of the largest term, as terms may
+    cancel."""
     random, place = np.random.default_rng(seed), np.s_[:, 2 : 2 + shape[0], 3 : 3 + shape[1]]
     x, start = random.normal(0, 60, (2, 3, 50, 60))
     x[:, :9] = 0  # flat, and without a sign

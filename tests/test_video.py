@@ -93,7 +93,7 @@ def test_nothing_is_carried_from_outside():
 
 
 def test_nothing_is_carried_to_where_the_mask_is_black(tmp_path):
-    """As flow.py does it: a dream's pattern moves with the picture, its mask stays."""
+    """With flow.py: the dream's pattern moves with the picture, but the mask stays in place."""
     previous, frame = view(100, 60), view(107, 63)
     for name, pixels in (("previous", previous), ("frame", frame)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
@@ -132,8 +132,8 @@ def written(start, pattern, mean=112.0):
 
 
 def test_added_is_what_was_added():
-    """To half a grey level, by which 8 bits round. Where it became black or white it is not known,
-    and no reason to make the frame's own white grey."""
+    """The error is at most half a grey level, the rounding to 8 bits. Where the dream was clipped
+    to black or white, the pattern is unknown, and must not turn the frame's own white grey."""
     frame = view(100, 60)
     pattern = np.random.default_rng(1).normal(0, 8, frame.shape)
     dream = written(frame, pattern)
@@ -185,8 +185,8 @@ def test_pictures_of_others_lend_no_contrast(tmp_path):
 
 
 def test_no_drift_over_100_frames():
-    """Brightness and contrast of a film whose dream adds the same pattern to every frame. With the
-    gain left in, they go astray: this would be seen."""
+    """Brightness and contrast of a film whose dream adds the same pattern to every frame stay the
+    same. The last assertion shows that they would drift if the gain were left in."""
     steps = np.arange(100) / 20 * 2 * np.pi  # the camera comes back every 20 frames
     places = np.round([150 + 60 * np.sin(steps), 80 + 40 * np.cos(steps)]).astype(int).T
     pattern = np.random.default_rng(1).normal(0.3, 1, (*SIZE, 3))
@@ -215,8 +215,8 @@ def test_no_drift_over_100_frames():
 
 @pytest.fixture
 def programs(tmp_path):
-    """A folder with stand-ins for ffprobe and ffmpeg; this one keeps the dreamed frames as the
-    film, which becomes a folder."""
+    """A folder with stand-ins for ffprobe and ffmpeg. The film that the latter writes is a folder
+    with the dreamed frames."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ffprobe").write_text("#!/bin/sh\necho 25/1\n")
@@ -246,9 +246,9 @@ def film(frames, programs, *options, dreamed=(), **environment):
 
 
 def test_flicker(programs):
-    """The mean difference of frames, each seen from the place of the one before. Carried along, the
-    dream flickers much less than when every frame is dreamed for itself as strongly, or has half of
-    the dreamed frame before mixed in where it was, as the script once did."""
+    """Flicker is the mean difference between frames, with the motion undone. A dream that is
+    carried along flickers much less than if every frame is dreamed separately, equally strongly, or
+    if half of the previous dreamed frame is mixed in without moving it, as the script once did."""
     frames = [view(100 + 7 * i, 60 + 3 * i) for i in range(8)]
     carried = film(frames, programs)
     made = programs.parent / "out.mp4" / "000001.png"

@@ -89,7 +89,7 @@ def on_terminal(columns, *arguments, cwd):
         b"",
     )
     os.close(theirs)
-    with contextlib.suppress(OSError):  # which is how a terminal ends
+    with contextlib.suppress(OSError):  # reading a closed terminal raises it
         while data := os.read(ours, 1 << 16):
             said += data
     os.close(ours)
@@ -98,8 +98,8 @@ def on_terminal(columns, *arguments, cwd):
 
 
 def test_statistics_pass_by_the_bar(tmp_path):
-    """On a terminal a bar, which statistics pass by and which goes when the run is done; without
-    columns to draw it in, lines."""
+    """A terminal shows a progress bar, with statistics printed above it, which is erased when the
+    run is done. If the terminal reports no columns, lines are printed instead."""
     options = [*RUN, "--iter_behavior=print", "--output_iter=20"]
     said = on_terminal(120, *options, cwd=tmp_path)
     bars = re.findall(

@@ -1,4 +1,4 @@
-"""--iter_behavior web: the page, what it is asked, and that the run does not mind."""
+"""--iter_behavior web: the page and the server's answers, none of which may disturb the run."""
 
 import contextlib
 import http.client
@@ -68,8 +68,8 @@ def get(port, path, method="GET", **headers):
 
 
 class Listener(threading.Thread):
-    """Listens to a page's events, in `events`, until one tells the end; then gets the picture, as a
-    page does."""
+    """Collects the server's events in `events` until one reports the end of the run; then gets the
+    picture, as the page does."""
 
     def __init__(self, port):
         super().__init__(daemon=True)
@@ -120,7 +120,7 @@ def test_where_it_cannot_listen_is_one_line(tmp_path):
 
 
 def test_another_address_comes_with_a_warning(tmp_path):
-    """And it is not in the command that is kept, as is the port."""
+    """The recorded command keeps --web_port, but not --web_host."""
     done = run_cli(*ONE[:-1], "--iter_behavior=web", "--web_host=0.0.0.0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     address, warning = done.stderr.splitlines()
@@ -134,8 +134,8 @@ def test_another_address_comes_with_a_warning(tmp_path):
 
 
 def test_only_the_page_is_served_and_only_to_itself(tmp_path):
-    """Whoever asks for another path, by another method, under another name or for another site is
-    refused; so is what is not HTTP. The run does not mind."""
+    """Requests for another path, with another method or host name, or from another site are
+    refused; so is anything that is not HTTP. The run is not disturbed."""
     running, port = watched(*LONG, cwd=tmp_path)
     own = f"127.0.0.1:{port}"
 
@@ -195,7 +195,7 @@ def test_only_the_page_is_served_and_only_to_itself(tmp_path):
     ],
 )
 def test_names_of_this_server(host, ours, others):
-    """A name of one's own cannot lead here, nor can anybody make an address lead elsewhere."""
+    """A stranger's domain name that leads here is refused (DNS rebinding); addresses are safe."""
     server = cnn_vis.open_web_server(None, host, 0)
     server.server_close()
     server.port = 80
@@ -204,7 +204,7 @@ def test_names_of_this_server(host, ours, others):
 
 
 def test_it_shows_what_the_run_has(tmp_path):
-    """The picture as it is saved, the figures, the command; at the end the last ones."""
+    """The picture as it is saved, the statistics, the command; at the end, the final ones."""
     options = [*LONG[:-1], "--iter_behavior=save+web", "--output_iter=1", "--checkpoint_iter=0"]
     running, port = watched(*options, cwd=tmp_path)
     listener, seen = Listener(port), []
@@ -232,7 +232,7 @@ def test_it_shows_what_the_run_has(tmp_path):
 
 
 def test_looking_changes_nothing(tmp_path):
-    """Not a pixel, whoever looks; and who hangs does not hold up the run."""
+    """Viewers do not change a single pixel, and connections that hang do not hold up the run."""
     done = run_cli(*PLAIN, "--iter_behavior=none", "--output=plain.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     running, port = watched(*PLAIN, "--iter_behavior=web", cwd=tmp_path)
@@ -257,8 +257,8 @@ def test_looking_changes_nothing(tmp_path):
 
 
 def test_without_anybody_nothing_is_done(tmp_path):
-    """No picture is copied or encoded, no more is measured than every --output_iter steps, and the
-    end does not wait."""
+    """If nobody looks, no picture is copied or encoded, statistics are computed only every
+    --output_iter steps, and the run ends without waiting."""
     words = [*PLAIN, "--iter_behavior=web", "--output_iter=20", "--num_sizes=1"]
     code = f"""
 import time, cnn_vis
@@ -329,7 +329,7 @@ def test_pictures_of_one_run_are_shown_at_one_address(picture, tmp_path):
 def test_too_many_connections_are_closed(tmp_path):
     running, port = watched(*LONG, cwd=tmp_path)
     clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(70)]
-    clients[-1].settimeout(8)  # others that are silent have 10 s
+    clients[-1].settimeout(8)  # less than the 10 s after which silent clients are dropped
     with contextlib.suppress(ConnectionError):
         assert clients[-1].recv(1) == b""
     for client in clients:
@@ -357,8 +357,8 @@ def progress_of(step, stats=None, image=None):
 
 
 def test_whether_a_step_is_measured_holds_for_all_of_it(web):
-    """It is asked before each turn, when some may have begun to look, and again when the step is
-    taken. The same steps at the next size are asked anew."""
+    """wants_stats is asked before each turn, and a viewer may arrive between two; its answer must
+    not change within a step. At the next size it is asked again."""
     assert [*map(web.wants_stats, (9, 10, 11))] == [False, True, False]
     web._is_wanted = True
     assert [*map(web.wants_stats, (9, 10, 11, 12, 13))] == [False, True, False, True, False]
@@ -467,4 +467,4 @@ def test_in_a_browser(tmp_path):
         assert picture()[:2] == [1200, 96]
         assert page.title == "done · cnn-vis"
         complaints = [entry for entry in page.get_log("browser") if entry["source"] != "network"]
-        assert complaints == []  # of the script, or of what the page may load
+        assert complaints == []  # about the script, or about loading what the page forbids

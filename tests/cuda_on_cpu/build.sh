@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the package `caffe` for emulated GPUs: build.sh PYTHON FOLDER
-#   PYTHON  that of a virtual environment with pycaffe installed, whose libraries are used
-#   FOLDER  for PYTHONPATH; FOLDER/caffe/driver for LD_LIBRARY_PATH
+#   PYTHON  the Python of a virtual environment with pycaffe installed, whose libraries are used
+#   FOLDER  the folder to build in: add it to PYTHONPATH, and FOLDER/caffe/driver to LD_LIBRARY_PATH
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 "$1" -m pip install --quiet --upgrade --no-deps --target "$2" -C cmake.define.PYCAFFE_CUDA=ON \

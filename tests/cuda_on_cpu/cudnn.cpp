@@ -1,5 +1,5 @@
-// cuDNN's convolutions in plain loops, strict about what they are given: shapes that fit, pointers to the GPU, the algorithm and
-// the workspace that was told. Where TF32 is allowed, operands are rounded to its 10 bits.
+// cuDNN's convolutions in plain loops. They insist on shapes that fit, pointers to GPU memory, and the algorithm and workspace
+// that the heuristics gave. If TF32 is allowed, operands are rounded to its 10 bits.
 #include "cudnn.h"
 
 #include <cstdint>
@@ -37,8 +37,8 @@ bool fit(const cudnnTensorStruct& x, const cudnnTensorStruct& w, const cudnnConv
          y.h == side(x.h, to.pad_h, w.h, to.dilation_h, to.stride_h) && y.w == side(x.w, to.pad_w, w.w, to.dilation_w, to.stride_w);
 }
 
-// As heuristics answer: best first what does not run, what never sums alike, what takes too much, and what multiplies in
-// TF32 though it was not asked to; then what will do. For filters that are not square there is nothing that will do.
+// Answers as cuDNN's heuristics do, with four unusable algorithms ranked first: one that does not run, one that is not
+// deterministic, one that needs too much memory, one that uses TF32 unasked; then a usable one, if the filter is square.
 template <typename Perf, typename Algorithm>
 cudnnStatus_t tell(int asked, int* returned, Perf* found, Algorithm others, Algorithm will_do, cudnnMathType_t math,
                    const cudnnTensorStruct& w) {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stands before the C++ compiler: `nvcc.py g++ ... -c x.cu -o x.o` compiles x.cu as C++, and runs
-everything else as it is. A file that includes .cu files, as CMake's unity builds do, is one too.
+"""Wraps the C++ compiler: `nvcc.py g++ ... -c x.cu -o x.o` compiles x.cu as C++; other commands run
+unchanged. A file that includes .cu files, as in CMake's unity builds, counts as one too.
 
-In what the preprocessor makes of CUDA only the launches are no C++: KERNEL<<<HOW>>>(ARGUMENTS)
-becomes the call of what cuda_on_cpu::launch (cuda_runtime.h) makes of the two. Line numbers stay.
+After preprocessing, only CUDA's launches are not C++: KERNEL<<<HOW>>>(ARGUMENTS) becomes a call of
+what cuda_on_cpu::launch (cuda_runtime.h) returns for KERNEL and HOW. Line numbers do not change.
 """
 
 import os
