@@ -1130,19 +1130,19 @@ def argument(name, x, start):
 
 # ---- The dream --------------------------------------------------------------------------------
 
-Tile = collections.namedtuple("Tile", "turn region measure")  # turn: number of its colour's turn
+Tile = collections.namedtuple("Tile", "turn region measure")  # turn: the number of its turn
 
 
 class Steps:
-    """The steps of tiles, each taken by a thread of `pool`: at the same time where they do not
-    overlap, and where they do, one after the other in order. So the image does not depend on how
-    many threads there are. Without a pool a step is taken at once."""
+    """Takes the steps of tiles in the threads of `pool`: those that overlap one after the other, in
+    order, all others at the same time. So the image does not depend on the number of threads.
+    Without a pool each step is taken immediately."""
 
     def __init__(self, pool=None):
         self._pool, self._pending = pool, []  # [(region, future), ...]
 
     def take(self, region, step, *arguments):
-        """Has step(*arguments) done, which changes the region of the image."""
+        """Runs step(*arguments), which changes the region of the image, or hands it to the pool."""
         if self._pool is None:
             step(*arguments)
             return
@@ -1161,39 +1161,40 @@ class Steps:
         return [future for other, future in self._pending if overlap(other, region)]
 
     def is_busy(self, region):
-        """Whether a step that changes the region is still to be done."""
+        """Whether a step that changes the region is unfinished."""
         return not all(future.done() for future in self._over(region))
 
     def wait(self, region=None):
-        """Waits for the steps that change the region, or for all. Raises what they raise."""
+        """Waits for the steps that change the region, or for all steps. Raises what they raise."""
         futures = self._over(region) if region else [future for _, future in self._pending]
         for future in futures:
             future.result()
 
 
 def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda: False):
-    """Yields (region, gradient, loss) for every region of `turns`, an iterable of (list of
-    regions, whether to measure the loss), in order: the gradient with respect to the tile, float32
-    (3, H, W), and the objective's loss, None unless measured. The caller gives the step of a region
-    to `steps`, a Steps, before it asks for the next. A turn is one colour of one step.
+    """Yields (region, gradient, loss) for every region of `turns`, in order. `turns` is an iterable
+    of (list of regions, whether to measure the loss); a turn is one colour of one step. The
+    gradient, float32 (3, H, W), is with respect to the tile; the loss is the objective's, None
+    unless measured. The caller passes the step of a region to `steps`, a Steps, before asking for
+    the next region.
 
-    A tile's gradient is that of the image as it was when the first tile of its turn was stepped.
-    That may be known earlier: as soon as no tile of an earlier turn that is still to be stepped
-    reaches into it. Then it is sent, so that the engine need not wait for the end of a turn.
+    A tile's gradient is that of the image just before the first step of its turn. The tile is sent
+    as soon as all tiles of earlier turns that overlap it have been stepped, so that the engine need
+    not wait for the end of a turn.
 
-    When is_stopping() turns true, this ends between two tiles. The dict `before`, {region: pixels
-    (3, H, W)}, then holds what it takes to continue, besides what is left of the turns: the tiles
-    that others of their turn have begun to change, as they were.
+    When is_stopping() becomes true, this ends between two tiles. The dict `before`, {region: pixels
+    (3, H, W)}, then holds what is needed to continue, apart from the remaining turns: the pixels
+    of tiles that others of their turn have begun to change, as they were before.
     """
     turns = enumerate(turns)
-    unsent = collections.deque()  # in order; the tiles of a turn come in together
-    sent = collections.deque()  # batches on their way: (tiles, ticket)
-    unstepped = collections.deque()  # all tiles in them
+    unsent = collections.deque()  # in order; the tiles of a turn are added together
+    sent = collections.deque()  # batches that the engine has: (tiles, ticket)
+    unstepped = collections.deque()  # tiles that were sent and not yet stepped
     before = {} if before is None else before
-    most = 1  # tiles in a batch
+    most = 1  # the most tiles in a batch
 
     def ready_batch():
-        """The tiles that can be sent next, as many as go into a batch."""
+        """The tiles that can be sent next, up to a full batch."""
         nonlocal most
         batch = []
         while len(batch) < most:
@@ -1202,7 +1203,7 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
                 unsent.extend(Tile(turn, region, measure) for region in regions)
                 if not regions:
                     break
-                # Four batches of a turn for each device: none waits for one that has all tiles.
+                # Four batches a turn for each device, so that none waits while one has all tiles.
                 share = math.ceil(len(regions) / (4 * engine.number))
                 most = min(engine.batch_size, max(share, most if batch else 1))
             tile = unsent[len(batch)]
@@ -1221,7 +1222,7 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
             batch = ready_batch()
             is_full = len(batch) == most
             if not batch or (not is_full and sent and len(batch) < len(unsent)):
-                break  # more tiles come free when those on their way have been stepped
+                break  # more tiles can be sent once those already sent have been stepped
             pixels = []
             for tile in batch:
                 unsent.popleft()
@@ -1250,10 +1251,10 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is after a step. `size` and `step` (at this size) count from 1. `image` is the
-    run's own, not to be changed. `stats` is {name: number}, as STATS names them, or None if the
-    step was not measured. `is_silent` tells that the network's gradient was zero everywhere. `look`
-    makes of a picture what people are to see of it."""
+    """The state of a run after a step. `size` and `step` (at this size) count from 1. `image` is
+    the run's own and must not be changed. `stats` is {name: number}, with the names in STATS, or
+    None if the step was not measured. `is_silent` is true if the network's gradient was zero
+    everywhere. `look` turns a picture of the run into the one that is shown and saved."""
 
     sizes: list
     size: int
@@ -1275,24 +1276,24 @@ class Progress:
         return (self.size - 1) * self.num_steps + self.step
 
     def picture(self, rescale=False, depth=8):
-        """The picture as it stands, uint8 (H, W, 3), or uint16 for the depth 16."""
+        """The current picture, uint8 (H, W, 3), or uint16 if the depth is 16."""
         picture = to_picture(self.image, self.mean, rescale, depth)
         return self.look(picture) if self.look else picture
 
 
-MOST_THREADS = 8  # that take steps; enough for 8,000 tiles a second
-NUMBERS = ("size", "step", "tile", "learning_rate", "tv_reg")  # of a Dream's state
+MOST_THREADS = 8  # for taking steps; enough for 8,000 tiles a second
+NUMBERS = ("size", "step", "tile", "learning_rate", "tv_reg")  # the numbers in a Dream's state
 
 
 class Dream:
-    """One run: the image as it stands and all that the next step depends on.
+    """One run: the current image and everything else that the next step depends on.
 
     `settings` are the Settings, `picture` is the start picture or None for noise, `mean` is the
-    number subtracted from its pixels, `engine` is an Engine that has described its network,
-    `scratch` is a folder for arrays that do not fit in memory, or None, and `mask`, uint8 of the
-    picture's size, is white where to dream and black where not, or None.
-    `size` counts from 1, `step` is the number of steps done at this size, `tile` that of tiles done
-    of the next step. Raises BadRequest for impossible sizes.
+    number subtracted from its pixels, `engine` is an Engine that has described its network, and
+    `scratch` is a folder for arrays that do not fit in memory, or None. `mask` is None or uint8 of
+    the picture's size: white areas dream, black ones stay as they are.
+    `size` counts from 1, `step` is the number of steps done at this size, and `tile` is the number
+    of tiles done in the next step. Raises BadRequest for impossible sizes.
     """
 
     def __init__(self, settings, picture, mean, engine, scratch=None, mask=None):
@@ -1308,10 +1309,10 @@ class Dream:
         self.step_tile = compiled_step_tile() or step_tile
 
     def run(self, wants_stats=lambda step: False, is_stopping=lambda: False):
-        """Does the run, or what is left of it, yielding a Progress after every step;
-        wants_stats(step) tells whether to measure a step. Ends when is_stopping() turns true, if
-        need be between two tiles. Raises NotFinite if a step overflows; the image then has its last
-        finite values. Raises RunFailed if no step can change the picture."""
+        """Does the run, or the rest of it, yielding a Progress after every step. wants_stats(step)
+        says whether to measure a step. Ends when is_stopping() becomes true, even in the middle of
+        a step. Raises NotFinite if a step overflows; the image then keeps its last finite values.
+        Raises RunFailed if no step can change the picture."""
         keep_freed_memory()
         is_begun = self.image is not None
         with concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, count_cores())) as pool:
@@ -1325,8 +1326,8 @@ class Dream:
                 self.size, self.step, is_begun = self.size + 1, 0, False
 
     def tiles(self, size):
-        """The regions at a size, as `tiles` gives them, without those that the mask keeps. Raises
-        BadRequest if it keeps all."""
+        """The regions at a size, as the function `tiles` returns them, without those that are all
+        black in the mask. Raises BadRequest if none is left."""
         size = tuple(size)
         if size not in self._tiles:
             colours = tiles(size, self.engine.tile_size)
@@ -1336,7 +1337,7 @@ class Dream:
                     [r for r in c if dreams[r[0] : r[1], r[2] : r[3]].any()] for c in colours
                 ]
             if not any(colours):
-                problem = f"nothing white is left of it at {size[0]}x{size[1]}; use larger sizes"
+                problem = f"it is all black when resized to {size[0]}x{size[1]}; use larger sizes"
                 raise refusal("mask", self.settings.mask, problem)
             self._tiles[size] = colours
         return self._tiles[size]
@@ -1347,13 +1348,13 @@ class Dream:
             self.tiles(size)
 
     def lay_out(self):
-        """Prepares what depends on the size alone: regions, start image, the divisors of steps."""
+        """Prepares what depends only on the size: regions, start image and divisors of steps."""
         size, tile_size = self.sizes[self.size - 1], self.engine.tile_size
         regions = itertools.chain(*self.tiles(size))
         self.cache_index = {region: i for i, region in enumerate(regions)}
         self.start = None
         if self.picture is not None:
-            self.start = planes(resize(self.picture, size, bilinear=True))  # tiles lose the mean
+            self.start = planes(resize(self.picture, size, bilinear=True))  # includes the mean
         has_own_rates = self.settings.use_pixel_learning_rates
         self.divisors = tile_counts(size, tile_size) if has_own_rates else None
         if self.mask is not None:
@@ -1361,7 +1362,7 @@ class Dream:
             self.divisors[resize(self.mask, size, bilinear=True) == 0] = np.inf  # no step at all
 
     def begin_size(self):
-        """Brings the image to the size that was laid out; caches and schedules start over."""
+        """Brings the image to the size that lay_out prepared; caches and schedules start over."""
         s, size = self.settings, self.sizes[self.size - 1]
         start = None if self.start is None else self.start[0, ::-1].transpose(1, 2, 0)
         if self.image is None:
@@ -1370,7 +1371,7 @@ class Dream:
             picture = resize(to_picture(self.image, self.mean), size)
             if self.mask is not None:
                 picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
-        self.caches = None  # makes room; the image stays until all is there that follows it
+        self.caches = None  # frees memory; the image stays until the next one is complete
         caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
         image = zeros((1, 3, *size), self.scratch)
         if picture is None:
@@ -1381,7 +1382,7 @@ class Dream:
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
     def _steps(self, steps, wants_stats, is_stopping):
-        """Does the steps left at this size, yielding a Progress after each."""
+        """Does the remaining steps at this size, yielding a Progress after each."""
         numbers = range(self.step + 1, self.settings.num_steps + 1)
         colours = self.tiles(self.sizes[self.size - 1])
         turns = ((colour, wants_stats(step)) for step in numbers for colour in colours)
@@ -1395,7 +1396,7 @@ class Dream:
                 self.gauge = Gauge()
             self.is_silent = self.is_still = is_whole
             terms = self._regularizers()
-            with np.errstate(over="ignore"):  # of what is sent: the step will find it
+            with np.errstate(over="ignore"):  # in pixels that are sent: the step will detect it
                 for region, gradient, loss in itertools.islice(gradients, count - self.tile):
                     self._step_tile(steps, region, gradient, loss, terms)
                     self.tile += 1
@@ -1403,7 +1404,7 @@ class Dream:
             if self.tile < count:
                 return
             self._advance_schedules()
-            is_last = self.size == len(self.sizes)  # enlarging may wake the network up
+            is_last = self.size == len(self.sizes)  # the gradient may be nonzero at a larger size
             if is_last and self.is_silent and self.is_still and not self.settings.tv_reg_step:
                 raise RunFailed(
                     f"no step changes the picture: the gradient of {self.settings.target_layer} is "
@@ -1412,7 +1413,7 @@ class Dream:
             yield self.progress(self.gauge and self.gauge.summary(self.image))
 
     def _step_tile(self, steps, region, descent, loss, terms):
-        """Has the step of a tile taken, and measured if that is wanted."""
+        """Takes the step of a tile, and measures it if there is a gauge."""
         self.is_silent = self.is_silent and not descent.any()
         if self.gauge is None:
             steps.take(region, self._take_step, region, descent, terms)
@@ -1423,8 +1424,8 @@ class Dream:
             self.gauge.add(step_size=self._take_step(region, descent, terms))
 
     def _start_of(self, region, terms):
-        """The region of the start image, float64 (3, H, W), or None if there is none or no term
-        asks for it."""
+        """The region of the start image, less the mean, float64 (3, H, W); None if there is no
+        start image or no term needs it."""
         if self.start is None or "p" not in terms:
             return None
         start = cut_tile(self.start, region).astype(np.float64)
@@ -1439,14 +1440,15 @@ class Dream:
         cache = self.caches[self.cache_index[region]]
         divisors = None if self.divisors is None else self.divisors[y0:y1, x0:x1]
         rates = (self.settings.decay_rate, self.learning_rate)
-        with np.errstate(all="ignore"):  # overflow is reported in our own words
+        with np.errstate(all="ignore"):  # step_tile returns None on overflow
             step_size = self.step_tile(x, start, descent, cache, divisors, terms, *rates)
         if step_size is None:
             is_first = (self.size, self.step) == (1, 0) and np.abs(x).max() < 1e6
-            if is_first and not np.isfinite(descent).all():  # no step drove the picture there
+            if is_first and not np.isfinite(descent).all():  # no step has caused this
                 raise NotFinite(
-                    "the network's gradient of the start picture is not a number; if --l1_weight "
-                    "and --l2_weight are not huge, do the network's files belong together?"
+                    "the network's gradient of the start picture is not a number; unless "
+                    "--l1_weight or --l2_weight is huge, check that the network's files belong "
+                    "together"
                 )
             raise NotFinite(
                 f"the picture overflowed at step {self.step + 1} of size {self.size}; lower "
@@ -1458,7 +1460,7 @@ class Dream:
         return step_size
 
     def _regularizers(self):
-        """{name: term} of those that have a weight, in the original's order."""
+        """The regularizers whose weight is not 0, {name: term}, in the original's order."""
         s = self.settings
         terms = {
             "p": PNorm(s.p_reg, s.alpha, s.p_scale),
@@ -1468,7 +1470,7 @@ class Dream:
         return {name: term for name, term in terms.items() if term.weight}
 
     def _advance_schedules(self):
-        """Counts a step; both schedules count the steps at this size."""
+        """Counts a step and advances both schedules, which count the steps at this size."""
         s = self.settings
         self.step, self.tile = self.step + 1, 0
         if self.step % s.learning_rate_decay_iter == 0:
@@ -1477,14 +1479,14 @@ class Dream:
             self.tv_reg += s.tv_reg_step
 
     def progress(self, stats=None):
-        """The Progress of the run as it stands."""
+        """The current Progress of the run."""
         where = (self.sizes, self.size, self.settings.num_steps, self.step)
         return Progress(*where, self.image, self.mean, stats, self.is_silent, self.look)
 
     def look(self, picture):
-        """What people are to see of a picture of the run: in the start picture's colours, if they
-        are to be kept, and with what the mask keeps of it. In the run itself there is no grey: it
-        dreams wherever the mask is not black."""
+        """Turns a picture of the run into the one that is shown and saved: in the start picture's
+        colours, if these are kept, and mixed with the start picture as the mask says. Grey in the
+        mask matters only here; the run itself dreams wherever the mask is not black."""
         if self.picture is None or not (self.settings.keep_colors or self.mask is not None):
             return picture
         start = resize(self.picture, picture.shape[:2], bilinear=True).astype(picture.dtype)
@@ -1505,8 +1507,8 @@ class Dream:
         return self.caches is not None and self.image.shape[2:] == size
 
     def state(self):
-        """All that the next step depends on besides settings, picture and network: ({name:
-        number}, {name: array})."""
+        """Everything that the next step depends on, apart from settings, picture and network:
+        ({name: number}, {name: array})."""
         numbers = {name: getattr(self, name) for name in NUMBERS}
         if self.tile:
             numbers["gauge"] = self.gauge and self.gauge.state()
@@ -1519,7 +1521,7 @@ class Dream:
     def restore(self, numbers, arrays):
         """Continues from a `state`. Raises ValueError, KeyError or TypeError if it does not fit the
         run."""
-        numbers = {"tile": 0} | numbers  # early checkpoints were of whole steps
+        numbers = {"tile": 0} | numbers  # early versions saved checkpoints after whole steps only
         size, step, tile = (numbers[name] for name in ("size", "step", "tile"))
         is_whole = type(size) is type(step) is type(tile) is int
         if not (is_whole and 1 <= size <= len(self.sizes) and 0 <= step <= self.settings.num_steps):
@@ -1541,7 +1543,7 @@ class Dream:
             with np.errstate(all="ignore"):
                 is_right = is_right and np.isfinite(array.sum())
             if not is_right:
-                raise ValueError(f"its {name} does not fit the run")
+                raise ValueError(f"its {name} array does not fit the run")
         for name in NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
         self.image, self.caches = arrays["image"], arrays["caches"]
@@ -1550,7 +1552,7 @@ class Dream:
 
 
 def after_tiles(done, turns):
-    """What is left of `turns`, as tile_gradients takes them, after so many tiles."""
+    """Yields what is left of `turns`, as in tile_gradients, after the first `done` tiles."""
     for regions, measure in turns:
         if regions[done:]:
             yield regions[done:], measure
@@ -1564,18 +1566,19 @@ STATS = (
 
 
 class Gauge:
-    """Measures one step over all its tiles; the original printed the last tile's statistics. It
-    goes on from the `state` of an earlier one."""
+    """Measures one step over all its tiles; the original printed the statistics of the last tile
+    only. Given the `state` of an earlier Gauge, it continues from there."""
 
     def __init__(self, state=()):
         self._sums = collections.Counter({name: float(n) for name, n in dict(state).items()})
 
     def state(self):
-        """All that it has measured so far, {name: number}."""
+        """Everything measured so far, {name: number}."""
         return dict(self._sums)
 
     def add_tile(self, loss, x, start, descent, terms):
-        """Adds a tile before its step; `loss` is the objective's, the others are step_tile's."""
+        """Adds a tile, before its step is taken; `loss` is the objective's, all other arguments
+        are as for step_tile."""
         self.add(tiles=1, objective=-loss, cnn_gradient=mean_size(descent), value=mean_size(x))
         for name, term in terms.items():
             of = argument(name, x, start)[np.newaxis]
@@ -1583,11 +1586,11 @@ class Gauge:
             self.add(**{f"{name}_gradient": mean_size(term.gradient(of))})
 
     def add(self, **numbers):
-        """Adds numbers to what was measured under their names."""
+        """Adds the numbers to the sums of the same names."""
         self._sums.update(numbers)
 
     def summary(self, image):
-        """The statistics, {name of STATS: number}: means over the tiles, and the image's own."""
+        """The statistics, {name in STATS: number}: means over the tiles, or of the whole image."""
         return {name: self._sums[name] / self._sums["tiles"] for name in STATS} | {
             "step_to_value": self._sums["step_size"] / (self._sums["value"] or 1),
             "image_mean": float(image.mean()),
@@ -1609,9 +1612,9 @@ def mean_size(array):
 
 
 def keep_freed_memory():
-    """Has glibc keep what this process frees (up to 64 MB) for what it takes next. A tile's arrays
-    come and go at every step; by default each is given back to the system and taken again page by
-    page, which doubles the time of the maths."""
+    """Makes glibc keep up to 64 MB of freed memory for reuse. A tile's arrays are allocated and
+    freed in every step; by default each is returned to the system and then mapped again page by
+    page, which doubles the time of the computation."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
@@ -1619,23 +1622,23 @@ def keep_freed_memory():
 
 
 ###################################################################################################
-# Above is cnn-vis. Below is what carries it: options, networks, processes, files, the command line.
+# Above is the algorithm. Below is the rest: options, networks, processes, files, the command line.
 ###################################################################################################
 
 # ---- Options ----------------------------------------------------------------------------------
-# An option is told in one entry. Besides argparse's own arguments it says:
-#   free   a resumed run may change it. (The network's files may move; their content is compared.)
-#          All others are the fields of Settings, which is made of this table where runs begin.
-#   idle   a function of the options that returns why this one has no effect, or something false
-#   file   "read" or "write" if it names a file of a run
+# Each option is defined in one entry. Besides argparse's own arguments it can have:
+#   free   True if a resumed run may change it. (The network's files may move; their content is
+#          compared.) All other options are the fields of Settings, in the section "A run".
+#   idle   a function of the options that returns why this one has no effect, or a false value
+#   file   "read" or "write" if the option names a file that a run reads or writes
 #   words  values of such an option that are not file names
-#   text   the value as text for a command line; None: the option is never part of a kept command
+#   text   a function that writes the value for a command line; None: left out of recorded commands
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with dashes for underscores in option names, negative numbers such as -1e-4, errors
-    in one line, presets, options in files, and entries that know more. `options` lists the
-    actions."""
+    """argparse that accepts dashes in option names, negative numbers such as -1e-4, presets and
+    files of options, reports errors in one line, and keeps the attributes listed above for each
+    option. `options` lists the actions."""
 
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", **arguments)
@@ -1643,7 +1646,7 @@ class Parser(argparse.ArgumentParser):
         self.options = []
 
     def group(self, title, description=None):
-        """Begins a group in the help; returns the function that adds an option to it."""
+        """Starts a group in the help; returns a function that adds an option to it."""
         group = self.add_argument_group(title, description)
 
         def add(*names, free=False, idle=None, file=None, words=(), text=str, **arguments):
@@ -1658,9 +1661,9 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         self._args = [self._underscored(arg) for arg in args]
         try:
-            self.given = collections.defaultdict(list)  # {name: values of Several, each time}
+            self.given = collections.defaultdict(list)  # {name: values at each use}, Several only
             found, rest = super().parse_known_args(self._args, copy.copy(namespace))
-            if found.preset:  # comes first, so that all else wins
+            if found.preset:  # is applied first, so that all other options override it
                 found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
                 self.given.clear()
                 found, rest = super().parse_known_args(self._args, found)
@@ -1668,7 +1671,7 @@ class Parser(argparse.ArgumentParser):
                 if len(times) > 1:
                     setattr(found, name, [value for each in times for value in listed(each)])
         except RecursionError:
-            self.error("@FILE: the file names itself")
+            self.error("@FILE: the file includes itself")
         return found, rest
 
     def _underscored(self, arg):
@@ -1698,9 +1701,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class Several(argparse.Action):
-    """An option that may have several values, also by being given several times if the output names
-    several pictures; if not, the last one counts, as with every option. One value is stored as it
-    is, more as a list. What comes from a preset or a checkpoint gives way."""
+    """An option that can have several values. If it is given several times, all values count if the
+    output names several pictures; otherwise only the last use counts, as for every option. One
+    value is stored as it is, several as a list. They replace those of a preset or checkpoint."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         values = values[0] if isinstance(values, list) and len(values) == 1 else values
@@ -1709,7 +1712,7 @@ class Several(argparse.Action):
 
 
 def several_options():
-    """The actions of options that may have several values."""
+    """The actions of options that can have several values."""
     return [action for action in PARSER.options if isinstance(action, Several)]
 
 
@@ -1721,12 +1724,12 @@ def names_several(output):
 
 
 def listed(value):
-    """The values of an option that may have several."""
+    """The values of an option that can have several, as a list."""
     return value if isinstance(value, list) else [value]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds an option's default to its help if there is one that the text does not tell."""
+    """Adds an option's default to its help, unless it is None or False."""
 
     def _get_help_string(self, action):
         has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
@@ -1734,7 +1737,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def number(kind, low=None, high=None, above=None):
-    """A type for argparse: an int or float between bounds; `above` is an open lower bound."""
+    """A type for argparse: an int or float within bounds; `above` is an exclusive lower bound."""
     limits = {"at least": low, "more than": above, "at most": high}
     bounds = " and ".join(
         f"{words} {limit}" for words, limit in limits.items() if limit is not None
@@ -1743,7 +1746,7 @@ def number(kind, low=None, high=None, above=None):
     def parse(text):
         value = kind(text)
         if kind is int and abs(value) > 10**15:
-            raise argparse.ArgumentTypeError(f"{text[:30]} is too large; give a smaller number")
+            raise argparse.ArgumentTypeError(f"{text[:30]} is too large; use a smaller number")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         is_low = low is not None and value < low or above is not None and value <= above
@@ -1756,9 +1759,9 @@ def number(kind, low=None, high=None, above=None):
 
 
 def given(text):
-    """A type for argparse: not empty, as an unset variable of a shell script would be."""
+    """A type for argparse: text that is not empty, as that of an unset shell variable would be."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} must not be empty or hold a null character")
+        raise argparse.ArgumentTypeError(f"{text!r} must not be empty or contain a null character")
     return text
 
 
@@ -1773,48 +1776,48 @@ def mask_name(text):
 
 
 def file_name(text):
-    """A type for argparse: a file to read, by that very name if there is one."""
+    """A type for argparse: a file to read. The name is taken literally if the file exists."""
     return expanded(text, os.path.exists(given(text)))
 
 
 def output_name(text):
-    """A type for argparse: a file to write, by that very name if its folder exists."""
+    """A type for argparse: a file to write. The name is taken literally if its folder exists."""
     return expanded(text, os.path.isdir(os.path.dirname(given(text)) or "."))
 
 
 def scratch_folder(text):
-    """A type for argparse: a folder that files can be made in."""
+    """A type for argparse: a folder in which files can be created."""
     path = os.path.abspath(expanded(text, os.path.isdir(given(text))))
     if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
         kind = "cannot be written to" if os.path.isdir(path) else "is not a folder"
-        raise argparse.ArgumentTypeError(f"{path} {kind}; name one on a disk with room")
+        raise argparse.ArgumentTypeError(f"{path} {kind}; use a folder with enough disk space")
     return path
 
 
 def gpu_numbers(text):
-    """A type for argparse: GPUs as a list, [] for the CPU."""
+    """A type for argparse: a list of GPU numbers, [] for the CPU."""
     words = text.split(",")
     are_numbers = all(re.fullmatch(r"[0-9]{1,9}", word) for word in words)
     if are_numbers and len(set(map(int, words))) == len(words):
         return list(map(int, words))
     if re.fullmatch(r"-[0-9]+", text):
         return []
-    remedy = "give different GPUs, as 0,1, or -1 alone for the CPU"
+    remedy = "use different GPU numbers, such as 0,1, or just -1 for the CPU"
     raise argparse.ArgumentTypeError(f"{text!r}: {remedy}")
 
 
 def input_size(text):
-    """(height, width) of "HxW" or "N"."""
+    """A type for argparse: (height, width) from "HxW" or "N"."""
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     size = sides and (int(sides[1]), int(sides[2] or sides[1]))
     if not size or not LEAST_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-        problem = f"{text[:30]}: give HxW or N, with sides of {LEAST_SIDE} to {MAX_SIDE}"
+        problem = f"{text[:30]}: use HxW or N, with sides from {LEAST_SIDE} to {MAX_SIDE}"
         raise argparse.ArgumentTypeError(problem)
     return size
 
 
 def terms(text):
-    """A type for argparse: targets as parse_targets reads them."""
+    """A type for argparse: targets that parse_targets can read."""
     parse_targets(given(text))
     return text
 
@@ -1825,20 +1828,20 @@ def behaviors(text):
     if not words <= set(known):
         raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}, joined by +")
     if "none" in words and len(words) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: none stands alone")
+        raise argparse.ArgumentTypeError(f"{text!r}: none cannot be joined with other words")
     return words - {"none"}
 
 
 def colour(text):
     """A type for argparse: a colour that PIL knows."""
-    if text == "white":  # the default, at every start: not worth importing PIL for
+    if text == "white":  # the default; importing PIL for it would slow down every start
         return text
     from PIL import ImageColor
 
     try:
         ImageColor.getrgb(text)
     except ValueError:
-        remedy = "give a name or #rrggbb, as black or #808080"
+        remedy = "use a name or #rrggbb, such as black or #808080"
         raise argparse.ArgumentTypeError(f"{text!r} is not a colour; {remedy}") from None
     return text
 
@@ -1858,8 +1861,8 @@ def too_few_steps(name):
     return reason
 
 
-# Options by one name. First the settings that the original's README shows, without its sizes where
-# they were those of pictures of its own; then some for photographs.
+# Named sets of options. First the settings in the original's README, except sizes that belong to
+# its own pictures; then some for photographs.
 _NOISE = "--initial_size=270x480 --final_size=1080x1920 --num_sizes=5 --num_steps=100 \
     --learning_rate=10 --decay_rate=0.25 --alpha=6 --p_reg=1e-10 --beta=2.5 --tv_reg=0.5"
 _CLOSE = "--learning_rate=1 --decay_rate=0.9 --alpha=2 --p_reg=0.5 --beta=2.5 --tv_reg=0.05"
@@ -1905,10 +1908,10 @@ PRESETS = {
 # fmt: off
 def network_options(add):
     add("--preset", metavar="NAME", choices=tuple(PRESETS), free=True, text=None,
-        help="many options by one name, for photographs animals, strokes or soft; those that are "
-        "given besides win")
+        help="use a named set of options: for photographs animals, strokes or soft, for all others "
+        "see --list_presets; options that you add override it")
     add("--list_presets", action="store_true", free=True,
-        help="print all presets as options, and exit")
+        help="print the presets and their options, and exit")
     add("--model", choices=tuple(MODELS), free=True,
         idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
         help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
@@ -1916,7 +1919,7 @@ def network_options(add):
     add("--list_models", action="store_true", free=True,
         help="list these networks and whether they are installed, and exit")
     add("--list_layers", action="store_true", free=True,
-        help="list the layers of the network that can be amplified, and exit")
+        help="list the network's layers that can be amplified, and exit")
     add("--list_classes", action="store_true", free=True,
         help="list the classes of the network's classifier, and exit")
     add("--download_model", metavar="NAME", free=True,
@@ -1924,9 +1927,9 @@ def network_options(add):
         help="download a network (%(choices)s), check it, and exit")
     add("--model_url", metavar="URL", type=given, free=True,
         idle=lambda o: not o.download_model and "no --download_model",
-        help="where to download it from (default: the official place)")
+        help="address to download the network from (default: the official one)")
     add("--deploy_txt", metavar="FILE", type=file_name, free=True, file="read",
-        help="network description (default: the model's)")
+        help="the network's description, a prototxt (default: the model's)")
     add("--caffe_model", metavar="FILE", type=file_name, free=True, file="read",
         help="the network's weights (default: the model's)")
     add("--mean_image", metavar="FILE", type=file_name, free=True, file="read",
@@ -1934,27 +1937,27 @@ def network_options(add):
         "(default: the model's)")
     add("--input_size", metavar="SIZE", type=input_size,
         text=lambda size: "{}x{}".format(*size),
-        help="size of a tile, HxW or N for NxN: for networks without one of their own, and for "
-        "more context in layers that take any size (default: the prototxt's)")
+        help="tile size, HxW, or N for NxN; needed if the prototxt has none; a larger one gives "
+        "more context to layers that accept any size (default: the prototxt's)")
     add("--gpu", metavar="N", type=gpu_numbers, free=True,
         idle=lambda o: o.gpu and o.scheduler and "--scheduler",
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
-        help="GPU to run on, numbered from 0, or several: 0,1,2; negative: CPU "
-        "(default: GPU 0 if Caffe can use one, else CPU)")
+        help="GPU to use, numbered from 0, or several, such as 0,1,2; -1 for the CPU "
+        "(default: GPU 0 if Caffe can use it, else the CPU)")
     add("--batch_size", metavar="N", type=number(int, 1), free=True,
         idle=lambda o: o.scheduler and "--scheduler",
-        help="most tiles that each of a GPU's two processes computes at once; always 1 on the CPU "
-        "(default: what fits in GPU memory, up to 32)")
+        help="maximum number of tiles that each of a GPU's two processes computes at once; always "
+        "1 on the CPU (default: as many as fit in GPU memory, up to 32)")
     add("--tf32", action="store_true",
         idle=lambda o: o.scheduler and "--scheduler",
-        help="allow TF32, 10 bits of each factor, in cuDNN: faster on recent GPUs, and another "
-        "picture")
+        help="let cuDNN multiply in TF32, with 10 bits of each factor: faster on recent GPUs, but "
+        "a slightly different picture")
     add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
         idle=lambda o: o.scheduler and "--scheduler",
-        help="processes that compute on the CPU (default: one for each core)")
+        help="number of processes that compute on the CPU (default: one per core)")
     add("--scheduler", metavar="ADDRESS", type=given, free=True, text=None,
-        help="compute on the workers of a Dask cluster; the address of its scheduler, as in "
-        "tcp://HOST:8786 (default: on this machine)")
+        help="compute on the workers of the Dask cluster whose scheduler has this address, such "
+        "as tcp://HOST:8786 (default: compute on this machine)")
 
 
 def target_options(add):
@@ -1972,15 +1975,17 @@ def target_options(add):
         help="amplify the whole layer, or one channel of it")
     add("--target_layer", "--layer", metavar="TERMS", type=terms, action=Several,
         default="inception_4d/3x3_reduce",
-        help="layer to amplify, or terms: [WEIGHT*]LAYER[:CHANNELS] + ...; channels are numbers "
-        "and ranges, as 17,40-47; strong5, the five strongest in the start picture; or of a "
-        "classifier classes by name; given several times: a picture for each")
+        help="layer to amplify, or a sum of terms: [WEIGHT*]LAYER[:CHANNELS] + ...; CHANNELS are "
+        "numbers and ranges, such as 17,40-47; or strong5, the five strongest in the start "
+        "picture; or, in a classifier, names of classes; with --output FOLDER/, repeat the option "
+        "to make a picture for each layer")
     add("--target_neuron", metavar="N", type=number(int, 0), default=0,
         idle=lambda o: is_not("amplify_neuron")(o)
         or names_all_channels(o) and f"--layer {o.target_layer}",
-        help="channel for amplify_neuron, numbered from 0, where --layer names none")
+        help="channel for amplify_neuron, numbered from 0, if --layer names none")
     add("--guide", metavar="FILE", type=file_name, file="read",
-        help="amplify what the layer finds in this picture, wherever it finds something like it")
+        help="picture to be guided by: each place of the dream becomes more like the place in it "
+        "that the layer finds most similar")
     add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
         idle=is_not("amplify_layer"),
         help="for amplify_layer: weight of the absolute activations in the target's gradient")
@@ -1998,36 +2003,37 @@ def start_options(add):
 
     add("--initial_image", "--image", metavar="FILE", type=file_name, file="read", nargs="+",
         action=Several,
-        help="picture to start from (default: noise); several, or a folder: a picture for each")
+        help="picture to start from (default: noise); with --output FOLDER/, give several files "
+        "or a folder to make a picture from each")
     add("--background", metavar="COLOUR", type=colour, default="white",
         idle=lambda o: not (o.initial_image or o.guide) and "no --image",
-        help="shown where the picture is transparent: a name or #rrggbb")
+        help="colour to put behind a transparent picture: a name or #rrggbb")
     add("--mask", metavar="FILE", type=mask_name, file="read", words=("alpha",),
-        help="where to dream: white dreams, black stays as it is in --image, grey is between; "
-        "or alpha: --image dreams where it is opaque (default: everywhere)")
+        help="picture that shows where to dream: white areas dream, black areas stay as in "
+        "--image, grey is a mixture; or alpha: dream where --image is opaque (default: everywhere)")
     add("--keep_colors", "--keep_colours", action="store_true",
         idle=lambda o: not o.initial_image and "no --image",
         help="show and save the dream in the colours of --image")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, idle=has_image,
-        help="noise: standard deviation in grey levels")
+        help="standard deviation of the noise, in grey levels")
     add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0,
-        idle=has_image, help="noise: sigma of a blur in pixels")
+        idle=has_image, help="sigma of the Gaussian blur of the noise, in pixels")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), idle=has_image,
-        help="noise: random seed, for the same noise every time (default: random, and printed)")
+        help="random seed for the noise, to repeat a run (default: random, and printed)")
 
 
 def size_options(add):
     add("--initial_size", metavar="SIZE",
-        help="first size: HxW, the longer side, or xF (default: the base size)")
+        help="first size: HxW, the longer side, or xF, see below (default: the base size)")
     add("--final_size", metavar="SIZE", idle=when("num_sizes", 1),
-        help="last size, if there are several (default: the base size)")
+        help="last size, if --num_sizes is above 1 (default: the base size)")
     add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1,
-        help="number of sizes; 1: only the first")
+        help="number of sizes; 1: --initial_size only")
     add("--resize_type", choices=("geometric", "linear"), default="geometric",
-        idle=when("num_sizes", 1), help="how the sizes between are spaced")
+        idle=when("num_sizes", 1), help="how the sizes from first to last are spaced")
     add("--scratch", metavar="FOLDER", type=scratch_folder, free=True, text=None,
-        help="where to keep, in unnamed files, what a large picture takes most memory for "
-        "(default: in memory)")
+        help="keep a run's largest arrays in unnamed files in this folder, so that large pictures "
+        "need less memory (default: keep them in memory)")
 
 
 def step_options(add):
@@ -2042,7 +2048,7 @@ def step_options(add):
     add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F",
         type=number(float, above=0), default=1.0,
         idle=too_few_steps("learning_rate_decay_iter"),
-        help="factor of the learning rate; 1: constant")
+        help="multiply the learning rate by F every --learning_rate_decay_iter steps; 1: constant")
     add("--use_pixel_learning_rates", action="store_true",
         help="divide each pixel's steps by the number of tiles that cover it")
 
@@ -2052,14 +2058,14 @@ def regularizer_options(add):
         return not (options.tv_reg or options.tv_reg_step) and "--tv_reg 0"
 
     add("--alpha", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg", 0),
-        help="exponent of the p-norm of the difference from the start picture, or from noise of "
-        "the picture itself")
+        help="exponent of the p-norm of the change from the start picture (of the picture itself "
+        "if the run starts from noise)")
     add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, idle=when("p_reg", 0),
         help="unit of the p-norm, in grey levels")
     add("--p_reg", metavar="W", type=number(float), default=1e-4,
         help="weight of the p-norm; 0: none")
     add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg_aux", 0),
-        help="exponent of the second p-norm, of the picture itself")
+        help="exponent of the second p-norm, always of the picture itself")
     add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0,
         idle=when("p_reg_aux", 0), help="unit of the second p-norm, in grey levels")
     add("--p_reg_aux", metavar="W", type=number(float), default=0.0,
@@ -2074,7 +2080,7 @@ def regularizer_options(add):
         idle=too_few_steps("tv_reg_step_iter"),
         help="added to --tv_reg every --tv_reg_step_iter steps")
     add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50,
-        idle=when("tv_reg_step", 0), help="steps after which --tv_reg_step is added")
+        idle=when("tv_reg_step", 0), help="add --tv_reg_step to --tv_reg every N steps")
     add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", idle=has_no_tv,
         help="how total variation measures slopes")
 
@@ -2094,30 +2100,30 @@ def output_options(add):
         return "web" not in options.iter_behavior and "no web in --iter_behavior"
 
     add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
-        file="write", help="the finished picture; of several in one run FOLDER/, or a name with "
-        "{name}, the start picture's, and {layer} in it")
+        file="write", help="file for the finished picture; for several pictures FOLDER/, or a "
+        "name that contains {name} (the start picture's) and {layer}")
     add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
         help="do --iter_behavior every N steps")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
         idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
-        help=f"what to do along the way: {', '.join(BEHAVIORS)}, joined by +, or none; save writes "
-        "NAME_SIZE_STEP.EXT beside the output, plot NAME_plot.png, gif NAME_run.gif; without a "
-        "display, show and plot_pix write NAME_show.png and NAME_plot_pix.png; web is a page to "
-        "watch the run in a browser")
+        help=f"what to do during the run: {', '.join(BEHAVIORS)}, joined by +, or none; save "
+        "writes NAME_SIZE_STEP.EXT next to the output, plot writes NAME_plot.png, gif writes "
+        "NAME_run.gif; without a display, show and plot_pix write NAME_show.png and "
+        "NAME_plot_pix.png; web serves a page to watch the run in a browser")
     add("--web_port", metavar="N", type=number(int, 0, 65535), default=0, free=True,
-        idle=has_no_page, help="port of the page that web shows; 0: a free one, which is printed")
+        idle=has_no_page, help="port of the page that web serves; 0: any free one; it is printed")
     add("--web_host", metavar="HOST", type=given, default="127.0.0.1", free=True, text=None,
-        idle=has_no_page, help="address at which web listens; by default other machines cannot "
-        "reach it, and with an address of the network everybody there can look")
+        idle=has_no_page, help="address on which web listens; other machines cannot reach the "
+        "default, and anyone who can reach another address can watch")
     add("--stats", metavar="FILE", type=output_name, free=True, file="write",
         help="measure every step, and write the statistics as CSV")
     add("--sidecar", action="store_true", free=True,
-        help="write OUTPUT.json, which tells how the picture was made; a PNG carries it inside")
+        help="write OUTPUT.json, a record of how the picture was made; a PNG always contains it")
     add("--reproduce", metavar="FILE", type=file_name, free=True,
         help="print the command that made a picture, and exit")
     add("--checkpoint_iter", metavar="N", type=number(int, 0), free=True,
-        help="save OUTPUT.checkpoint, for --resume, every N steps; it is removed at the end; "
-        "0: never (default: --output_iter, at least 50)")
+        help="save OUTPUT.checkpoint, for --resume, every N steps; it is deleted when the run is "
+        "complete; 0: never (default: --output_iter, at least 50)")
     add("--resume", metavar="FILE", type=file_name, free=True, text=None,
         help="continue from a checkpoint; the run's options need not be given again")
     add("--quiet", action="store_true", free=True, text=None, help="no progress bar, no notices")
@@ -2126,7 +2132,7 @@ def output_options(add):
     add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
         idle=is_not_shown, help="height of the show window, in inches")
     add("--depth", type=int, choices=tuple(DEPTHS), default=8,
-        help="bits of a channel in the saved pictures; 16 for .png and .tif")
+        help="bits per channel in saved pictures; 16 only for .png and .tif")
     add("--rescale_image", action="store_true",
         help="stretch saved and shown pictures to the full range, instead of clipping")
 
@@ -2134,20 +2140,20 @@ def output_options(add):
 
 
 def build_parser():
-    """The options, in the groups of --help: the original's names first, then the other names that
-    its README used."""
+    """The Parser, with the options in the groups of --help. An option's first name is the original
+    program's; the others are those in its README."""
     parser = Parser(
         prog=PROGRAM,
-        description="DeepDream pictures on real Caffe: amplifies what a layer of a network "
-        "responds to in a picture, or in noise.",
-        epilog="Names may be written with dashes. Sizes are height x width in pixels, HxW; the "
-        "longer side alone; or xF times the base size (the start picture's, or for noise the "
-        "network's input). No side may be below the network's input. @FILE stands for the options "
-        "in a file.",
+        description="Makes DeepDream pictures with Caffe, by amplifying what a layer of a network "
+        "responds to in a picture or in noise.",
+        epilog="Option names can be written with dashes. A size is HxW, height x width in pixels; "
+        "or the longer side alone; or xF, F times the base size, which is the start picture's size "
+        "or, for noise, the network's input size. No side may be smaller than the network's input. "
+        "@FILE reads options from a file.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     network_options(parser.group("network"))
-    target_options(parser.group("what is amplified"))
+    target_options(parser.group("target"))
     start_options(parser.group("start picture"))
     size_options(parser.group("sizes"))
     step_options(parser.group("steps"))
@@ -2163,15 +2169,15 @@ def names_file(action, value):
 
 
 def files_read(options, free=True):
-    """{option: path} of the files that the options name for reading; unless `free`, only of those
-    that a resumed run may not change."""
+    """The files that the options name for reading, {option: path}; unless `free`, only those that
+    a resumed run may not change."""
     actions = [a for a in PARSER.options if a.file == "read" and (free or not a.free)]
     named = [(a.option_strings[-1][2:], a, getattr(options, a.dest)) for a in actions]
     return {name: path for name, a, path in named if names_file(a, path)}
 
 
 def without_effect(options):
-    """Notices, in the order of --help, of options that were set and change nothing."""
+    """Yields a notice for each option that was set but has no effect, in the order of --help."""
     for action in PARSER.options:
         changed = getattr(options, action.dest) != getattr(DEFAULTS, action.dest)
         reason = changed and action.idle and action.idle(options)
@@ -2180,8 +2186,8 @@ def without_effect(options):
 
 
 def command_words(options, **found):
-    """The options that differ from their defaults as words of a command line, with the values
-    `found` in place of those that were left open."""
+    """The options that differ from their defaults, as words of a command line; `found` has the
+    values that the run chose for options left open."""
     words = []
     for action in PARSER.options:
         value = found.get(action.dest, getattr(options, action.dest))
