@@ -3471,19 +3471,19 @@ def read_only(blob, kind):
 
 
 class Engine:
-    """What computes the gradients of tiles, as the loop sees it; a context manager.
+    """Computes the gradients of tiles for the dream's loop; a context manager.
 
-    `spec` is its NetworkSpec; `device` tells where it runs, in words; `notices` is a list of lines
-    for the user. After `describe`: tile_size, (height, width) of a tile; target_shapes, (C, ...) of
-    a tile's activations for each target; batch_size, how many tiles `send` takes at most; number,
-    how many devices compute batches, each of which wants some of every turn.
+    `spec` is its NetworkSpec; `device` describes where it runs; `notices` is a list of lines for
+    the user. After `describe` it also has tile_size, the (height, width) of a tile; target_shapes,
+    the shape (C, ...) of a tile's activations for each target; batch_size, the most tiles that
+    `send` accepts; number, how many devices compute batches: each should get a share of every turn.
 
-    Which tile is computed where and with which others must not change its gradient. A failure that
-    the engine cannot make good is a RunFailed, or a BadRequest if it is the fault of an option.
+    A tile's gradient must not depend on where it is computed or with which other tiles. A failure
+    that the engine cannot recover from raises RunFailed, or BadRequest if an option caused it.
     """
 
     def describe(self):
-        """Loads the network and tries it once. To be called first."""
+        """Loads the network and tries it once. Must be called first."""
         raise NotImplementedError
 
     def has_room(self):
@@ -3491,13 +3491,13 @@ class Engine:
         raise NotImplementedError
 
     def send(self, tiles_in, measure=True):
-        """Starts computing the gradients of tiles, up to batch_size arrays (3, H, W); returns a
-        ticket. With `measure` the losses too."""
+        """Starts computing the gradients of up to batch_size tiles, arrays (3, H, W), and with
+        `measure` also their losses; returns a ticket."""
         raise NotImplementedError
 
     def is_done(self, ticket):
-        """Waits for the tiles of a ticket, a second at most; returns whether `receive` can give
-        them at once."""
+        """Waits for the tiles of a ticket, one second at most; returns whether they are done, so
+        that `receive` will not wait."""
         raise NotImplementedError
 
     def receive(self, ticket):
@@ -3506,52 +3506,52 @@ class Engine:
         raise NotImplementedError
 
     def begin_run(self):
-        """Before another run with the same network: forgets what was told of the one before."""
+        """Prepares for another run with the same network: forgets the last run's notices."""
         self.notices = []
 
     def change(self, spec):
-        """Goes over to another NetworkSpec, for the same device, and describes that. Returns
-        whether this kind of engine can."""
+        """Switches to another NetworkSpec on the same device and describes it. Returns whether
+        this kind of engine can do that."""
         return False
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        """Ends the engine and leaves nothing behind; at once if `kind` is Stopped."""
+        """Ends the engine and leaves nothing behind; immediately if `kind` is Stopped."""
 
 
-# Tasks of the processes. Tiles and gradients travel through one shared memory, cut into slots. It
-# has no name, nor has the pipe that takes Caffe's messages: however a process ends, nothing of them
-# is left behind.
+# Tasks of the worker processes. Tiles and gradients travel through one block of shared memory,
+# divided into slots. Neither it nor the pipe for Caffe's messages has a name, so nothing is left
+# behind, however a process ends.
 
 
-kept_network = {}  # in a worker: {NetworkSpec: Network}, one at most
+kept_network = {}  # in a worker: {NetworkSpec: Network}, at most one
 
 
 def load_network(spec):
-    """The worker's network: loaded for its first task, kept for all others with that `spec`."""
+    """The worker's network: loaded for its first task, then kept as long as `spec` is the same."""
     if spec not in kept_network:
-        kept_network.clear()  # two may be too large
+        kept_network.clear()  # two may not fit in memory
         kept_network[spec] = Network(spec)
     return kept_network[spec]
 
 
 def map_memory(pid, descriptor, shape):
-    """The shared memory that process `pid` has open as `descriptor`, an array float32 of `shape`
-    (slots, 2, batch, 3, H, W): in each slot the tiles and their gradients."""
+    """The shared memory that process `pid` has open as `descriptor`, as a float32 array of `shape`
+    (slots, 2, batch, 3, H, W): each slot holds tiles and their gradients."""
     with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
         memory = mmap.mmap(file.fileno(), 4 * math.prod(shape))
         return np.frombuffer(memory, np.float32).reshape(shape)
 
 
-attach = functools.cache(map_memory)  # in a worker, which has one memory for life
+attach = functools.cache(map_memory)  # a worker has only one shared memory
 
 
 def describe(spec, batch_size=None, share=1):
-    """Task: (tile_size, target_shapes, batch size, notices) of the network, after a trial of it: it
-    takes the memory it needs, and fails now if it ever does. Without a batch size, that is what
-    suits the device. `share` processes share a GPU, and try it together."""
+    """Task: (tile_size, target_shapes, batch size, notices) of the network, after a trial: it
+    allocates the memory it needs, and if it is going to fail, it fails now. On a GPU the default
+    batch size is what fits in memory; `share` processes share each GPU, and try it together."""
     try:
         network = load_network(spec)
         network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
@@ -3569,14 +3569,14 @@ def describe(spec, batch_size=None, share=1):
 
 
 def check_batch(batch_size, slots, tile_size):
-    """Raises BadRequest if the slots for batches of such tiles do not fit in memory."""
+    """Raises BadRequest if the slots, each for a batch of tiles, do not fit in memory."""
     needed = 4 * slots * 2 * batch_size * 3 * math.prod(tile_size)
     if needed > free_memory():
-        problem = f"needs {needed / 1e9:.1f} GB of memory for tiles on their way"
+        problem = f"needs {needed / 1e9:.1f} GB of memory for tiles and gradients"
         raise refusal("batch_size", batch_size, f"{problem}; use a smaller one")
 
 
-together = None  # in a worker of a GPU: a barrier for all workers
+together = None  # in a GPU worker: a barrier for all workers
 
 
 def compute_slot(spec, memory, slot, count, measure):
@@ -3588,8 +3588,8 @@ def compute_slot(spec, memory, slot, count, measure):
 
 
 def can_use_gpu():
-    """Task: whether this Caffe was built with CUDA, by what its library contains. (Asking Caffe for
-    a GPU would end the process if there is none.)"""
+    """Task: whether this Caffe was built with CUDA, judged by the symbols in its library. (Asking
+    Caffe for a GPU would end the process if there is none.)"""
     import_caffe()
     import caffe._caffe
 
@@ -3598,7 +3598,7 @@ def can_use_gpu():
 
 
 def count_gpus():
-    """How many GPUs the NVIDIA driver shows this process; 0 without a driver."""
+    """The number of GPUs that the NVIDIA driver offers this process; 0 without a driver."""
     count = ctypes.c_int(0)
     with contextlib.suppress(OSError):
         driver = ctypes.CDLL("libcuda.so.1")
@@ -3608,13 +3608,13 @@ def count_gpus():
 
 
 def visible_gpu(number):
-    """The name for CUDA_VISIBLE_DEVICES of the number-th GPU that this process sees."""
+    """What to set CUDA_VISIBLE_DEVICES to for the number-th GPU that this process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[number].strip() if visible else str(number)
 
 
 def cgroup_folders():
-    """The folders with this process's limits: its control group's (version 2), and those above."""
+    """Yields the folders with this process's limits: its cgroup (version 2) and its parents."""
     with contextlib.suppress(OSError):
         path = re.search(r"^0::/(.*)$", read_text("/proc/self/cgroup"), re.MULTILINE)
         parts = path[1].split("/") if path else []
@@ -3623,8 +3623,7 @@ def cgroup_folders():
 
 
 def count_cores():
-    """The number of cores that this process may use, by its affinity and its control groups'
-    quotas."""
+    """The number of cores that this process may use, given its affinity and cgroup quotas."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for folder in cgroup_folders():
@@ -3635,7 +3634,7 @@ def count_cores():
 
 
 def free_memory():
-    """Free memory in bytes, also respecting cgroup limits; infinite if nothing tells."""
+    """Free memory in bytes, also respecting cgroup limits; infinite if unknown."""
     free = [math.inf]
     with contextlib.suppress(OSError):
         available = re.findall(r"MemAvailable: *(\d+) kB", read_text("/proc/meminfo"))
@@ -3644,7 +3643,7 @@ def free_memory():
         with contextlib.suppress(OSError, ValueError):
             files = (f"{folder}/memory.{name}" for name in ("max", "current", "stat"))
             limit, current, stat = map(read_text, files)
-            # A file cache counts as taken, and is given back when asked for.
+            # Cached files count as used, but that memory is freed on demand.
             cached = re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE)
             free.append(int(limit) - int(current) + sum(map(int, cached)))
     return max(0, min(free))
@@ -3661,8 +3660,8 @@ ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_
 
 @contextlib.contextmanager
 def one_thread_each():
-    """While processes are started: their BLAS takes one thread. Processes scale where threads
-    hardly do, and sums then do not depend on the number of workers."""
+    """While processes are started: limits their BLAS to one thread. Processes scale much better
+    than threads, and sums then do not depend on the number of workers."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     try:
@@ -3674,8 +3673,8 @@ def one_thread_each():
 
 @contextlib.contextmanager
 def signals_held_back():
-    """While processes are started: nothing interrupts that halfway here, and child processes
-    inherit a block of Ctrl-C and of the loss of the terminal, which are not meant for them."""
+    """While processes are started: holds signals back, so that they cannot interrupt the start
+    halfway, and blocks Ctrl-C and hangup in the child processes, which inherit the block."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
@@ -3693,21 +3692,22 @@ def signals_held_back():
 
 
 def end_with_parent():
-    """Ends this process when its parent is gone, however that ended."""
+    """Ends this process when its parent has ended, for whatever reason."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def start_worker(output, gpus, barrier, memory):
-    """Makes a fresh process a worker: its messages go to the pipe `output`, Ctrl-C is the parent's,
-    it sees one GPU, and on the CPU a bad file cannot make it take more than `memory` bytes."""
+    """Turns a new process into a worker: its output goes to the pipe `output`, it ignores Ctrl-C,
+    it sees only its own GPU, and on the CPU a bad file cannot make it use more than `memory` bytes.
+    """
     global together
     together = barrier
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
-    # A Caffe built with CUDA takes some hundred MB of the first GPU that it sees, on the CPU too.
+    # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get() if gpus is not None else ""
     if gpus is None and math.isfinite(memory):
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -3720,15 +3720,15 @@ class CaffeStopped(RunFailed):
 
 
 class GpuFailed(RunFailed):
-    """A GPU or its driver does not do its work; the message says what to do."""
+    """A GPU or its driver failed; the message says what to do."""
 
 
-GPU_ERRORS = {  # by CUDA's number
+GPU_ERRORS = {  # by CUDA error number
     2: "its memory is full; use a smaller --batch_size, another --gpu, or --gpu -1 for the CPU",
     35: "its driver is older than Caffe's CUDA; update the driver, or use --gpu -1 for the CPU",
-    46: "another program has it for itself alone; wait for that, use another --gpu, or --gpu -1 "
-    "for the CPU",
-    209: "Caffe was built for others; build it again with PYCAFFE_CUDA_ARCH=native, or use --gpu "
+    46: "another program has it in exclusive use; wait for that to end, or use another --gpu, or "
+    "--gpu -1 for the CPU",
+    209: "Caffe was built for other GPUs; rebuild it with PYCAFFE_CUDA_ARCH=native, or use --gpu "
     "-1 for the CPU",
 }
 
@@ -3741,7 +3741,7 @@ def check_log(text):
     cuda = fatal and re.search(r"cudaSuccess \((\d+) vs\. 0\) (.*)|.*(CU\w+_STATUS_\w+)", fatal[1])
     if cuda:
         number = 2 if cuda[3] and "ALLOC" in cuda[3] else int(cuda[1] or 0)
-        other = f"{one_line(cuda[2] or cuda[3])}; if it does so again, use --gpu -1 for the CPU"
+        other = f"{one_line(cuda[2] or cuda[3])}; if it happens again, use --gpu -1 for the CPU"
         raise GpuFailed(f"the GPU failed: {GPU_ERRORS.get(number, other)}")
     if fatal:
         raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
@@ -3749,17 +3749,17 @@ def check_log(text):
 
 @contextlib.contextmanager
 def system_limits():
-    """Within, what the system refuses when processes are started is a RunFailed."""
+    """Within this context, an OSError when processes are started becomes a RunFailed."""
     try:
         yield
     except OSError as error:
-        needs = "they need a little of /dev/shm, and open files: see ulimit -n"
+        needs = "they need some space in /dev/shm, and open files (see ulimit -n)"
         raise RunFailed(f"workers cannot be started ({error.strerror}); {needs}") from None
 
 
 class CaffeProcesses:
-    """Processes with a Caffe of their own, for tasks that need one; a context manager. One for
-    each GPU in `gpus`, which may name one twice, or `number` on the CPU. If one is killed from
+    """Processes that run tasks with Caffe; a context manager. There is one for each entry of
+    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. If one is killed from
     outside, all are restarted."""
 
     MAX_RESTARTS = 3
@@ -3775,7 +3775,7 @@ class CaffeProcesses:
 
     def start(self):
         """Makes the executor; processes start with the first tasks. Raises RunFailed."""
-        # Its queues start a process that looks after them.
+        # The executor's queues start multiprocessing's resource tracker, a process.
         with system_limits(), signals_held_back():
             gpus = self._context.SimpleQueue() if self.gpus else None
             for gpu in self.gpus:
@@ -3805,22 +3805,22 @@ class CaffeProcesses:
             process.kill()
 
     def end(self):
-        """Waits for the processes to end; tasks not begun are dropped."""
+        """Waits for the processes to end; tasks that have not started are dropped."""
         self._executor.shutdown(cancel_futures=True)
 
     def submit(self, task, *arguments):
-        """The future of a task, which may start a process."""
+        """Submits a task, which may start a process; returns the task's future."""
         try:
             with system_limits(), signals_held_back(), one_thread_each():
                 return self._executor.submit(task, *arguments)
-        except concurrent.futures.BrokenExecutor as error:  # told when the result is asked for
+        except concurrent.futures.BrokenExecutor as error:  # raised by result()
             future = concurrent.futures.Future()
             future.set_exception(error)
             return future
 
     def restart(self):
-        """Starts over after the death of a process. Raises CaffeStopped or OutOfMemory if Caffe
-        chose it, RunFailed at one death too many."""
+        """Restarts the processes after one has died. Raises what check_log raises if Caffe ended
+        it, and RunFailed after too many deaths."""
         text = b""
         while self._log.poll():
             text += os.read(self._log.fileno(), 1 << 16)
@@ -3835,8 +3835,8 @@ class CaffeProcesses:
         self.start()
 
     def call(self, task, *arguments):
-        """task(*arguments), done by one of the processes. Raises what the task raises, and as
-        `restart` does."""
+        """Returns task(*arguments), run in one of the processes. Raises what the task and
+        `restart` raise."""
         while True:
             try:
                 return self.submit(task, *arguments).result()
@@ -3844,8 +3844,8 @@ class CaffeProcesses:
                 self.restart()
 
     def _see_deaths(self, futures):
-        """Waits for tasks that wait for one another; as soon as one process has died, the rest are
-        killed. The executor alone may not see the death of the one that it started last."""
+        """Waits for tasks that wait for one another; if a process dies, kills the others. The
+        executor alone might not notice the death of the process that it started last."""
         from multiprocessing import connection
 
         while concurrent.futures.wait(futures, timeout=0.2).not_done:
@@ -3853,13 +3853,13 @@ class CaffeProcesses:
                 self._kill()
 
     def call_together(self, task, *arguments):
-        """The results of a task that every process does, one waiting for the other by
-        `together`."""
+        """The results of a task that every process runs once; they wait for one another at the
+        barrier `together`."""
         while True:
             try:
                 futures = [self.submit(task, *arguments) for _ in range(self.number)]
             except RunFailed:
-                self._kill()  # those that are there would wait
+                self._kill()  # those already started would wait forever
                 raise
             self._see_deaths(futures)
             errors = [future.exception() for future in futures]
@@ -3873,17 +3873,17 @@ class CaffeProcesses:
 
 
 def in_a_worker(task, *arguments):
-    """Runs a task that needs Caffe in a process of its own."""
+    """Runs a task that needs Caffe, in a separate process."""
     with CaffeProcesses() as processes:
         return processes.call(task, *arguments)
 
 
 class Workers(Engine):
-    """The engine of this machine: processes on the GPUs in `gpus`, or `number` on the CPU. A worker
+    """The engine on this machine: processes on the GPUs in `gpus`, or `number` on the CPU. A worker
     that is killed from outside is replaced, and its tiles are computed again. With `or_cpu`, the
-    CPU takes the place of GPUs that fail at first."""
+    CPU is used if the GPUs fail in `describe`."""
 
-    EACH = 2  # processes of a GPU, of which one computes while the other gets and gives its tiles
+    EACH = 2  # processes per GPU: one computes while the other transfers its tiles
 
     def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
         self.spec, self.notices = spec, []
@@ -3915,7 +3915,7 @@ class Workers(Engine):
                 break
             except GpuFailed as error:
                 if self._each > 1:
-                    instead = (self.gpus, 1, self.device)  # one process may do
+                    instead = (self.gpus, 1, self.device)  # one process may fit
                 elif self._or_cpu:
                     instead = ((), 1, f"CPU ({str(error).partition(';')[0]})")
                 else:
@@ -3939,7 +3939,7 @@ class Workers(Engine):
             if self.gpus:
                 arguments = (self.spec, self._batch_size, self._each)
                 found = self.processes.call_together(describe, *arguments)
-            else:  # the first will do; meanwhile the others load the network too
+            else:  # one result is enough; meanwhile the others load the network too
                 for _ in range(self._cpu_number - 1):
                     self.processes.submit(describe, self.spec)
                 found = [self.processes.call(describe, self.spec)]
@@ -3949,17 +3949,17 @@ class Workers(Engine):
                 problem = "Caffe cannot compute a gradient for this layer"
                 raise refusal("layer", layers, f"{problem}; {ANOTHER_LAYER}") from None
             if self.spec.input_size:
-                problem = f"the network cannot take it ({error}); leave it out"
+                problem = f"the network cannot use this size ({error}); drop the option"
                 raise input_size_refusal(self.spec.input_size, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.target_shapes, _, notices = found[0]
         self.notices += notices
-        # More than one would not help on the CPU, and a sum might depend on the tiles beside it.
+        # On the CPU, batches would not help, and a sum might depend on the other tiles of one.
         self.batch_size = min(size for _, _, size, _ in found) if self.gpus else 1
 
     def _map_slots(self):
-        """Two batches for each worker, one to compute and one to begin with next, and one more."""
+        """Makes two slots for each worker, one being computed and one to do next, and a spare."""
         slots = 2 * self.processes.number + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
@@ -4002,8 +4002,9 @@ class Workers(Engine):
 
 
 def choose_gpus(gpus):
-    """The GPUs to run on, [] for the CPU, and the device in words, with the reason if it is the
-    CPU though no GPU was named. `gpus` is the option's list, or None. Raises BadRequest."""
+    """Returns the GPUs to run on, [] for the CPU, and a description of the device, which says why
+    if the CPU is used without having been asked for. `gpus` is the list from --gpu, or None. Raises
+    BadRequest."""
     if gpus == []:
         return [], "CPU"
     present = count_gpus()
@@ -4030,15 +4031,15 @@ def choose_gpus(gpus):
 
 @functools.cache
 def compiled_step_tile():
-    """step_tile as the library that comes with this program's Caffe has it, four times as fast and
-    the same to the last bit where `power` has square roots and products, else nearly so; None
-    without that library."""
+    """The version of step_tile in the library that is installed with this program's Caffe, or None
+    without that library. It is four times as fast. Its results are identical to the last bit if
+    `power` uses square roots and products, and nearly identical otherwise."""
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
     try:
-        function = ctypes.CDLL(path).cnn_vis_step_tile_2  # the second signature
-    except (OSError, AttributeError):  # built for another machine, or long ago
+        function = ctypes.CDLL(path).cnn_vis_step_tile_2  # 2: with its second signature
+    except (OSError, AttributeError):  # built for another machine, or too old
         return None
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
     function.restype = ctypes.c_double
@@ -4062,16 +4063,15 @@ def compiled_step_tile():
 
 
 # ---- A cluster --------------------------------------------------------------------------------
-# Workers of a Dask cluster get all they need by content, so they need not share a disk: this script
-# as a module named by its hash (runs with other versions of it may be under way), the network's
-# files once for each machine. Caffe runs in child processes, so a crash of Caffe does not end the
-# Dask worker.
+# Workers of a Dask cluster need not share a disk. They are sent this script, as a module named by
+# its hash (runs with other versions of it may be in progress), and the network's files, once for
+# each machine. Caffe runs in child processes, so a crash in Caffe does not end the Dask worker.
 
 
 @functools.cache
 def portable():
-    """This script as a module named by its content, which workers have too: functions and values
-    of that module can be sent to them."""
+    """This script as a module named by its hash. Workers have that module too, so its functions
+    and values can be sent to them."""
     name = f"cnn_vis_{sha256_of(__file__)[:16]}"
     spec = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -4080,7 +4080,7 @@ def portable():
 
 
 def in_module(module, value):
-    """A value of this script, a dataclass or a simpler one, as one of the script `module`."""
+    """A copy of a value, a dataclass of this script or simpler, made of the classes of `module`."""
     if isinstance(value, tuple):
         return tuple(in_module(module, part) for part in value)
     if not dataclasses.is_dataclass(value):
@@ -4090,17 +4090,17 @@ def in_module(module, value):
 
 
 def kept_path(sha256):
-    """Where a worker's machine keeps the file with that content."""
+    """Where a worker's machine keeps the file with this hash."""
     return os.path.join(cache_folder(), "cluster", sha256)
 
 
 def cache_place():
-    """In a Dask worker: what tells its machine and cache from others."""
+    """In a Dask worker: what identifies its machine and cache."""
     return socket.gethostname(), os.path.realpath(cache_folder())
 
 
 def missing_files(hashes):
-    """In a Dask worker: those of the files that the cache lacks, or has damaged."""
+    """In a Dask worker: the hashes of those files that are missing or damaged in the cache."""
     paths = {sha256: kept_path(sha256) for sha256 in hashes}
     return [
         sha256
@@ -4110,11 +4110,11 @@ def missing_files(hashes):
 
 
 def keep_part(sha256, sender, data, is_first, is_last):
-    """In a Dask worker: appends to a file of the cache. Raises RunFailed."""
+    """In a Dask worker: appends data to a file in the cache. Raises RunFailed."""
     path = kept_path(sha256)
     part = f"{path}.{socket.gethostname()}.{sender}"  # machines may share a cache
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if is_first:  # those of senders that were killed
+    if is_first:  # remove leftovers of killed senders
         for other in glob.glob(f"{glob.escape(path)}.*"):
             if time.time() - os.path.getmtime(other) > 3600:
                 os.remove(other)
@@ -4124,7 +4124,7 @@ def keep_part(sha256, sender, data, is_first, is_last):
             file.flush()
             os.fsync(file.fileno())
         if is_last and sha256_of(part) != sha256:
-            raise OSError("it was damaged on its way")
+            raise OSError("it was damaged in transit")
         if is_last:
             os.replace(part, path)
     except OSError as error:
@@ -4134,8 +4134,8 @@ def keep_part(sha256, sender, data, is_first, is_last):
 
 
 class Loan:
-    """In a Dask worker: the engine of its machine for one run, with a process for each thread of
-    the worker; all of those threads use it. It ends with the run, or after five silent minutes."""
+    """In a Dask worker: the engine for one run, with a process for each thread of the worker; all
+    of those threads use it. It ends with the run, or after five minutes without use."""
 
     SILENCE = 300
     lock, made = threading.Lock(), {}  # {run: Loan, or None if the run has ended}
@@ -4143,7 +4143,7 @@ class Loan:
     def __init__(self, run, spec, threads):
         self._run, self._lock, self._has_ended = run, threading.Lock(), False
         self._users, self._last = 0, time.monotonic()
-        multiprocessing.current_process().daemon = False  # a daemon could not have processes
+        multiprocessing.current_process().daemon = False  # daemons cannot start processes
         self._workers = Workers(spec, threads)
         try:
             self._workers.describe()
@@ -4155,8 +4155,8 @@ class Loan:
     @classmethod
     @contextlib.contextmanager
     def of(cls, run, spec):
-        """The Loan for a run, for as long as this lasts. Raises what Workers.describe raises, and
-        RunFailed."""
+        """The Loan for a run, which counts as used within this context. Raises what
+        Workers.describe raises, and RunFailed."""
         import distributed
 
         with cls.lock:
@@ -4173,8 +4173,8 @@ class Loan:
                 loan._users, loan._last = loan._users - 1, time.monotonic()
 
     def examine(self):
-        """What `describe` found; what the network's gradient of one picture hashes to; and what
-        that depends on, in words."""
+        """What `describe` found; the hash of the network's gradient for one picture; and the
+        pycaffe version and processor, on which that depends."""
         found = {name: getattr(self._workers, name) for name in DESCRIBED}
         gradient, _ = self.compute(np.random.default_rng(0).normal(0, 50, (3, *found["tile_size"])))
         cpu = re.search(r"^model name\s*: (.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
@@ -4207,24 +4207,24 @@ class Loan:
                 if self.made.get(self._run) is not self:
                     return
                 is_silent = not self._users and time.monotonic() > self._last + self.SILENCE
-                if is_silent:  # should the run be heard of again, it gets another
+                if is_silent:  # if the run calls again, it gets a new one
                     del self.made[self._run]
         self.end()
 
     def end(self):
-        """Ends the engine at once."""
+        """Ends the engine immediately."""
         with self._lock:
             if not self._has_ended:
                 self._has_ended = True
                 self._workers.__exit__(Stopped)
 
 
-DESCRIBED = ("tile_size", "target_shapes", "notices")  # of an Engine, by describe()
+DESCRIBED = ("tile_size", "target_shapes", "notices")  # set by Engine.describe()
 
 
 def end_loan(run):
-    """In a Dask worker: the run is over. Returns at once, as this is called in Dask's event
-    loop."""
+    """In a Dask worker: ends the Loan for a run. Does not wait for that, as Dask calls this in its
+    event loop."""
 
     def end():
         with Loan.lock:
@@ -4236,9 +4236,9 @@ def end_loan(run):
 
 
 def on_loan(run, task, spec, *arguments):
-    """In a Dask worker: (None, what a method of the run's Loan returns), or (name of an exception
-    of this script, message)."""
-    files = spec.files  # by content, see Crew
+    """In a Dask worker: calls the method `task` of the run's Loan; returns (None, its result), or
+    (name of an exception of this script, message)."""
+    files = spec.files  # hashes instead of paths, see Crew
     there = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
     files = dataclasses.replace(files, **there)
     spec = dataclasses.replace(spec, files=files)
@@ -4250,8 +4250,8 @@ def on_loan(run, task, spec, *arguments):
 
 
 class Call:
-    """Pickled here, done where it is unpickled: in a worker. The scheduler, which looks into tasks,
-    sees nothing of this script."""
+    """A function call that is pickled here and done when it is unpickled, in a worker. The
+    scheduler, which inspects tasks, thus sees nothing of this script."""
 
     def __init__(self, function, *arguments):
         self._call = (function, arguments)
@@ -4261,19 +4261,20 @@ class Call:
 
 
 class Crew:
-    """The workers of a Dask cluster, as they come and go. Each is sent what it lacks, and tried, in
-    a thread of its own before it is used.
+    """The workers of a Dask cluster, which may come and go. Before a worker is used, a separate
+    thread here sends it the files that it lacks and tries the network there.
 
-    `known` are the addresses of all; `threads`, {address: number}, tells those in use; `unfit`,
-    {address: exception}, why others are not; `found` is what Loan.examine found at the first.
+    `known` holds the addresses of all workers; `threads`, {address: number}, the thread counts of
+    those in use; `unfit`, {address: exception}, why others are not used; `found`, what Loan.examine
+    returned on the first worker.
     """
 
-    PART = 16 << 20  # bytes of a file that are sent at once
+    PART = 16 << 20  # bytes of a file sent in one message
 
     def __init__(self, client, address, spec):
         self.client, self.address = client, address
         self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
-        self.is_announced = False  # what happens from then on is told as it happens
+        self.is_announced = False  # once True, unfit workers are reported when found
         self._module, self._run = portable(), os.urandom(16).hex()
         hashes = content_of(spec.files)
         self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
@@ -4283,7 +4284,7 @@ class Crew:
         self._trials, self._closing = [], threading.Event()
 
     def start(self):
-        """Begins to look after the workers."""
+        """Starts watching the workers, in a thread."""
         self._send_script()
         threading.Thread(target=self._look_after, daemon=True).start()
 
@@ -4293,8 +4294,8 @@ class Crew:
             return self.known - self.threads.keys() - self.unfit.keys()
 
     def end(self, futures):
-        """Cancels futures and ends what the run has on the workers. Takes three seconds at most: a
-        worker that is cut off answers later, or never."""
+        """Cancels futures and ends the run's Loans on the workers. Waits three seconds at most, as
+        a worker that is cut off may never answer."""
         self._closing.set()
 
         def end():
@@ -4308,19 +4309,19 @@ class Crew:
         ending.join(3)
 
     def submit(self, task, workers, *arguments):
-        """The future of a task, a method of Loan, to be done by one of the workers."""
+        """Submits a task, a Loan method's name, to one of the workers; returns its future."""
         call = Call(self._module.on_loan, self._run, task, self._spec, *arguments)
         arguments = (pickle.loads, pickle.dumps(call))
         return self.client.submit(*arguments, workers=list(workers), pure=False)
 
     def exception(self, name, message, address):
-        """What a worker raised; with the worker's address unless an option is to blame."""
+        """The exception that a worker raised, with its address unless an option is to blame."""
         message = self.with_files_here(message)
         message = message if message.startswith("--") else f"worker {address}: {message}"
         return BadRequest(message) if name == "BadRequest" else RunFailed(message)
 
     def with_files_here(self, message):
-        """A message of a worker, with the names of files here."""
+        """A worker's message, with the names that its files have on this machine."""
         for sha256, path in self._files.items():
             message = re.sub(rf"\S*{sha256}", lambda _, path=path: path, message)
         return message
@@ -4329,7 +4330,7 @@ class Crew:
         while not self._closing.wait(0.3):
             try:
                 present = self.client.nthreads()
-            except Exception:  # the scheduler is away
+            except Exception:  # the scheduler does not answer
                 present = {}
             if self._closing.is_set():
                 return
@@ -4357,7 +4358,7 @@ class Crew:
         except Exception as error:
             with contextlib.suppress(Exception):
                 if address not in self.client.nthreads():
-                    return  # it has gone; should it come back, it is new
+                    return  # it is gone; if it comes back, it counts as new
             name, problem = "RunFailed", self.exception("RunFailed", one_line(error), address)
         with self._lock:
             if address not in self.known or self._closing.is_set():
@@ -4365,14 +4366,14 @@ class Crew:
             if name:
                 self.unfit = self.unfit | {address: problem}
                 if self.is_announced:
-                    log.warning(f"note: {problem}; it is not used")
+                    log.warning(f"note: {problem}; this worker is not used")
                 return
             self.threads = self.threads | {address: threads}
             self.found = self.found or found
         if found[1] != self.found[1]:
             log.warning(
-                f"note: {address} ({found[2]}) computes slightly other pixels than the first "
-                f"worker ({self.found[2]}): the picture will depend on which tiles go where"
+                f"note: worker {address} ({found[2]}) computes slightly different pixels from the "
+                f"first ({self.found[2]}): the picture will depend on which tiles go where"
             )
 
     def _send_files(self, address):
@@ -4385,12 +4386,12 @@ class Crew:
             try:
                 place = there(self._module.cache_place)
                 break
-            except Exception as error:  # which one depends on where Dask misses the script
+            except Exception as error:  # its type depends on where Dask misses the script
                 if attempt == 19 or self._module.__name__ not in str(error):
                     raise
-                self._send_script()  # perhaps the scheduler is another one
+                self._send_script()  # the scheduler may have been replaced
                 time.sleep(0.3)
-        with self._sending[place]:  # the other workers of the machine wait, and then find them
+        with self._sending[place]:  # other workers on the machine wait, then find the files
             for sha256 in there(self._module.missing_files, list(self._files)):
                 with open(self._files[sha256], "rb") as file:
                     size, ends = os.fstat(file.fileno()).st_size, (True, False)
@@ -4400,19 +4401,19 @@ class Crew:
                         there(self._module.keep_part, sha256, self._run, data, *ends)
 
     def _send_script(self):
-        """Has every worker, those to come too, given this script."""
+        """Makes Dask send this script to every worker, including those that join later."""
         from distributed.diagnostics.plugin import UploadFile
 
         script = UploadFile(__file__, load=False)
         script.filename = f"{self._module.__name__}.py"
-        with contextlib.suppress(Exception):  # of one worker; it will be found to lack the script
+        with contextlib.suppress(Exception):  # from one worker; _send_files finds out
             self.client.register_plugin(script, name=self._module.__name__)
 
 
 @dataclasses.dataclass
 class Job:
-    """A tile on its way: Loan.compute's arguments; the future, the workers that it may go to, and
-    how often it was lost with them; what on_loan returned."""
+    """A tile being computed: the arguments of Loan.compute; the future, the workers that it may go
+    to, and how often it was lost with them; what on_loan returned."""
 
     arguments: tuple
     future: object = None
@@ -4422,11 +4423,11 @@ class Job:
 
 
 class Cluster(Engine):
-    """The engine of a Dask cluster. Two tiles for each thread of its workers are under way. Those
-    of workers that are gone are computed again, new workers are used as they come, and while there
-    are none the run waits."""
+    """The engine on a Dask cluster. It keeps two tiles in progress for each worker thread. Tiles of
+    lost workers are computed again, new workers are used as they join, and the run waits while
+    there are none."""
 
-    MAX_LOSSES = 4  # each after the death of several workers, as many as Dask allows
+    MAX_LOSSES = 4  # Dask reports each only after several workers have died
     batch_size = 1
 
     def __init__(self, spec, address):
@@ -4455,7 +4456,7 @@ class Cluster(Engine):
         for name in DESCRIBED:
             setattr(self, name, crew.found[0][name])
         self.notices = [*map(crew.with_files_here, self.notices)]
-        self.notices += [f"{problem}; it is not used" for problem in crew.unfit.values()]
+        self.notices += [f"{problem}; this worker is not used" for problem in crew.unfit.values()]
         crew.is_announced = True
         workers, threads = len(crew.threads), sum(crew.threads.values())
         many = "s" * (workers > 1), "s" * (threads > 1)
@@ -4469,20 +4470,20 @@ class Cluster(Engine):
         except ModuleNotFoundError as error:
             problem = missing_package(error, "requirements-cluster.txt")
             raise refusal("scheduler", self.address, problem) from None
-        except Exception as error:  # as of a configuration that cannot be read
-            problem = f"Dask cannot be imported ({one_line(error)}); see its configuration"
+        except Exception as error:  # an invalid configuration, for example
+            problem = f"Dask cannot be imported ({one_line(error)}); check its configuration"
             raise refusal("scheduler", self.address, problem) from None
         for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is told in our words
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # we report what matters
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})  # for tiles
         self._greet(distributed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages that differ
+            warnings.simplefilter("ignore")  # about package versions that differ
             return distributed.Client(self.address, set_as_default=False)
 
     def _greet(self, distributed):
-        """Raises BadRequest unless a scheduler answers in five seconds. (A Client waits for ever if
-        something else takes the connection.)"""
+        """Raises BadRequest unless a scheduler answers within five seconds. (A Client waits forever
+        if something else accepts the connection.)"""
         import asyncio
 
         async def identity():
@@ -4491,11 +4492,11 @@ class Cluster(Engine):
                 return await asyncio.wait_for(there.identity(), 5)
 
         try:
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # here a loop may be running
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop may be running here
                 kind = pool.submit(asyncio.run, identity()).result()["type"]
-            problem = f"a {kind} answers there" if kind != "Scheduler" else None
-        except Exception as error:  # whatever may answer
-            problem = f"no scheduler answers there ({one_line(error)})"
+            problem = f"this is a {kind}, not a scheduler" if kind != "Scheduler" else None
+        except Exception as error:  # anything at all may answer
+            problem = f"no scheduler answers at this address ({one_line(error)})"
         if problem:
             remedy = "start one with: dask scheduler"
             raise refusal("scheduler", self.address, f"{problem}; {remedy}") from None
@@ -4510,7 +4511,7 @@ class Cluster(Engine):
         return ticket
 
     def _place_jobs(self):
-        """Submits the jobs that no worker in use has."""
+        """Submits the jobs that are not with any of the workers in use."""
         workers = frozenset(self._crew.threads)
         for job in self._jobs.values():
             if workers and (job.future is None or job.workers.isdisjoint(workers)):
@@ -4533,7 +4534,7 @@ class Cluster(Engine):
             job.found = job.future.result(timeout=1)
         except (TimeoutError, distributed.TimeoutError):
             pass
-        except (distributed.CancelledError, OSError):  # lost with the scheduler, or on its way
+        except (distributed.CancelledError, OSError):  # lost with the scheduler or in transit
             job.future = None
         except distributed.KilledWorker as error:
             job.future, job.losses = None, job.losses + 1
@@ -4558,7 +4559,7 @@ class Cluster(Engine):
 
 
 def open_engine(options, spec):
-    """The Engine for a NetworkSpec that the options ask for, not yet entered. Raises BadRequest."""
+    """Creates the Engine that the options select, not yet entered. Raises BadRequest."""
     if options.scheduler:
         return Cluster(dataclasses.replace(spec, tf32=False), options.scheduler)
     gpus, device = choose_gpus(options.gpu)
@@ -4568,14 +4569,14 @@ def open_engine(options, spec):
 
 
 class Engines:
-    """The engines of runs that differ in nothing but their start pictures and targets, one after
-    the other; a context manager. Processes that are there are used again."""
+    """Provides the engines for a series of runs that differ only in their start pictures and
+    targets; a context manager. Running processes are reused."""
 
     def __init__(self, options):
         self.options, self._engine = options, None
 
     def get(self, settings, files):
-        """The Engine for a run, which has described its network. Raises BadRequest, RunFailed."""
+        """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
         place = (files, choose_targets(settings))
         spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
         engine = self._engine
@@ -4591,7 +4592,7 @@ class Engines:
         return self._engine
 
     def close(self, kind=None):
-        """Ends the engine; at once if `kind` is Stopped."""
+        """Ends the engine; immediately if `kind` is Stopped."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.__exit__(kind, None, None)
@@ -4604,8 +4605,7 @@ class Engines:
 
 
 def idle(options, engine):
-    """Notices of options that were set and change nothing, whatever the device or on the engine's
-    one."""
+    """Yields notices of options that were set but have no effect, on any device or on this one."""
     yield from without_effect(options)
     targets = engine.spec.targets
     if len(targets) == 1 and abs(targets[0].weight) != 1:

@@ -159,7 +159,7 @@ def test_a_worker_without_caffe_is_not_used(dask_cluster, tmp_path):
     done = run_cli(*[word for word in ONE if word != "--quiet"], cluster, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Caffe cannot be imported" in done.stderr
-    assert done.stderr.count("; it is not used") == 1
+    assert done.stderr.count("; this worker is not used") == 1
     assert "1 worker, 1 thread" in done.stderr
 
 
@@ -173,7 +173,7 @@ def test_a_worker_with_other_pixels_is_told_of(dask_cluster, tmp_path):
     words = [word for word in ONE if word != "--quiet"]
     done = run_cli(*words, f"--scheduler={dask_cluster.address}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("computes slightly other pixels") == 1
+    assert done.stderr.count("computes slightly different pixels") == 1
     assert "pycaffe 1.0" in done.stderr
 
 

@@ -402,7 +402,7 @@ def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
 FAILURES = {  # what is wrong with the GPU, and words of what is said
     "memory": ({"CUDA_ON_CPU_MEMORY": "3000000"}, "memory is full"),
     "driver": ({"CUDA_ON_CPU_DRIVER": "12040"}, "driver is older"),
-    "kernels": ({"CUDA_ON_CPU_CAPABILITY": "70"}, "Caffe was built for others"),
+    "kernels": ({"CUDA_ON_CPU_CAPABILITY": "70"}, "Caffe was built for other GPUs"),
     "kept": ({"CUDA_ON_CPU_EXCLUSIVE": "/proc"}, "another program has it"),
     "lost": ({"CUDA_ON_CPU_FAIL": "700@3"}, "illegal memory access"),
 }
