@@ -2208,9 +2208,9 @@ GOOGLENET_DEPLOY = "models/bvlc_googlenet/deploy.prototxt"
 class Model:
     """A network known by name.
 
-    `mean` is the number to subtract from its input; None: the mean of Caffe's ilsvrc mean image.
-    `url` leads to the weights, or to an archive with a file `member` in it; `hashes` ("sha1:..." or
-    "sha256:...") are those of the right weights.
+    `mean` is subtracted from its input; None means the mean of Caffe's ilsvrc mean image. `url` is
+    the address of the weights, or of an archive that contains them as the file `member`. `hashes`
+    ("sha1:..." or "sha256:...") are the known hashes of the weights.
     """
 
     name: str
@@ -2218,10 +2218,10 @@ class Model:
     hashes: tuple = ()
     mean: float | None = None
     member: str | None = None
-    other_weights: tuple = ()  # where else they may lie below $CAFFE_ROOT
+    other_weights: tuple = ()  # more paths below $CAFFE_ROOT/models
 
     def weights_places(self):
-        """The paths at which the weights may lie; the first one that exists is used."""
+        """The paths to search for the weights; the first one that exists is used."""
         below, root = f"{self.name}/{self.name}.caffemodel", os.environ.get("CAFFE_ROOT")
         in_caffe = (below, *self.other_weights) if root else ()
         places = [os.path.join(root, "models", path) for path in in_caffe]
@@ -2236,7 +2236,7 @@ class Model:
         return next(filter(os.path.isfile, self.weights_places()), None)
 
     def find_deploy(self):
-        """The path of the description, or None. One prototxt serves every full GoogLeNet."""
+        """The path of the prototxt, or None. All full GoogLeNets share one prototxt."""
         own = os.path.join(INCLUDED, self.name, "deploy.prototxt")
         return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
 
@@ -2253,8 +2253,8 @@ MODELS = {
             "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel",
             hashes=("sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",),
         ),
-        # The published sha1 of Places205 may be the archive's or the weights'. If it is the
-        # archive's, the weights do not match it, and count as "structure checked".
+        # We do not know whether the published sha1 of Places205 is the archive's or the weights'.
+        # If it is the archive's, the weights do not match it and count as "structure checked".
         Model(
             "googlenet_places205",
             "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
@@ -2273,15 +2273,15 @@ MODELS = {
 
 
 def cache_folder():
-    """Where this user's networks are kept: $CNN_VIS_MODELS, or cnn-vis in the cache folder."""
+    """The folder for this user's networks: $CNN_VIS_MODELS, or cnn-vis in the cache folder."""
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     return os.environ.get("CNN_VIS_MODELS") or os.path.join(cache, "cnn-vis")
 
 
 def find_in_caffe(below_root, below_package):
-    """A file of Caffe's: below $CAFFE_ROOT, or else inside the installed Python package. None if
-    there is neither."""
+    """The path of a file that comes with Caffe: below $CAFFE_ROOT, or else in the installed Python
+    package. None if neither has it."""
     root, package = os.environ.get("CAFFE_ROOT"), importlib.util.find_spec("caffe")
     places = [os.path.join(root, below_root)] if root else []
     if package is not None and package.submodule_search_locations:
@@ -2290,7 +2290,7 @@ def find_in_caffe(below_root, below_package):
 
 
 def check_caffe():
-    """Raises BadRequest if there is no Caffe, whose lack is then the reason for everything else."""
+    """Raises BadRequest if Caffe itself is missing, which explains any missing file of Caffe's."""
     root = os.environ.get("CAFFE_ROOT")
     is_there = root and os.path.isdir(os.path.join(root, "python", "caffe"))
     if not is_there and importlib.util.find_spec("caffe") is None:
@@ -2298,16 +2298,16 @@ def check_caffe():
 
 
 def choose_model(name, given_files):
-    """The Model that `name` (or None) stands for. Without a name it is BVLC GoogLeNet, or the small
-    network that is included, if BVLC GoogLeNet is not installed and no file (`given_files`) was
-    named in its place."""
+    """The Model called `name`. If that is None, it is BVLC GoogLeNet, or the included small network
+    if BVLC GoogLeNet is not installed and the user named no files instead (`given_files`)."""
     model, small = MODELS[name or "bvlc_googlenet"], MODELS["googlenet_mini"]
     is_missing = name is None and not given_files and model.find_weights() is None
     return small if is_missing and small.find_weights() else model
 
 
 def stand_in_notice(asked, name):
-    """What to tell if the network `name` runs and `asked` (or None) was the option, or None."""
+    """The notice that googlenet_mini replaces BVLC GoogLeNet, or None. `asked` is the model that
+    the user chose, or None; `name` is the network in use."""
     if asked is None and name == "googlenet_mini":
         return (
             "BVLC GoogLeNet is not installed: using googlenet_mini, a small imitation. "
@@ -2318,9 +2318,9 @@ def stand_in_notice(asked, name):
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFiles:
-    """The files of a network, as paths, and its name. `fit_classifier` tells whether the classifier
+    """The name of a network and the paths of its files. `fit_classifier` is whether the classifier
     takes its width from the weights; `mean` is the number to subtract from pixels; `guide` is the
-    guide of a run, as NumPy keeps it, uint8 (H, W, 3), and `guide_sha256` tells it from others."""
+    guide of a run, a file in .npy format, uint8 (H, W, 3), and `guide_sha256` is its hash."""
 
     deploy: str
     weights: str | None
@@ -2328,7 +2328,7 @@ class NetworkFiles:
     fit_classifier: bool = False
     mean: float | None = None
     guide: str | None = None
-    guide_sha256: str | None = None  # paths of other runs' guides may be the same
+    guide_sha256: str | None = None  # another run's guide may have the same path
 
     def paths(self):
         """{field: path} of the files."""
@@ -2337,8 +2337,8 @@ class NetworkFiles:
 
 
 def find_files(options):
-    """The NetworkFiles for the options; the weights are None if they are not installed, the mean if
-    it is to be read from the mean image. Raises BadRequest."""
+    """The NetworkFiles for the options. Its weights are None if they are not installed; its mean is
+    None if it has yet to be read from the mean image. Raises BadRequest."""
     own = options.deploy_txt or options.caffe_model
     model = choose_model(options.model, own)
     weights, deploy = options.caffe_model, options.deploy_txt
@@ -2354,7 +2354,7 @@ def find_files(options):
 
 
 def find_network(options):
-    """The NetworkFiles for a run with the options, all there. Raises BadRequest."""
+    """The complete NetworkFiles for a run with the options. Raises BadRequest."""
     files = find_files(options)
     if files.weights is None:
         model = choose_model(options.model, options.deploy_txt)
@@ -2373,8 +2373,8 @@ def find_network(options):
 
 @contextlib.contextmanager
 def with_guide(files, guide):
-    """The NetworkFiles with the picture `guide`, uint8 (H, W, 3) or None, as one of them: a file
-    without a name that is there as long as this lasts."""
+    """Context manager: the NetworkFiles with the picture `guide`, uint8 (H, W, 3) or None, added as
+    an unnamed file that exists until the context ends."""
     if guide is None:
         yield files
         return
@@ -2386,33 +2386,33 @@ def with_guide(files, guide):
 
 
 def existing_file(option, path):
-    """`path`, the file that an option names. Raises BadRequest."""
+    """Returns `path` if it is a file; otherwise raises BadRequest, naming the `option`."""
     if not os.path.isfile(path):
-        there = "is a folder, not a file" if os.path.isdir(path) else "is not a regular file"
+        there = "this is a folder, not a file" if os.path.isdir(path) else "not a regular file"
         reason = there if os.path.exists(path) else "no such file"
-        raise refusal(option, path, f"{reason}; give another path")
+        raise refusal(option, path, f"{reason}; use another path")
     return path
 
 
 def read_mean(path):
-    """The mean of the mean image (.npy or .binaryproto), in the file's own dtype. Raises
+    """The mean of the mean image (.npy or .binaryproto), computed in the file's dtype. Raises
     BadRequest."""
     try:
         if path.lower().endswith(".binaryproto"):
             array = in_a_worker(read_binaryproto, path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Python 2's headers
+                warnings.simplefilter("ignore")  # about headers that Python 2 wrote
                 array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.size:
-            raise ValueError("it holds no numbers")
+            raise ValueError("it contains no numbers")
         mean = float(array.mean())
-    except Exception as error:  # anything can call itself .npy
+    except Exception as error:  # the file may contain anything
         problem = f"cannot be read as an array ({one_line(error)})"
-        remedy = "give a .npy or .binaryproto file"
+        remedy = "use a .npy or .binaryproto file"
         raise refusal("mean_image", path, f"{problem}; {remedy}") from None
     if not 0 <= mean <= 255:
-        problem = f"its mean is {mean:g}, but pixels go from 0 to 255; give another file"
+        problem = f"its mean is {mean:g}, but pixels range from 0 to 255; use another file"
         raise refusal("mean_image", path, problem)
     return mean
 
@@ -2421,14 +2421,14 @@ CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classif
 
 
 def class_names(width):
-    """The names of a classifier's classes, each a line of synonyms; None if they are not known."""
+    """The class names of a classifier of this width, each a line of synonyms; None if unknown."""
     path = os.path.join(INCLUDED, "classes", f"{CLASSES.get(width)}.txt")
     return read_text(path).splitlines() if os.path.isfile(path) else None
 
 
 def class_number(name, names):
-    """The number of the class that `name` stands for. Raises ValueError, whose message tells what
-    is wrong and the remedy."""
+    """The number of the class called `name`. Raises ValueError with the problem and the remedy as
+    its message."""
 
     def plain(text):
         return " ".join(re.split(r"[\s_]+", text.strip().lower()))
@@ -2441,10 +2441,10 @@ def class_number(name, names):
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"classes {' and '.join(map(str, found))} are called so; give a number")
+        raise ValueError(f"classes {' and '.join(map(str, found))} have this name; use a number")
     close = difflib.get_close_matches(plain(name), by_name, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --list_classes"
-    raise ValueError(f"no class is called so; {hint}")
+    raise ValueError(f"no class has this name; {hint}")
 
 
 def file_hash(path, algorithm):
@@ -2462,7 +2462,7 @@ def sha256_of(path):
 
 
 def content_of(network):
-    """What tells the NetworkFiles from others wherever they lie: {field: SHA-256}."""
+    """{field: SHA-256} of the NetworkFiles, which identifies them wherever they are stored."""
     return {name: sha256_of(path) for name, path in network.paths().items()}
 
 
@@ -2481,7 +2481,7 @@ def standing(path, model):
     return "not verified"
 
 
-TIMEOUT = 30  # seconds without a word from the server
+TIMEOUT = 30  # seconds to wait for the server to respond
 
 
 def fetch(url, path):
@@ -2506,11 +2506,11 @@ def fetch(url, path):
         }
         known = (text for kind, text in words.items() if isinstance(error, kind))
         reason = next(known, f"cannot be downloaded ({one_line(error)})")
-        raise RunFailed(f"{url}: {reason}; try again, or another place with --model_url") from None
+        raise RunFailed(f"{url}: {reason}; try again, or use --model_url") from None
 
 
 def unpack(archive, member, path):
-    """Writes the one file called `member`, in whatever folder of the tar archive, to `path`. Raises
+    """Extracts the file called `member`, in any folder of the tar archive, to `path`. Raises
     RunFailed."""
     import tarfile
 
@@ -2519,7 +2519,7 @@ def unpack(archive, member, path):
             files = (item for item in tar if item.isfile())
             found = next((item for item in files if os.path.basename(item.name) == member), None)
             if found is None:
-                raise RunFailed(f"the archive has no {member}")
+                raise RunFailed(f"the archive does not contain {member}")
             with tar.extractfile(found) as source, open(path, "wb") as target:
                 shutil.copyfileobj(source, target)
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -2527,9 +2527,9 @@ def unpack(archive, member, path):
 
 
 def download(model, url, check_structure):
-    """Downloads the model's weights to where they are looked for. Nothing is placed there before it
-    is known to be right: by its hash, or else because check_structure(path), which returns what is
-    wrong or None, finds nothing. Raises RunFailed."""
+    """Downloads the model's weights to its cache_place(). They are moved there only once they have
+    been checked: they have a known hash, or else check_structure(path), which returns what is wrong
+    or None, has found no fault. Raises RunFailed."""
     place = model.cache_place()
     folder = os.path.dirname(place)
     try:
@@ -2547,38 +2547,39 @@ def download(model, url, check_structure):
                 try:
                     unpack(fetched, model.member, weights)
                 except RunFailed as error:
-                    raise RunFailed(f"{url}: {error}; try again, or --model_url") from None
+                    raise RunFailed(f"{url}: {error}; try again, or use --model_url") from None
             if not has_known_hash(weights, model):
                 check_unknown(model, url, weights, check_structure)
                 os.replace(f"{weights}.checked", f"{place}.checked")
             os.replace(weights, place)
     except OSError as error:
-        remedy = "free some space, or name another folder in CNN_VIS_MODELS"
+        remedy = "free some space, or set CNN_VIS_MODELS to another folder"
         raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
 
 
 def check_unknown(model, url, weights, check_structure):
-    """Checks downloaded weights without a known hash, and keeps their hash as weights.checked.
-    Raises RunFailed."""
+    """Checks downloaded weights that match no known hash, and writes their SHA-256 to a file named
+    like them plus ".checked". Raises RunFailed."""
     if model.member is None and model.hashes:
         expected, found = model.hashes[0], file_hash(weights, "sha1")
         raise RunFailed(f"{url}: wrong file, deleted: expected {expected}, got {found}")
     error = check_structure(weights)
     if error is not None:
-        raise RunFailed(f"{url}: not a {model.name}, deleted: {error}")
+        raise RunFailed(f"{url}: not {model.name} weights, deleted: {error}")
     with open(f"{weights}.checked", "w") as file:
         file.write(file_hash(weights, "sha256"))
 
 
 # ---- The network ------------------------------------------------------------------------------
-# Runs in worker processes only, so that Caffe, which ends its process at any error, never ends the
-# program. First reading and judging a network's files, then cutting it, then running it.
+# This section runs only in worker processes, because any error in Caffe kills its process. It first
+# reads and checks a network's files, then cuts the network, then runs it.
 
-ANOTHER_LAYER = "choose another of --list_layers"
+ANOTHER_LAYER = "choose another layer from --list_layers"
 
 
 def import_caffe():
-    """Caffe, quiet, from the Python path or else from $CAFFE_ROOT/python. Raises BadRequest."""
+    """Imports Caffe, with its log silenced, from the Python path or else from $CAFFE_ROOT/python.
+    Returns the module. Raises BadRequest."""
     os.environ.setdefault("GLOG_minloglevel", "2")
     if root := os.environ.get("CAFFE_ROOT"):
         path = os.path.join(root, "python")
@@ -2588,7 +2589,7 @@ def import_caffe():
     except ModuleNotFoundError as error:
         what = "pycaffe" if error.name == "caffe" else "requirements.txt"
         raise BadRequest(missing_package(error, what)) from None
-    except Exception as error:  # somebody's own may fail in any way
+    except Exception as error:  # the user's own Caffe may fail in any way
         extra = "[cuda]" if re.search("lib(cublas|curand|cudnn)", str(error)) else ""
         remedy = how_to_install(f"pycaffe{extra}")
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
@@ -2615,16 +2616,16 @@ def parse_prototxt(path):
         try:
             text = data.decode()
         except UnicodeDecodeError:
-            text = data.decode("latin-1")  # for comments in whatever encoding
+            text = data.decode("latin-1")  # allows comments in any encoding
         return parse_net(text)
     except (OSError, text_format.ParseError, RecursionError) as error:
-        problem = f"not a network description ({one_line(error)[:200]}); give a deploy.prototxt"
+        problem = f"not a network description ({one_line(error)[:200]}); use a deploy.prototxt"
         raise refusal("deploy_txt", path, problem) from None
 
 
 def parse_net(text):
-    """The text as a NetParameter. Layers of types that this Caffe lacks may have parameters that
-    it does not know; they are dropped. Raises text_format.ParseError."""
+    """The text as a NetParameter. Unknown parameters are dropped from layers of types that this
+    Caffe lacks. Raises text_format.ParseError."""
     from caffe.proto import caffe_pb2
     from google.protobuf import text_format
 
@@ -2638,7 +2639,7 @@ def parse_net(text):
                 try:
                     one = text_format.Parse(block, caffe_pb2.NetParameter())
                 except text_format.ParseError:
-                    raise error from None  # the first one, which has the line's number
+                    raise error from None  # the first error has the right line number
             net.MergeFrom(one)
         return net
 
@@ -2655,10 +2656,10 @@ def blocks(text):
 
 
 def upgraded(net):
-    """A NetParameter of an older format (V0, V1: `layers`) in the newer one."""
+    """A NetParameter in an older format (V0 or V1: `layers`), converted to the current one."""
     from caffe.proto import caffe_pb2
 
-    if any(layer.HasField("layer") for layer in net.layers):  # V0; Caffe upgrades what it loads
+    if any(layer.HasField("layer") for layer in net.layers):  # V0; Caffe upgrades it on loading
         with tempfile.NamedTemporaryFile() as file:
             caffe_net(net).save(file.name)
             net = caffe_pb2.NetParameter.FromString(file.read())
@@ -2687,9 +2688,9 @@ def upgraded(net):
 
 
 def keep_test_layers(net):
-    """Removes the layers that Caffe leaves out in its TEST phase, at the level and stages of the
-    NetParameter `net`, and at the stage "deploy" where that has an input. If none that is left
-    reads pictures, those that do in the TRAIN phase are kept."""
+    """Removes the layers that Caffe omits in its TEST phase, at the level and stages of the
+    NetParameter `net`, plus the stage "deploy" if an Input layer includes it. If no remaining layer
+    reads pictures, keeps those that do in the TRAIN phase."""
     from caffe import TEST
 
     stages, level = set(net.state.stage), net.state.level
@@ -2721,7 +2722,7 @@ def keep_test_layers(net):
 
 
 def data_layers(net):
-    """The layers of a NetParameter that read pictures for training, in place of an input."""
+    """The data layers of a NetParameter, which read pictures for training instead of an input."""
     has_input = net.input or any(layer.type == "Input" for layer in net.layer)
     others = {"Input", "Parameter"} | ({"DummyData"} if has_input else set())
     sources = (layer for layer in net.layer if layer.top and not layer.bottom)
@@ -2729,8 +2730,8 @@ def data_layers(net):
 
 
 def picture_shape(layer):
-    """The (channels, height, width) of the pictures that a data layer reads; sides of 0 if it does
-    not tell."""
+    """The (channels, height, width) of the pictures that a data layer reads; height and width are 0
+    if it does not state them."""
     own = {
         "Data": layer.data_param,
         "DummyData": layer.dummy_data_param,
@@ -2750,9 +2751,9 @@ def picture_shape(layer):
 
 
 def take_inputs(net):
-    """Removes from the NetParameter `net` all that gives it pictures, and returns {blob: shape for
-    one tile, its sides 0 where they are not told}, [data layers among them], and the blobs that
-    only training has."""
+    """Removes the inputs and data layers from the NetParameter `net`. Returns {blob: shape for one
+    tile, with sides of 0 if they are not stated}, the list of data layers, and the set of blobs
+    that exist only in training."""
     shapes = [tuple(shape.dim) for shape in net.input_shape]
     shapes += [tuple(net.input_dim[i : i + 4]) for i in range(0, len(net.input_dim), 4)]
     inputs = dict(itertools.zip_longest(net.input, shapes[: len(net.input)], fillvalue=()))
@@ -2773,18 +2774,18 @@ def take_inputs(net):
     return inputs, reading, labels
 
 
-NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # layers without one
+NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # types of layers
 
 
 class Description:
-    """A network as its prototxt describes it, made ready to be cut and run. With `input_size`, a
-    (height, width), its pictures are of that size. Raises BadRequest.
+    """A network as its prototxt describes it, ready to be cut and run. `input_size`, if given, is
+    the (height, width) of its pictures. Raises BadRequest.
 
-    Attributes: path; net, a NetParameter of the newer format, without layers that this Caffe cannot
-    make; inputs, {blob: shape for one tile}; starts, {blob that can be amplified: the layer from
-    which backward starts}, in order; aliases, {layer: the one blob that it makes}; holders, {layer
-    that works in place: its blob}; problems, {another blob or layer: why it cannot be amplified};
-    notices, a list of lines for the user.
+    Attributes: path; net, a NetParameter in the current format, without the layers that this Caffe
+    cannot create; inputs, {blob: shape for one tile}; starts, {blob that can be amplified: the
+    layer from which backward starts}, in order; aliases, {layer: the only blob that it makes};
+    holders, {layer that works in place: its blob}; problems, {any other blob or layer: why it
+    cannot be amplified}; notices, a list of lines for the user.
     """
 
     def __init__(self, path, input_size=None):
@@ -2794,13 +2795,13 @@ class Description:
         keep_test_layers(net)
         names = {""}
         for number, layer in enumerate(net.layer):
-            del layer.propagate_down[:]  # of training
-            if layer.name in names:  # which would lead Caffe to the first one
+            del layer.propagate_down[:]  # meant for training
+            if layer.name in names:  # Caffe would always find the first one
                 layer.name = f"{layer.name}#{number}"
             names.add(layer.name)
             for field, value in layer.ListFields():
                 if field.message_type and "engine" in field.message_type.fields_by_name:
-                    value.ClearField("engine")  # it names cuDNN, perhaps; Caffe chooses
+                    value.ClearField("engine")  # Caffe may lack it, so let Caffe choose
         self.inputs, reading, labels = take_inputs(net)
         self._choose_pictures(input_size, reading)
         for blob, shape in reversed(self.inputs.items()):
@@ -2829,17 +2830,17 @@ class Description:
         elif not large:
             height, width = shapes[pictures[0]][2:]
             if kinds and not height:
-                problem = f"this is for training, and {kinds} does not tell the pictures' size"
-                raise refuse(f"{problem}; give the deploy.prototxt, or --input_size")
-            found = f"of {height}x{width}" if height else "without a size"
-            raise refuse(f"its input is {found}; choose one, such as --input_size 224")
+                problem = f"this is for training, and {kinds} does not state the picture size"
+                raise refuse(f"{problem}; use the deploy.prototxt, or --input_size")
+            found = f"is only {height}x{width}" if height else "has no size"
+            raise refuse(f"its input {found}; choose a size, such as --input_size 224")
         if kinds:
             height, width = shapes[self.pictures[0]][2:]
             becomes = f"{kinds} is replaced by an input of {height}x{width}"
             self.notices.append(f"{self.path} is a training prototxt; {becomes}")
 
     def _sort_out(self, labels):
-        """Finds what can be amplified: what depends on one input, and that takes pictures."""
+        """Finds what can be amplified: blobs that depend on a single input, one for pictures."""
         known, problems = set(import_caffe().layer_type_list()), self.problems
         sources = {}  # {blob: the inputs that it depends on}
         for layer in list(self.net.layer):
@@ -2849,7 +2850,7 @@ class Description:
             elif layer.type in NO_GRADIENT:
                 problem = f"{layer.name}: Caffe cannot compute a gradient for {layer.type} layers"
             elif lost in labels:
-                problem = f"{layer.name} needs {lost}, which only training has"
+                problem = f"{layer.name} needs {lost}, which exists only in training"
             elif lost is not None:
                 problem = problems.get(lost, f"{layer.name} needs {lost}, which no layer makes")
             else:
@@ -2865,8 +2866,8 @@ class Description:
             self.net.layer.remove(layer)
 
     def _add_targets(self, layer, inputs):
-        """Adds what a layer writes, which depends on `inputs`, to what can be amplified, or to the
-        problems."""
+        """Adds the blobs that a layer writes to `starts`, or to `problems` if they cannot be
+        amplified. `inputs` are the inputs that they depend on."""
         problem = None
         if len(inputs) > 1:
             names = " and ".join(blob for blob in self.inputs if blob in inputs)
@@ -2884,20 +2885,20 @@ class Description:
             self.problems |= dict.fromkeys([layer.name, *layer.top], problem)
         elif layer.bottom and layer.top:
             made = [top for top in layer.top if top not in layer.bottom]
-            made = made[:1] if layer.type == "Pooling" else made  # the second tells only where
+            made = made[:1] if layer.type == "Pooling" else made  # the second is only positions
             for top in [*made, *([layer.name] if layer.name in layer.top else [])]:
                 self.starts[top] = layer.name
             self.aliases |= {layer.name: made[0]} if len(made) == 1 else {}
             self.holders |= {} if made else {layer.name: layer.top[0]}
 
     def find(self, name):
-        """The blob to amplify that `name`, a blob's or a layer's, stands for. Raises BadRequest."""
+        """The blob to amplify for `name`, which names a blob or a layer. Raises BadRequest."""
         blob = name if name in self.starts else self.aliases.get(name)
         if blob in self.starts:
             return blob
         if not self.starts:
             why = next((f" ({problem})" for problem in self.problems.values()), "")
-            problem = f"has no layer that can be amplified{why}; give a deploy.prototxt"
+            problem = f"this has no layer to amplify{why}; use another deploy.prototxt"
             raise refusal("deploy_txt", self.path, problem)
         if self.holders.get(name) in self.starts:
             problem = f"it works in place on {self.holders[name]}; use --layer {self.holders[name]}"
@@ -2910,8 +2911,8 @@ class Description:
         raise refusal("layer", name, f"{self.path} has no such layer; {hint}")
 
     def _close_names(self, name):
-        """What `name` may have been meant for, at most three blobs: capitals and punctuation are
-        mistyped, layers in place mistaken for what they work on, and names given in part."""
+        """At most three blobs that `name` may have been meant for. Capitals and punctuation are
+        ignored, a layer that works in place stands for its blob, and part of a name is enough."""
 
         def plain(text):
             return re.sub("[^a-z0-9]", "", text.lower())
@@ -2927,24 +2928,24 @@ class Description:
         return [blob for blob in blobs if blob in self.starts][:3]
 
 
-# Of weights only names and shapes are looked at here, in protobuf's wire format: Python's protobuf
-# would read all the numbers, which takes seconds, and 20 times as many where it is pure Python.
+# Only the names and shapes of weights are read here, directly from protobuf's wire format. Python's
+# protobuf would read all the numbers, which takes seconds, and 20 times longer in pure Python.
 
 
 def varint(data, start):
-    """(the integer that begins at data[start], where it ends)."""
+    """Returns (the integer that starts at data[start], the position after it)."""
     value = 0
     for place in range(10):
         byte = data[start + place]
         value |= (byte & 127) << 7 * place
         if byte < 128:
             return value, start + place + 1
-    raise ValueError("it is damaged, or of another kind")
+    raise ValueError("it is damaged or in another format")
 
 
 def wire_fields(data):
-    """Yields (number, value) of the fields of a message in wire format, a memoryview: integers, and
-    memoryviews of what has a length. Fields of fixed size are left out. Raises ValueError."""
+    """Yields (number, value) for each field of a message in wire format, a memoryview. Values are
+    integers, or memoryviews if they have a length. Skips fixed-size fields. Raises ValueError."""
     place = 0
     try:
         while place < len(data):
@@ -2963,12 +2964,12 @@ def wire_fields(data):
     except IndexError:
         raise ValueError("it ends too early") from None
     except KeyError:
-        raise ValueError("it is damaged, or of another kind") from None
+        raise ValueError("it is damaged or in another format") from None
 
 
 def wire_shape(blob):
-    """The shape of a BlobProto in wire format; in the older format it has leading ones, up to four
-    axes."""
+    """The shape of a BlobProto in wire format. In the older format it always has four axes, padded
+    with leading ones."""
     older = dict.fromkeys((1, 2, 3, 4), 0)
     for number, value in wire_fields(blob):
         if number == 7:
@@ -2991,7 +2992,7 @@ def wire_integers(shape):
             yield value
 
 
-LAYERS = {100: (1, 7), 2: (4, 6)}  # in a NetParameter: the numbers of a layer's name and its blobs
+LAYERS = {100: (1, 7), 2: (4, 6)}  # field of layers in a NetParameter: fields of their name, blobs
 V0_LAYER = (1, 50)
 
 
@@ -2999,7 +3000,7 @@ def wire_layer(layer, name_number, blobs_number):
     """(name, shapes of its blobs) of a layer in wire format."""
     name, shapes = "", []
     for number, value in wire_fields(layer):
-        if (name_number, number) == (4, 1):  # a V0 layer within one of V1
+        if (name_number, number) == (4, 1):  # a V0 layer inside a V1 layer
             return wire_layer(value, *V0_LAYER)
         if number == name_number:
             name = bytes(value).decode(errors="replace")
@@ -3022,17 +3023,17 @@ def read_weights(path):
             fields = wire_fields(data)
             return dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
     except OSError as error:
-        problem = f"{error.strerror}; make it readable, or give another file"
+        problem = f"{error.strerror}; make it readable, or use another file"
         raise refusal("caffe_model", path, problem) from None
-    except (ValueError, TypeError) as error:  # strangers' bytes
-        reason = one_line(error) if isinstance(error, ValueError) else "it is of another kind"
+    except (ValueError, TypeError) as error:  # the file may contain anything
+        reason = one_line(error) if isinstance(error, ValueError) else "it is in another format"
         problem = f"cannot be read as Caffe weights ({reason})"
-        remedy = "give a whole .caffemodel; was the download cut short?"
+        remedy = "use a complete .caffemodel; was the download cut short?"
         raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
 
 
 WEB_PAGE = "this is a web page, not weights; download the file itself"
-NOT_WEIGHTS = {  # what a file begins with, in lower case: what it is, and the remedy
+NOT_WEIGHTS = {  # how a file starts, in lower case: what it is, and the remedy
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
     b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
     **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), WEB_PAGE),
@@ -3050,14 +3051,14 @@ def read_binaryproto(path):
 
 
 def without_leading_ones(shape):
-    """The shape, so that it can be compared between the formats: the older has up to four axes,
-    with leading ones."""
+    """The shape without the leading ones of the older format, so that shapes from both formats can
+    be compared."""
     return tuple(itertools.dropwhile(lambda side: side == 1, shape))
 
 
 def fit_classifier(net, weights):
-    """Gives the classifier of the NetParameter `net` the width that `weights` (of read_weights)
-    have: one GoogLeNet prototxt serves all data sets. Changes `net` in place."""
+    """Sets the width of the classifier in the NetParameter `net`, in place, to that of `weights`
+    (from read_weights), so that one GoogLeNet prototxt serves all data sets."""
     for layer in net.layer:
         shapes = weights.get(layer.name)
         if layer.type == "InnerProduct" and shapes and len(shapes[0]) > 1:
@@ -3065,8 +3066,8 @@ def fit_classifier(net, weights):
 
 
 def misfits(net, weights):
-    """{layer: (shapes of its blobs in `weights` of read_weights, shapes that it takes)}, where they
-    differ in the caffe.Net."""
+    """{layer: (shapes of its blobs in `weights`, shapes that it needs)} for the layers of the
+    caffe.Net for which they differ. `weights` comes from read_weights."""
     found = {}
     for name, blobs in net.params.items():
         given, taken = weights.get(name, []), [tuple(blob.shape) for blob in blobs]
@@ -3076,8 +3077,8 @@ def misfits(net, weights):
 
 
 def structure_error(deploy, path):
-    """What is wrong with the weights `path` for the network `deploy`, in one line, or None: every
-    layer must have its blobs, of its shapes. Caffe has then read the file too."""
+    """What is wrong with the weights `path` for the network `deploy`, in one line, or None. Every
+    layer must have all its blobs, in the right shapes, and Caffe must be able to load the file."""
     try:
         weights = read_weights(path)
     except BadRequest:
@@ -3092,8 +3093,7 @@ def structure_error(deploy, path):
 
 
 def check_targets(files, input_size, targets):
-    """Task: raises BadRequest if the network lacks the layer of one of the Targets, or channels of
-    it."""
+    """Task: raises BadRequest if the network lacks a layer or a channel of the Targets."""
     description = Description(files.deploy, input_size)
     blobs = [description.find(target.layer) for target in targets]
     shapes = {blob: shape for blob, shape, _ in layer_shapes(files, input_size)[0]}
@@ -3106,9 +3106,9 @@ def check_targets(files, input_size, targets):
 
 
 def layer_shapes(files, input_size=None, without=(), first=None):
-    """Task: [(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
-    amplified; notices of what cannot; the names of all layers but those in `without` and those
-    that follow them. Only the `first` of these are loaded, or all."""
+    """Task: returns three lists: (blob, shape of one tile's activations, layer that makes it) for
+    everything that can be amplified; notices of what cannot; the names of all layers except those
+    in `without` and the layers that need them. Loads only the `first` layers of these, or all."""
     description = Description(files.deploy, input_size)
     net, starts = description.net, description.starts
     weights = read_weights(files.weights) if files.weights else {}
@@ -3125,18 +3125,19 @@ def layer_shapes(files, input_size=None, without=(), first=None):
     if input_size:
         wrong = [name for name, (given, _) in misfits(loaded, weights).items() if given]
         lost |= followers(net, wrong)
-        notices += [f"{LEFT_OUT}: {name} takes no other size" for name in wrong]
+        notices += [f"{LEFT_OUT}: {name} works only at the prototxt's size" for name in wrong]
     there = [blob for blob in starts if blob in loaded.blobs and blob not in lost]
     shapes = {blob: tuple(loaded.blobs[blob].shape)[1:] for blob in there}
     listed = [(blob, shape, starts[blob]) for blob, shape in shapes.items() if shape]
     return listed, notices, [layer.name for layer in kept]
 
 
-LEFT_OUT = "left out, with what follows it"
+LEFT_OUT = "left out, with all layers that need it"
 
 
 def followers(net, names):
-    """The blobs of the NetParameter `net` that the layers `names` write, or layers behind them."""
+    """The blobs that are written by the layers `names` of the NetParameter `net`, or by layers that
+    depend on them."""
     found = set()
     for layer in net.layer:
         if layer.name in names or not found.isdisjoint(layer.bottom):
@@ -3145,24 +3146,24 @@ def followers(net, names):
 
 
 def check_fit(spec, net, weights):
-    """Raises BadRequest if a layer of the caffe.Net has parameters and not its own in `weights` (of
-    read_weights): without them it would work with random or empty ones."""
+    """Raises BadRequest if `weights` (from read_weights) does not have all parameters of the
+    caffe.Net, in the right shapes: layers without them would use random or empty ones."""
     path, deploy, wrong = spec.files.weights, spec.files.deploy, misfits(net, weights)
     missing = [name for name in wrong if not weights.get(name)]
     if missing:
-        problem = f"has no weights for {some(missing)} of {deploy}; give the file with all of them"
+        problem = f"this has no weights for {some(missing)} in {deploy}; use a complete file"
         raise refusal("caffe_model", path, problem)
     for name, shapes in wrong.items():
         given, taken = (" and ".join("x".join(map(str, s)) for s in shape) for shape in shapes)
         if spec.input_size and net.layer_dict[name].type == "InnerProduct":
-            problem = f"{name} takes no other size than the prototxt's"
-            raise input_size_refusal(spec.input_size, f"{problem}; choose a layer before it")
-        problem = f"{name} has weights {given}, but in {deploy} it takes {taken}"
-        raise refusal("caffe_model", path, f"{problem}; give files that belong together")
+            problem = f"{name} works only at the prototxt's size"
+            raise input_size_refusal(spec.input_size, f"{problem}; choose an earlier layer")
+        problem = f"{name} has weights of shape {given}, but {deploy} needs {taken}"
+        raise refusal("caffe_model", path, f"{problem}; use files that belong together")
 
 
 def some(names):
-    """The names, at most five of them, in words."""
+    """The names as text: at most five, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
@@ -3172,31 +3173,31 @@ def input_size_refusal(size, problem):
 
 
 def check_values(spec, net):
-    """Raises BadRequest if the caffe.Net has weights that are not numbers; returns notices of
+    """Raises BadRequest if the caffe.Net has weights that are not finite; returns notices about
     weights that look wrong."""
     types = {name: layer.type for name, layer in zip(net._layer_names, net.layers)}
     empty = []
     for name, blobs in net.params.items():
         if not all(np.isfinite(blob.data).all() for blob in blobs):
-            problem = f"the weights of {name} are not all finite numbers; get a sound file"
+            problem = f"the weights of {name} are not all finite; use an intact file"
             raise refusal("caffe_model", spec.files.weights, problem)
         if types[name] == "BatchNorm" and not blobs[2].data.any():
             empty.append(name)
-    what = "BatchNorm without statistics, which only magnifies"
+    what = "BatchNorm without statistics, which only magnifies its input"
     return [f"{some(empty)}: {what}"] if empty else []
 
 
 def cut(net, targets, blob_counts):
-    """Cuts the NetParameter `net` down to what the gradient of the blobs `targets` with respect to
-    the input takes; changes it in place. Returns those of them that others of its layers read.
+    """Cuts the NetParameter `net`, in place, down to the layers needed for the gradient of the
+    blobs `targets` with respect to the input. Returns the targets that any of these layers read.
 
-    Kept are the targets' ancestors and the layers that work in place on them. Caffe's
-    force_backward would also compute the gradient of every weight. Instead only one weight is left
-    to learn, the first layer's bias: then Caffe runs backward from a loss (put on the last writer
-    of each target that no other layer reads) down to that layer, and propagate_down takes it on to
-    the input. If that is impossible (a first layer without bias or with shared weights, several of
-    them) force_backward does the same slowly. `blob_counts` is {layer name: number of its weight
-    blobs}.
+    It keeps the layers that the targets depend on, and those that work in place on the targets.
+    Caffe's force_backward would also compute the gradient of every weight. Instead, only the first
+    layer's bias is left to learn. Caffe then runs backward from a loss (set on the last layer that
+    writes each target that no other layer reads) to the first layer, and propagate_down extends
+    this to the input. If that is impossible (the first layer has no bias or has shared weights, or
+    there are several first layers), force_backward does the same more slowly. `blob_counts` is
+    {layer name: number of its weight blobs}.
     """
     kept, needed = [], set(targets)
     for layer in reversed(net.layer):
@@ -3229,16 +3230,16 @@ def cut(net, targets, blob_counts):
     return read.intersection(targets)
 
 
-# Layers of this program's build of Caffe that compute what Caffe's own do, but for rounding, in
-# less time: on the CPU, on a GPU with cuDNN, and there with products of less precision.
+# Layers of this program's build of Caffe that are faster than Caffe's own and give the same results
+# except for rounding: on the CPU, on a GPU with cuDNN, and there with less precise products.
 CPU_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
 GPU_LAYERS = {"Convolution": "CudnnConvolution"}
 TF32_LAYERS = {"Convolution": "CudnnTF32Convolution"}
 
 
 def use_fast_layers(net, fast):
-    """Changes the NetParameter `net` to use those of the layers `fast`, {Caffe's type: ours}, that
-    this Caffe has."""
+    """Replaces layer types in the NetParameter `net` as in `fast`, {Caffe's type: ours}, if this
+    Caffe has ours."""
     known = set(import_caffe().layer_type_list())
     for layer in net.layer:
         if fast.get(layer.type) in known:
@@ -3246,13 +3247,13 @@ def use_fast_layers(net, fast):
 
 
 def end_in_objective(net, blob, form):
-    """Appends the form of a target to the NetParameter `net`, cut at its blob, if this Caffe has it
-    as a layer, and returns whether it has. The forward pass then writes the gradient of the loss
-    where backward takes it up: on a GPU the activations need not leave it."""
+    """Appends the form of a target to the NetParameter `net`, cut at the target's `blob`, if this
+    Caffe has a layer for it; returns whether it has. The forward pass then writes the gradient of
+    the loss where backward starts, so that on a GPU the activations need not leave it."""
     kind = type(form).__name__
     if kind not in import_caffe().layer_type_list():
         return False
-    net.layer[-1].ClearField("loss_weight")  # that backward is wanted, the objective tells now
+    net.layer[-1].ClearField("loss_weight")  # now the objective starts backward
     layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[blob], loss_weight=[1])
     layer.top[:] = [layer.name]
     layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(form)))
@@ -3286,11 +3287,11 @@ class Network:
     """
 
     def __init__(self, spec):
-        os.environ.update(ONE_THREAD)  # where it was not started with it
+        os.environ.update(ONE_THREAD)  # in case the process was started without it
         caffe = import_caffe()
         if spec.use_gpu:
             if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
-                remedy = f"leave it out, or build: {how_to_install('pycaffe[cuda]')}"
+                remedy = f"drop the option, or rebuild Caffe: {how_to_install('pycaffe[cuda]')}"
                 raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}")
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees
@@ -3312,11 +3313,11 @@ class Network:
         self.notices = description.notices + check_values(spec, self._net)
         (name,) = self._net.inputs
         self._input, self._blobs = self._net.blobs[name], [self._net.blobs[t] for t in targets]
-        # Backward takes up the gradients of the targets at the layers that make them. An in-place
-        # ReLU after one has shaped the activations, but their own gradient is not passed through
-        # it; that which layers behind it send back is.
+        # Backward adds each target's gradient at the layer that makes the target. An in-place ReLU
+        # after that layer has changed the activations, but the target's own gradient does not pass
+        # back through it; gradients from later layers do.
         layers = list(self._net._layer_names)
-        self._stops = collections.defaultdict(list)  # {number of a layer: targets that it makes}
+        self._stops = collections.defaultdict(list)  # {layer number: numbers of its targets}
         for number, blob in enumerate(targets):
             self._stops[layers.index(description.starts[blob])].append(number)
         self._read = [blob in read or blob in targets[:i] for i, blob in enumerate(targets)]
@@ -3328,17 +3329,17 @@ class Network:
 
     @staticmethod
     def _target_shape(target, blob):
-        """The shape of the target for one tile. Raises BadRequest if it does not suit."""
+        """The shape of the target for one tile. Raises BadRequest if the target does not fit it."""
         shape = tuple(blob.shape)[1:]
         if not shape:
-            problem = "its output is a single number, without channels"
+            problem = "this layer's output is a single number, without channels"
             raise refusal("layer", target.layer, f"{problem}; {ANOTHER_LAYER}")
         target.check(shape[0])
         return shape
 
     def _guided(self, guide):
-        """The targets, of the form Resemble, with what they find in the picture `guide`: its
-        shorter side is fitted to a tile's, and of a longer one there are several tiles."""
+        """The targets, of the form Resemble, with the features that they find in the picture
+        `guide`. It is scaled to just cover a tile; its longer side may take several tiles."""
         scale = max(n / side for n, side in zip(self.tile_size, guide.shape))
         sizes = zip(self.tile_size, guide.shape)
         size = tuple(max(n, round(scale * side)) for n, side in sizes)
@@ -3356,8 +3357,8 @@ class Network:
         ]
 
     def batch_for_memory(self, share):
-        """How many tiles at once fit in this process's share of the GPU's free memory, if so many
-        processes share it and all have been tried with one tile; at most 32."""
+        """How many tiles, at most 32, fit at the same time in this process's part of the GPU's free
+        memory, which `share` processes divide. All of them must already have run one tile."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
@@ -3365,8 +3366,9 @@ class Network:
         return min(32, max(1, int(0.7 * free.value / share) // tile))
 
     def gradients(self, batch, measure=True):
-        """The gradient of the objective's loss with respect to the tiles `batch`, float32
-        (N, 3, H, W), valid until the next call; and the loss of each, None unless measured."""
+        """Returns (gradient, losses) for the tiles `batch`, float32 (N, 3, H, W): the gradient of
+        the objective's loss with respect to the tiles, valid until the next call, and a list of the
+        loss of each tile, or of None unless `measure`."""
         self._forward(batch)
         targets, starts = self._targets, sorted(self._stops, reverse=True)
         own = None if self._has_objective else descents(targets, self._activations())
@@ -3383,8 +3385,8 @@ class Network:
         return read_only(self._input, "diff"), losses
 
     def activations(self, batch):
-        """The activations of each target, float32 (N, C, ...), for the tiles `batch`, a list of
-        arrays valid until the next call."""
+        """The activations of each target for the tiles `batch`: a list of arrays, float32
+        (N, C, ...), valid until the next call."""
         self._forward(batch)
         return self._activations()
 
@@ -3400,9 +3402,9 @@ class Network:
 
 
 def find_channels(spec, settings, picture, mask, mean, scratch=None):
-    """Task: the Targets of `spec` with numbers in place of words: of the channels with the largest
-    mean absolute activation in the start image at the first size, and of classes. The other
-    arguments are a Dream's. Raises BadRequest."""
+    """Task: the Targets of `spec` with all words replaced by channel numbers: "strongN" by the N
+    channels with the largest mean absolute activation in the start image at the first size, and
+    class names by their numbers. The other arguments are those of Dream. Raises BadRequest."""
     network, targets = Network(spec), []
     is_strong = [any(map(strong, target.channels or ())) for target in spec.targets]
     place = (settings, picture, mask, mean, scratch)
@@ -3427,13 +3429,13 @@ def strong(word):
 
 
 def class_of(layer, word, shape):
-    """The number of a channel of the layer: itself, or a class's. Raises BadRequest."""
+    """The channel of the layer that `word`, a number or a class name, names. Raises BadRequest."""
     if type(word) is int:
         return word
     names = class_names(shape[0]) if is_flat(shape) else None
     if names is None:
         problem = f"channels are {CHANNELS}"
-        remedy = "classes can be named only for a classifier of ImageNet or Places"
+        remedy = "class names work only with ImageNet and Places classifiers"
         raise refusal("layer", f"{layer}:{word}", f"{problem}; {remedy}")
     try:
         return class_number(word, names)
@@ -3442,7 +3444,7 @@ def class_of(layer, word, shape):
 
 
 def is_flat(shape):
-    """Whether activations (C, ...) are one number for each channel, as a classifier's are."""
+    """Whether activations (C, ...) have one number per channel, as a classifier's do."""
     return math.prod(shape) == shape[0]
 
 
@@ -3461,8 +3463,8 @@ def mean_activity(network, settings, picture, mask, mean, scratch=None):
 
 
 def read_only(blob, kind):
-    """The "data" or "diff" of a caffe.Blob, not to be changed: a Caffe with our patches then need
-    not copy it to a GPU again."""
+    """The "data" or "diff" of a caffe.Blob for reading only, so that a Caffe with our patches need
+    not copy it to the GPU again."""
     array = getattr(blob, f"cpu_{kind}", None)
     return getattr(blob, kind) if array is None else array
 

@@ -187,7 +187,7 @@ def test_a_training_prototxt_is_dreamed_on_or_named(data, phases, tmp_path):
     files = random_weights(path)
     dreams(tmp_path, *files, "--layer=fc")
     done = run_cli(*DREAM, *files, "--layer=loss", cwd=tmp_path)
-    assert_one_line(done, 2, "--layer loss", "label", "only training has")
+    assert_one_line(done, 2, "--layer loss", "label", "only in training")
 
 
 def test_an_input_far_smaller_than_a_picture_is_refused_before_any_work(tmp_path):
@@ -218,11 +218,11 @@ def test_input_size_is_the_size_of_tiles(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "--input_size=48x64" in Image.open(tmp_path / "out.png").info["Comment"]
     done = run_cli(*ONE, "--input_size=48", "--layer=classifier", cwd=tmp_path)
-    assert_one_line(done, 2, "--input_size 48x48", "classifier", "no other size")
+    assert_one_line(done, 2, "--input_size 48x48", "classifier", "only at")
     listed = run_cli(TINY[0], TINY[1], "--input_size=48", "--list_layers", cwd=tmp_path)
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert names[-1] == "pool2/2x2_s2"
-    assert "classifier takes no other size" in listed.stderr
+    assert "classifier works only at the prototxt's size" in listed.stderr
     for size in ("15", "0", "x32", "32x", "-3", "32x32x32", "9999999"):
         assert_one_line(
             run_cli(*ONE, f"--input_size={size}", cwd=tmp_path), 2, "--input_size", "HxW"
@@ -591,7 +591,7 @@ def test_layers_that_caffe_stops_at_are_left_out_of_the_list(tmp_path):
     path = written(tmp_path, bad, "bad")
     listed = run_cli("--list_layers", f"--deploy_txt={path}", cwd=tmp_path)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["conv1", "beside"]
-    assert "left out, with what follows it: large" in listed.stderr
-    assert "left out, with what follows it: shape" in listed.stderr
+    assert "left out, with all layers that need it: large" in listed.stderr
+    assert "left out, with all layers that need it: shape" in listed.stderr
     files = [f"--deploy_txt={path}", "--caffe_model=net.caffemodel", TINY[2]]
     dreams(tmp_path, *files, "--layer=beside")
