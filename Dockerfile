@@ -1,13 +1,13 @@
-# An image of cnn-vis, for the CPU; the README, under "Other ways to install", tells how to build and run it.
+# An image of cnn-vis for the CPU. See "Other ways to install" in the README for how to build and run it.
 
 FROM debian:trixie-slim AS builder
 COPY pycaffe/apt-packages.txt pycaffe/system-packages.sh /source/pycaffe/
 RUN /source/pycaffe/system-packages.sh && python3 -m venv /opt/cnn-vis
 COPY . /source
 WORKDIR /source
-# GCC's -march. Unset, it is one that the image can be carried around with: x86-64 processors need AVX2.
+# GCC's -march. The default is portable: x86-64 processors need AVX2.
 ARG PYCAFFE_ARCH
-# Boost's headers, 185 MB, and pip have then served.
+# After the build, Boost's headers (185 MB) and pip are no longer needed.
 RUN case $(uname -m) in x86_64) portable=x86-64-v3 ;; *) portable=armv8-a ;; esac \
     && export PYCAFFE_ARCH="${PYCAFFE_ARCH:-$portable}" PYCAFFE_BUNDLE=ON \
     && /opt/cnn-vis/bin/pip install --no-cache-dir -r requirements.txt . \
@@ -19,7 +19,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=builder /opt/cnn-vis /opt/cnn-vis
-# Whoever runs it, as any user, can write these: networks, and what libraries keep in a home.
+# The container can run as any user, so /networks, and the home in /tmp for libraries' caches, are writable for all.
 RUN mkdir --mode=1777 /networks
 ENV PATH=/opt/cnn-vis/bin:$PATH CNN_VIS_MODELS=/networks HOME=/tmp
 WORKDIR /pictures

@@ -1,15 +1,15 @@
 # make example   installs everything into .venv, Caffe included, and writes example.png
-# make test      installs what the tests take besides, and runs them
-# make wheel     builds wheels/, from which `make` installs on other machines, without a compiler or a network:
-#                make wheel PYCAFFE_ARCH=x86-64-v3, for GPUs of one kind PYCAFFE_CUDA=1 PYCAFFE_CUDA_ARCH=90
-# make gpu-check measures what the program does on this machine's GPU (make PYCAFFE_CUDA=1 gpu-check builds for it)
+# make test      installs the test tools and runs the tests
+# make wheel     builds wheels/, from which `make` installs on other machines without a compiler or network access:
+#                make wheel PYCAFFE_ARCH=x86-64-v3; for one kind of GPU, add PYCAFFE_CUDA=1 PYCAFFE_CUDA_ARCH=90
+# make gpu-check tests and times the program on this machine's GPU (make PYCAFFE_CUDA=1 gpu-check also builds for it)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
 WHEELS = wheels
-# With PYCAFFE_CUDA=1 the libraries that a GPU takes are installed too.
+# With PYCAFFE_CUDA=1, the CUDA libraries are installed too.
 REQUIREMENTS = sed 's|^\./pycaffe|&$(if $(PYCAFFE_CUDA),[cuda])|' requirements.txt
 WHEEL = $(firstword $(wildcard $(WHEELS)/pycaffe-*.whl))
 
@@ -24,14 +24,14 @@ ifeq ($(WHEEL),)
 	@echo 'Installing the Python packages and building Caffe: one to three minutes on two cores.'
 	$(REQUIREMENTS) | ./with-progress.sh $(VENV)/build.log $(BIN)/pip install --verbose -r /dev/stdin
 else
-	@echo 'Installing all from $(WHEELS)/.'
+	@echo 'Installing everything from $(WHEELS)/.'
 	$(BIN)/pip install --quiet --no-index --no-deps --force-reinstall $(WHEEL)
 	$(REQUIREMENTS) | sed 's|^\./pycaffe|pycaffe|' | $(BIN)/pip install --quiet --no-index --find-links $(WHEELS) -r /dev/stdin
 endif
 	$(if $(PYCAFFE_CUDA),,rm -f $(VENV)/for-gpus)
 	touch $@
 
-# With PYCAFFE_CUDA=1 a Caffe that was built without it is built again.
+# With PYCAFFE_CUDA=1, a Caffe that was built for the CPU is rebuilt.
 ifneq ($(PYCAFFE_CUDA),)
 $(VENV)/installed: $(VENV)/for-gpus
 $(VENV)/for-gpus:
@@ -43,7 +43,7 @@ $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 
-# Caffe for emulated GPUs, on which tests/test_gpu.py runs where there is no real one.
+# Caffe for emulated GPUs, for tests/test_gpu.py on machines without a real one.
 $(VENV)/cuda_on_cpu/built: $(VENV)/installed $(shell find tests/cuda_on_cpu -type f)
 	@echo 'Building Caffe for emulated GPUs, for the tests: one to three minutes more.'
 	tests/cuda_on_cpu/build.sh $(BIN)/python $(dir $@)
@@ -51,7 +51,7 @@ $(VENV)/cuda_on_cpu/built: $(VENV)/installed $(shell find tests/cuda_on_cpu -typ
 
 example: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/example.sh example.png
-	@echo 'Next, on a photograph of yours:'
+	@echo 'Next, with a photograph of your own:'
 	@echo '    . $(BIN)/activate'
 	@echo '    python cnn_vis.py --preset animals --image in.jpg'
 

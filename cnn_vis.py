@@ -34,7 +34,9 @@ if IS_COMMAND := __name__ == "__main__" or re.fullmatch(
     r"(.*/)?cnn-vis[^/.]*",  # the name that pip and pipx give it
     str(getattr(sys.modules.get("__main__"), "__file__", "")),
 ):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback on Ctrl-C
+    # Until main(): no traceback on Ctrl-C. In the background of a script it stays ignored.
+    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
 
 import argparse
 import collections
@@ -2388,7 +2390,7 @@ def with_guide(files, guide):
 def existing_file(option, path):
     """Returns `path` if it is a file; otherwise raises BadRequest, naming the `option`."""
     if not os.path.isfile(path):
-        there = "this is a folder, not a file" if os.path.isdir(path) else "not a regular file"
+        there = "this is a folder" if os.path.isdir(path) else "this is not a regular file"
         reason = there if os.path.exists(path) else "no such file"
         raise refusal(option, path, f"{reason}; use another path")
     return path
@@ -2774,7 +2776,7 @@ def take_inputs(net):
     return inputs, reading, labels
 
 
-NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # types of layers
+NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # layer types without a gradient
 
 
 class Description:
@@ -2801,7 +2803,7 @@ class Description:
             names.add(layer.name)
             for field, value in layer.ListFields():
                 if field.message_type and "engine" in field.message_type.fields_by_name:
-                    value.ClearField("engine")  # Caffe may lack it, so let Caffe choose
+                    value.ClearField("engine")  # this Caffe may lack it; let it choose
         self.inputs, reading, labels = take_inputs(net)
         self._choose_pictures(input_size, reading)
         for blob, shape in reversed(self.inputs.items()):
@@ -2992,7 +2994,7 @@ def wire_integers(shape):
             yield value
 
 
-LAYERS = {100: (1, 7), 2: (4, 6)}  # field of layers in a NetParameter: fields of their name, blobs
+LAYERS = {100: (1, 7), 2: (4, 6)}  # field numbers: {layers: (their name, their blobs)}
 V0_LAYER = (1, 50)
 
 
@@ -3189,7 +3191,8 @@ def check_values(spec, net):
 
 def cut(net, targets, blob_counts):
     """Cuts the NetParameter `net`, in place, down to the layers needed for the gradient of the
-    blobs `targets` with respect to the input. Returns the targets that any of these layers read.
+    blobs `targets` with respect to the input. Returns the targets that its layers read, not
+    counting those that work in place.
 
     It keeps the layers that the targets depend on, and those that work in place on the targets.
     Caffe's force_backward would also compute the gradient of every weight. Instead, only the first
@@ -3253,7 +3256,7 @@ def end_in_objective(net, blob, form):
     kind = type(form).__name__
     if kind not in import_caffe().layer_type_list():
         return False
-    net.layer[-1].ClearField("loss_weight")  # now the objective starts backward
+    net.layer[-1].ClearField("loss_weight")  # the objective starts backward instead
     layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[blob], loss_weight=[1])
     layer.top[:] = [layer.name]
     layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(form)))
@@ -3358,7 +3361,7 @@ class Network:
 
     def batch_for_memory(self, share):
         """How many tiles, at most 32, fit at the same time in this process's part of the GPU's free
-        memory, which `share` processes divide. All of them must already have run one tile."""
+        memory, which is shared by `share` processes that have all run one tile already."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
@@ -5859,8 +5862,8 @@ class Watchers(list):
         return {name: array for watcher in self for name, array in watcher.keep().items()}
 
 
-# ---- The page of web -------------------------------------------------------------------------
-# All that it shows comes in events, and is put into it as text.
+# ---- The web page -----------------------------------------------------------------------------
+# Everything it shows, except the picture, arrives in events and is inserted as text, not as HTML.
 PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -5959,12 +5962,12 @@ const $ = id => document.getElementById(id);
 const run = {};
 let source, shown, isAsking = false, isOver;
 
-// Follows a run; when it is over, waits for the next one that is shown at the same address.
+// Follows a run; when it has ended, waits for the next one at the same address.
 function listen() {
   source = new EventSource("events");
   source.onmessage = event => {
     const news = JSON.parse(event.data);
-    if (news.command) [shown, isOver] = [-1, false];  // the first of a run
+    if (news.command) [shown, isOver] = [-1, false];  // a run's first event
     Object.assign(run, news);
     draw();
     ask();
@@ -5977,7 +5980,8 @@ function say(name, text) {
   $("state").textContent = text;
 }
 
-// One request for a picture waits at the server; none while nobody looks, but one at the end.
+// Keeps one request for a picture waiting at the server, but none while the page is hidden. The
+// last picture is requested even then.
 function ask() {
   if (isAsking || isOver || (document.hidden && !run.end)) return;
   const isLast = Boolean(run.end);
@@ -5995,7 +5999,7 @@ function ask() {
 }
 document.addEventListener("visibilitychange", ask);
 
-// Shows the picture in an answer; returns how many milliseconds to wait for the next.
+// Shows the picture in a response; returns how many milliseconds to wait before the next request.
 async function show(answer) {
   if (answer.status !== 200) return answer.ok ? 0 : 3000;
   const blob = await answer.blob(), next = new Image();
@@ -6066,7 +6070,7 @@ function drawSizes() {
   });
 }
 
-// About so many round numbers between two others.
+// About `number` round numbers from low to high.
 function ticks(low, high, number) {
   const raw = (high - low) / number, power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find(n => n * power >= raw), found = [];
@@ -6119,7 +6123,7 @@ listen();
 
 @functools.cache
 def page_headers():
-    """Headers of every answer: nothing is kept, and a page may load only what is the server's."""
+    """The headers of every response: nothing is cached, and the page loads only from its server."""
     import base64
 
     rules = ["default-src 'none'", "connect-src 'self'", "img-src blob: data:"]
@@ -6147,11 +6151,11 @@ Settings = dataclasses.make_dataclass(
     namespace={"__module__": __name__},  # so that it can be sent to workers
     frozen=True,
 )
-Settings.__doc__ = """What the picture depends on besides the network: options, by name."""
+Settings.__doc__ = """The options, by name, that determine the picture, apart from the network."""
 
 
 def choose_settings(options):
-    """The Settings of the options. If noise has no seed, one is drawn."""
+    """The Settings of the options; draws a random seed if noise needs one."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
     if values["initial_image"] is None and values["seed"] is None:
         values["seed"] = np.random.SeedSequence().entropy % 2**32
@@ -6159,8 +6163,8 @@ def choose_settings(options):
 
 
 def settled(settings, files, given, scratch=None):
-    """The settings with numbers in place of the words that --layer has for channels, and remarks.
-    Raises BadRequest, RunFailed."""
+    """(settings, remarks), with the words for channels in --layer replaced by the channels'
+    numbers. Raises BadRequest, RunFailed."""
     targets = choose_targets(settings)
     if not any(type(channel) is str for target in targets for channel in target.channels or ()):
         return settings, []
@@ -6173,11 +6177,11 @@ def settled(settings, files, given, scratch=None):
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and SIGHUP; a context manager. One raises Stopped, unless `held`: then the
-    first is only remembered, as `signum`, so that the run ends where it can be continued; another
-    Ctrl-C then raises Stopped. The third ends the process.
+    """A context manager that handles Ctrl-C, SIGTERM and SIGHUP. A signal raises Stopped, unless
+    `held`: then the first is only remembered, as `signum`, so that the run ends at a point where it
+    can be continued; another Ctrl-C raises Stopped. The third ends the process.
 
-    See also signals_held_back, for the moments when processes start."""
+    See also signals_held_back, which is used while processes start."""
 
     def __init__(self):
         self.held, self.signum, self._count = False, None, 0
@@ -6185,7 +6189,7 @@ class Signals:
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         handlers = {number: signal.getsignal(number) for number in numbers}
-        # Keep signals ignored that nohup ignores.
+        # Signals that are ignored already stay so: by nohup, or by a shell for background jobs.
         self._before = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._handle)
@@ -6216,27 +6220,28 @@ class Signals:
             os.write(2, f"\n{text}\n".encode())
 
 
-LEAST_LIMITS = {  # ulimit's letter: the resource, and the bytes that libraries need
+LEAST_LIMITS = {  # ulimit's letter: (the resource, the fewest bytes that libraries need)
     "v": (resource.RLIMIT_AS, 600 << 20),
     "d": (resource.RLIMIT_DATA, 250 << 20),
 }
 
 
 def check_surroundings():
-    """Raises BadRequest if the shell that started the program leaves it no room to work."""
+    """Raises BadRequest if the current directory is gone or the shell's memory limits are too
+    low."""
     try:
         os.getcwd()
     except OSError:
-        raise BadRequest("the current directory no longer exists; go to another one") from None
+        raise BadRequest("the current directory no longer exists; change to another") from None
     for letter, (limit, least) in LEAST_LIMITS.items():
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY and soft < least:
-            problem = "too little memory to start in; allow at least"
+            problem = "too little memory to start; allow at least"
             raise BadRequest(f"ulimit -{letter} {soft >> 10}: {problem} {least >> 10}")
 
 
 def plan_outputs(options, files, watchers):
-    """The paths that the run writes, besides checkpoints and pictures with a number. Raises
+    """The paths that the run writes, except checkpoints and intermediate pictures. Raises
     BadRequest if one cannot be written."""
     check_output("output", files.picture)
     check_depth(files.picture, options.depth)
@@ -6265,13 +6270,13 @@ def check_apart(options, files, network):
     if options.stats:
         taken = {os.path.realpath(path) for path in read.values()}
         if files.may_write(options.stats) or os.path.realpath(options.stats) in taken:
-            problem = "this is the name of another file of the run; choose another"
+            problem = "the run uses another file of this name; choose another name"
             raise refusal("stats", options.stats, problem)
 
 
 def saved_options(path, checkpoint):
-    """The options with which the run in the Checkpoint `path` was started; its files as absolute
-    paths. Raises BadRequest."""
+    """The options that the run in the Checkpoint `path` was started with, with absolute paths.
+    Raises BadRequest."""
     try:
         saved = kept_options(checkpoint.record)
     except ValueError as error:
@@ -6285,29 +6290,30 @@ def saved_options(path, checkpoint):
 
 
 def resume(path, argv, scratch=None):
-    """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with what `argv`
-    changes. Raises BadRequest."""
+    """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with the changes that
+    `argv` makes. Raises BadRequest."""
     checkpoint = Checkpoint.read(existing_file("resume", path), scratch)
     saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
     check_unchanged(path, checkpoint, saved, options)
     if options.output_file is None:
-        raise refusal("resume", path, "name the picture to write with --output")
+        raise refusal("resume", path, "its name does not show which picture to write; use --output")
     if names_several(options.output_file):
-        problem = "a run that is resumed makes one picture; give its file name"
+        problem = "a resumed run makes one picture; use a file name"
         raise refusal("output", options.output_file, problem)
     return options, checkpoint
 
 
 def check_unchanged(path, checkpoint, saved, options):
-    """Raises BadRequest if a run with the options is not the one that the Checkpoint `path` was
-    made by, with the options `saved`. What that found itself is put into the options."""
+    """Raises BadRequest if one of the `options` that must stay the same differs from `saved`, the
+    options of the run that wrote the Checkpoint `path`. If --layer repeats that run's words for
+    channels, the numbers that it found for them are put into the options."""
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
         if names_file(action, new) and not isinstance(new, list):
             new = os.path.abspath(new)
         if action.dest == "target_layer" and new == checkpoint.record.get("layer"):
-            new = options.target_layer = old  # the numbers that its words stood for
+            new = options.target_layer = old  # the numbers found for its words
         if not action.free and new != old:
             old, new = (
                 v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new)
@@ -6317,7 +6323,7 @@ def check_unchanged(path, checkpoint, saved, options):
 
 
 def check_same_network(path, record, network):
-    """Raises BadRequest if the network is not the one that the checkpoint `path` was begun with."""
+    """Raises BadRequest if the run in the checkpoint `path` was started with another network."""
     found = identify(network)
     options = {"weights_sha256": "caffe_model", "deploy_sha256": "deploy_txt", "mean": "mean_image"}
     for name, option in options.items():
@@ -6330,21 +6336,21 @@ def check_same_network(path, record, network):
 
 @dataclasses.dataclass
 class Given:
-    """The pictures that a run is given, each None if it is not: the start picture, uint8 (H, W, 3);
-    its mask, uint8 (H, W); the guide, uint8 (H, W, 3)."""
+    """A run's input pictures, None for those that it does not have: the start picture, uint8
+    (H, W, 3); its mask, uint8 (H, W); the guide, uint8 (H, W, 3)."""
 
     picture: np.ndarray | None = None
     mask: np.ndarray | None = None
     guide: np.ndarray | None = None
 
     def arrays(self):
-        """Those that there are, {name: array}."""
+        """Those that are not None, {name: array}."""
         return {name: array for name, array in vars(self).items() if array is not None}
 
 
 def read_given(settings, image=None):
-    """The Given of the settings, and remarks on how it was read; an array `image` is the start
-    picture. Raises BadRequest."""
+    """(Given, remarks on how it was read) for the settings. If the array `image` is passed, it is
+    the start picture. Raises BadRequest."""
     if image is not None:
         picture, (mask, remarks) = image, read_mask(settings.mask, image)
     elif settings.initial_image is None:
@@ -6358,30 +6364,30 @@ def read_given(settings, image=None):
         guide, more = read_picture(path, settings.background, "guide")
         remarks = [*remarks, *more]
         if max(guide.shape[:2]) > 16 * min(guide.shape[:2]):
-            problem = "one side is more than 16 times the other; cut out a part of it"
+            problem = "one side is more than 16 times as long as the other; crop the picture"
             raise refusal("guide", path, problem)
     return Given(picture, mask, guide), remarks
 
 
 def kept_given(settings, checkpoint, path):
-    """The Given of a run that is resumed, out of its Checkpoint `path`. Raises BadRequest."""
+    """The Given of a resumed run, removed from its Checkpoint `path`. Raises BadRequest."""
     asked = {"picture": settings.initial_image, "mask": settings.mask, "guide": settings.guide}
     given = Given(**{name: checkpoint.arrays.pop(name, None) for name in asked})
     for name, option in asked.items():
         array = getattr(given, name)
         if (array is None) != (option is None) or (array is not None and not array.size):
-            raise unusable(path, f"its {name} is missing or none of its own")
+            raise unusable(path, f"its {name} is missing, empty or unexpected")
     mask, picture = given.mask, given.picture
     fits = mask is None or picture is not None and mask.shape == picture.shape[:2] and mask.any()
     if not fits:
-        raise unusable(path, "its mask is not one for its picture")
+        raise unusable(path, "its mask is black everywhere or does not fit its picture")
     return given
 
 
 @dataclasses.dataclass
 class Batch:
-    """Where a run is among several: its number, from 1; how many there are; how many tiles those
-    before had; and the port of the page that web showed them on."""
+    """The place of a run among several: how many there are; its number, from 1; how many tiles
+    the earlier ones had; and the port on which web showed them."""
 
     count: int = 1
     number: int = 1
@@ -6394,8 +6400,8 @@ class Batch:
 
 @dataclasses.dataclass
 class Run:
-    """A run that is under way: what its stages and watchers share. `kept` holds the arrays that
-    watchers kept in the checkpoint that it continues from."""
+    """A run in progress: what its stages and watchers share. `kept` holds the arrays that watchers
+    stored in the checkpoint that it continues from."""
 
     options: argparse.Namespace
     files: Files
@@ -6408,7 +6414,7 @@ class Run:
 
     def __post_init__(self):
         self.begun = time.monotonic() - self.record["seconds"]
-        self.folder = os.getcwd()  # it may be gone when it is asked for
+        self.folder = os.getcwd()  # now, because it may be deleted during the run
 
     def made(self, **more):
         """The record of how the picture as it stands was made."""
@@ -6422,8 +6428,8 @@ class Run:
 
 
 def make_picture(options, signals, engines, checkpoint=None, batch=None):
-    """Makes the picture that the options ask for, one of a Batch; `checkpoint` is one to continue
-    from."""
+    """Makes the picture that the options ask for, continuing from `checkpoint` if there is one.
+    `batch` is its place among several pictures."""
     files = Files(options.output_file, options.resume)
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
@@ -6456,8 +6462,8 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
             record["seconds"], kept = checkpoint.record["seconds"], checkpoint.arrays
             begun_on = checkpoint.record.get("device", record["device"])
             if begun_on != record["device"]:
-                rounding = f"the rounding of a {record['device']} differs from its"
-                engine.notices.append(f"this run was begun on a {begun_on}; {rounding}")
+                rounding = f"a {record['device']} rounds differently"
+                engine.notices.append(f"this run was started on a {begun_on}; {rounding}")
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
         batch = batch or Batch()
@@ -6467,22 +6473,22 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         watch(run, signals)
 
 
-# Several pictures in one run of the program: each is made as one alone would be, with the options
-# of its own.
+# Several pictures in one run of the program: each is made as if it were the only one, with its own
+# options.
 
 
 def plan_batch(options):
-    """The options of each picture, in order, if they ask for several, or name the output by a
-    template; else None. Raises BadRequest."""
+    """The options of each picture, in order, if `options` ask for several or their output name is
+    a template; otherwise None. Raises BadRequest."""
     images, layers = [], listed(options.target_layer)
     output = options.output_file
     for path in listed(options.initial_image):
         is_folder = path and os.path.isdir(path)
         if is_folder and not names_several(output):
-            problem = "this is a folder; for a picture of each in it use --output FOLDER/"
+            problem = "this is a folder; to use every picture in it, add --output FOLDER/"
             raise refusal("image", path, problem)
         if is_folder and os.path.realpath(path) == os.path.realpath(os.path.dirname(output) or "."):
-            problem = f"its pictures would count among those of --image {path}; use another folder"
+            problem = f"its pictures would mix with those of --image {path}; use another folder"
             raise refusal("output", output, problem)
         images += pictures_in(path) if is_folder else [path]
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
@@ -6495,13 +6501,13 @@ def plan_batch(options):
         job.initial_image, job.target_layer = image, layer
         job.output_file = filled(template, image, layer)
         job.stats = job.stats and filled(job.stats, image, layer)
-        job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # for is_made
+        job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # is_made reads it
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
-                problem = f"{len(images) * len(layers)} pictures, and more than one {path}"
+                problem = f"{len(images) * len(layers)} pictures, and several would write {path}"
                 remedy = "use {name} and {layer} in the name, or a FOLDER/"
                 if option == "output" and "{name}" in template and "{layer}" in template:
-                    remedy = "give pictures with different names"
+                    remedy = "use pictures with different names"
                 raise refusal(option, path, f"{problem}; {remedy}")
         jobs.append(job)
     check_batch_apart(jobs)
@@ -6509,7 +6515,8 @@ def plan_batch(options):
 
 
 def check_batch_apart(jobs):
-    """Raises BadRequest if one picture's run may overwrite what another's reads or has made."""
+    """Raises BadRequest if one picture's run could overwrite a file that another's reads or
+    writes."""
     outputs = {os.path.realpath(job.output_file) for job in jobs}
     stems = {os.path.splitext(path)[0] for path in outputs}
     for job in jobs:
@@ -6524,14 +6531,14 @@ def check_batch_apart(jobs):
 
 
 def filled(template, image, layer):
-    """The name of a file, with {name} and {layer} replaced by the start picture's and the
-    layer's."""
+    """The file name `template`, with {name} and {layer} replaced by the names of the start picture
+    and the layer."""
     name = os.path.splitext(os.path.basename(image))[0] if image else "noise"
     return template.replace("{name}", name).replace("{layer}", re.sub(r"[\s/]+", "-", layer))
 
 
 def pictures_in(folder):
-    """The paths of the pictures in a folder, by their names. Raises BadRequest."""
+    """The paths of the pictures in a folder, sorted by name. Raises BadRequest."""
     from PIL import Image
 
     Image.init()
@@ -6541,13 +6548,13 @@ def pictures_in(folder):
     paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
-        raise refusal("image", folder, "there are no pictures in this folder; name another")
+        raise refusal("image", folder, "there are no pictures in this folder; use another")
     return paths
 
 
 def make_pictures(jobs, signals, engines):
-    """Makes the pictures whose options are the `jobs`, and goes on where an earlier run of the same
-    command was stopped. Raises RunFailed if some could not be made, once all others are."""
+    """Makes a picture for each of the `jobs`, which are its options, and continues where an earlier
+    run of the same command stopped. If some fail, makes all others, then raises RunFailed."""
     for job in jobs:
         check_format("output", job.output_file)
         check_depth(job.output_file, job.depth)
@@ -6555,7 +6562,7 @@ def make_pictures(jobs, signals, engines):
             existing_file(name, path)
     network = find_network(jobs[0])
     targets = dict.fromkeys(target for job in jobs for target in choose_targets(job))
-    with contextlib.suppress(CaffeStopped):  # by another layer
+    with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
         in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
     for job in jobs:
         make_folder_of(job.output_file)
@@ -6572,11 +6579,11 @@ def make_pictures(jobs, signals, engines):
             signals.hold(False)
             make_or_go_on(job, signals, engines, batch)
         except Stopped as stop:
-            hint = "the same command, given again, goes on with all that are left"
+            hint = "run the same command again to make the rest"
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
         except (BadRequest, RunFailed, MemoryError) as error:
             engines.close()
-            of_one = ("--image", "--initial_size", "--final_size")  # as of pictures too small
+            of_one = ("--image", "--initial_size", "--final_size")  # e.g. it is too small
             is_of_all = isinstance(error, BadRequest) and not str(error).startswith(of_one)
             if is_of_all and batch.number == 1:
                 raise
@@ -6588,17 +6595,17 @@ def make_pictures(jobs, signals, engines):
 
 
 def make_folder_of(path):
-    """Makes the folder of the file `path`, if it is not there. Raises BadRequest."""
+    """Creates the folder of the file `path` if it does not exist. Raises BadRequest."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     except OSError as error:
-        problem = f"its folder cannot be made ({error.strerror}); choose another place"
+        problem = f"its folder cannot be created ({error.strerror}); choose another"
         raise refusal("output", path, problem) from None
 
 
 def is_made(options, identity):
-    """Whether the picture of the options is there, by its record finished and made of the same
-    pictures by the same settings and network, of which `identity` tells."""
+    """Whether the picture that the options ask for exists, and according to its record is finished
+    and was made from the same pictures with the same settings and the network `identity`."""
     path = options.output_file
     try:
         record, _ = read_record(path)
@@ -6618,7 +6625,7 @@ def is_made(options, identity):
 
 
 def make_or_go_on(options, signals, engines, batch):
-    """Makes a picture of several, from its checkpoint on if there is one that fits."""
+    """Makes one of several pictures, continuing from its checkpoint if there is one that fits."""
     begun, checkpoint = under_way(options)
     if checkpoint is not None:
         with contextlib.suppress(BadRequest):  # it does not fit
@@ -6627,8 +6634,8 @@ def make_or_go_on(options, signals, engines, batch):
 
 
 def under_way(options):
-    """(options, Checkpoint) of a picture of several, if it was begun by the same options; else they
-    are as they were, and None."""
+    """(options, Checkpoint) to continue one of several pictures, if it was started with the same
+    options; otherwise the options unchanged, and None."""
     path, begun = Files(options.output_file).checkpoint, copy.copy(options)
     if not os.path.isfile(path):
         return options, None
@@ -6644,8 +6651,8 @@ def under_way(options):
 
 
 def restore(dream, checkpoint, path):
-    """Continues the dream from the checkpoint, of which watchers' arrays are left. Raises
-    BadRequest."""
+    """Restores the dream's state from the checkpoint, and removes all but the watchers' arrays from
+    the checkpoint. Raises BadRequest."""
     try:
         dream.restore(checkpoint.numbers, checkpoint.arrays)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -6655,8 +6662,8 @@ def restore(dream, checkpoint, path):
 
 
 def announce(options, network, dream, remarks, batch):
-    """Says what is about to be done; what is so of all pictures, at the first one of a Batch. This
-    comes after all checks, so that an error is the only line."""
+    """Logs what is about to be done; what holds for all pictures of a Batch, only at the first one.
+    Called after all checks, so that an error is the only line printed."""
     engine, notices = dream.engine, []
     if batch.number == 1:
         notices = [stand_in_notice(options.model, network.name), *idle(options, engine)]
@@ -6672,19 +6679,19 @@ def announce(options, network, dream, remarks, batch):
 
 
 def make_room(options, files):
-    """Removes the unfinished files of killed runs to the same picture, and renames the checkpoint
-    of an unfinished one."""
+    """Removes the unfinished files that killed runs for the same picture left, and renames the
+    checkpoint of an unfinished run."""
     for path in filter(None, (files.picture, options.stats)):
         remove_parts(path)
     old = files.set_aside()
     if old:
         hint = f"continue it with --resume {shell_path(old)}"
-        log.info(f"note: an unfinished earlier run to {files.picture} was kept; {hint}")
+        log.info(f"note: an unfinished earlier run for {files.picture} was kept; {hint}")
 
 
 def watch(run, signals):
     """Does the run with its watchers. However it ends, the picture so far is written. Raises
-    RunFailed; Stopped after a signal."""
+    RunFailed, or Stopped after a signal."""
     dream = run.dream
     signals.hold()
     with contextlib.ExitStack() as stack:
@@ -6698,7 +6705,7 @@ def watch(run, signals):
             raise Stopped(stop.signum, f"stopped immediately{run.files.hint()}") from None
         except (RunFailed, MemoryError, OSError) as error:
             raise RunFailed(salvage(run, error)) from None
-        except Exception:  # a fault in this program: its traceback is shown, the picture kept
+        except Exception:  # a bug in this program: save the picture, show the traceback
             with contextlib.suppress(Exception):
                 finish(run)
             raise
@@ -6744,7 +6751,7 @@ def finish(run):
 
 
 def remove_record(path):
-    """Removes a sidecar that tells of an earlier picture; other files of its name stay."""
+    """Removes the sidecar `path` of an earlier picture, unless it is some other kind of file."""
     with contextlib.suppress(BadRequest, OSError):
         if os.path.isfile(path):
             read_record(path)
@@ -6752,7 +6759,8 @@ def remove_record(path):
 
 
 def salvage(run, error):
-    """Writes the picture of a run that failed amid a step, if there is one; returns what to say."""
+    """Writes the picture so far, if any, of a run that failed during a step; returns the message
+    to show."""
     error = OutOfMemory() if isinstance(error, MemoryError) else error
     if run.dream.image is None:
         return str(error)
@@ -6769,8 +6777,8 @@ def salvage(run, error):
 
 
 def rescue(run):
-    """Saves a run whose picture could not be written, if need be among the temporary files;
-    returns how to continue."""
+    """Saves the checkpoint of a run whose picture could not be written, in the temporary folder if
+    need be; returns how to continue."""
     files = run.files
     with contextlib.suppress(RunFailed):
         run.checkpoint().write(files.checkpoint)
@@ -6788,20 +6796,20 @@ def rescue(run):
 
 
 def dream(image=None, **options):
-    """The program as a library: does a run, yielding a Progress after every step.
+    """The program as a library: performs a run and yields a Progress after every step.
 
         for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
             picture = progress.picture()  # uint8 (H, W, 3)
 
-    `image` is a file name, an array uint8 (H, W, 3), RGB (or what NumPy makes one of), or None for
-    noise. The options are the command line's, by any of their names and with the same defaults;
-    those of output have no effect. Workers are processes that import the calling script: it needs
-    `if __name__ == "__main__":` around what it does. Notices go to the logger "cnn_vis". Raises
-    BadRequest and RunFailed, the first when the first step is asked for.
+    `image` is a file name, an RGB array, uint8 (H, W, 3) (or what NumPy can convert to one), or
+    None for noise. The options are those of the command line, by any of their names and with the
+    same defaults; output options have no effect. Workers are processes that import the calling
+    script, so its own code must be inside `if __name__ == "__main__":`. Notices go to the logger
+    "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed.
     """
     for name in ("mask", "guide"):
         if not isinstance(options.get(name), (str, os.PathLike, type(None))):
-            raise BadRequest(f"{name}: it must be a file name; save the array as a PNG")
+            raise BadRequest(f"{name}: this must be a file name; save an array as a PNG")
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
@@ -6812,7 +6820,7 @@ def dream(image=None, **options):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
     if any(isinstance(getattr(parsed, action.dest), list) for action in several_options()):
-        raise BadRequest("layer, image: one at a time; call this for each")
+        raise BadRequest("layer, image: only one at a time; call dream() for each")
     settings = choose_settings(parsed)
     image = settings.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
@@ -6822,7 +6830,7 @@ def dream(image=None, **options):
     elif image is not None:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            kind = f"an array {image.dtype} {image.shape}"
+            kind = f"the array is {image.dtype} {image.shape}"
             raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
         parsed.initial_image = "an array"
     given, remarks = read_given(settings, image)
@@ -6848,13 +6856,13 @@ def dream(image=None, **options):
 
 
 def list_presets(options):
-    """Prints the presets as options."""
+    """Prints the presets with their options."""
     for name, words in PRESETS.items():
         say(f"{name:10} {' '.join(words.split())}")
 
 
 def list_models(options):
-    """Prints the networks known by name: where found, size, whether verified."""
+    """Prints the networks known by name, with size, whether verified, and path."""
     for model in MODELS.values():
         path = model.find_weights()
         if path is None:
@@ -6878,18 +6886,18 @@ def list_classes(options):
     layers = [(name, shape[0]) for name, shape, _ in find_layers(options) if is_flat(shape)]
     width = next((width for _, width in layers if class_names(width)), None)
     if width:
-        log.info(f"note: the channels of {some([name for name, n in layers if n == width])}")
+        log.info(f"note: channels of {some([name for name, n in layers if n == width])}")
         for number, line in enumerate(class_names(width)):
             say(f"{number:4} {line}")
         return
     widths = some([f"{name} ({width})" for width, name in CLASSES.items()])
-    problem = f"the network has no classifier with classes that are known: {widths}"
+    problem = f"the network has no classifier with known classes: {widths}"
     raise BadRequest(f"--list_classes: {problem}; choose another --model")
 
 
 def find_layers(options):
-    """[(blob, shape of one tile's activations, layer that makes it), ...] of all that can be
-    amplified in the network of the options; says what cannot. Raises BadRequest."""
+    """[(blob, shape of one tile's activations, layer that makes it), ...] for everything that can
+    be amplified in the network of the options; logs what cannot. Raises BadRequest."""
     files = find_files(options)
     if notice := stand_in_notice(options.model, files.name):
         log.info(notice)
@@ -6902,7 +6910,7 @@ def find_layers(options):
         except CaffeStopped as error:
             if len(without) == 9:
                 problem = f"Caffe cannot load it ({error})"
-                raise refusal("deploy_txt", files.deploy, f"{problem}; is it right?") from None
+                raise refusal("deploy_txt", files.deploy, f"{problem}; check the file") from None
             without.append(first_to_fail(*arguments))
             stops.append(f"{LEFT_OUT}: {without[-1]} ({error})")
     notices += stops
@@ -6912,10 +6920,10 @@ def find_layers(options):
 
 
 def first_to_fail(*arguments):
-    """The name of the first layer at which Caffe ends its process; `arguments` are those for which
-    in_a_worker did. By bisection, as the process is gone before it could tell."""
+    """The name of the first layer at which Caffe ends its process; `arguments` are those with which
+    in_a_worker failed. Found by bisection, because the process ends before it can report it."""
     names = in_a_worker(*arguments, 0)[2]
-    low, high = 0, len(names)  # so many layers load, and so many do not
+    low, high = 0, len(names)  # the first `low` layers load, the first `high` do not
     while high - low > 1:
         middle = (low + high) // 2
         try:
@@ -6927,11 +6935,11 @@ def first_to_fail(*arguments):
 
 
 def download_model(options):
-    """Downloads a network, checked."""
+    """Downloads a network and checks it."""
     model = MODELS[options.download_model]
     deploy = model.find_deploy()
     if deploy is None:
-        remedy = f"Caffe is needed to check it; {how_to_install('pycaffe')}"
+        remedy = f"Caffe is needed to check the download; {how_to_install('pycaffe')}"
         raise refusal("download_model", model.name, remedy)
     check = functools.partial(in_a_worker, structure_error, deploy)
     download(model, options.model_url or model.url, check)
@@ -6946,18 +6954,18 @@ def reproduce(options):
     log.info(f"{record['program']}, {record['network']}, weights sha256 {weights}")
     if "step" in record:
         when = f"after step {record['step']} of size {record.get('size')}"
-        log.info(f"note: an intermediate picture, {when}; the command makes the finished one")
+        log.info(f"note: this is an intermediate picture, {when}; the command makes the final one")
     say(" ".join([COMMAND, *map(shell_word, words)]))
 
 
 def printable(text):
-    """The text with what a terminal might obey, or not show, as escapes."""
+    """The text with control characters and other unprintable characters as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shell_word(word):
-    """The word as a shell takes it, quoted if need be. Characters that cannot be printed become
-    escapes, as bash, zsh and ksh read them."""
+    """The word quoted for a shell, if need be. Unprintable characters become escapes that bash, zsh
+    and ksh understand."""
     if word.isprintable():
         return shlex.quote(word)
 
@@ -6970,18 +6978,18 @@ def shell_word(word):
 
 
 def shell_path(path):
-    """The path as a shell and a command line take it."""
+    """The path quoted for a shell, and written so that it cannot be mistaken for an option."""
     return shell_word(f"./{path}" if path.startswith("-") else path)
 
 
 def mend_streams():
-    """Reopens closed standard streams on the null device, so that no file of ours gets their
-    place; what a terminal's encoding lacks is printed as escapes."""
+    """Reopens closed standard streams on the null device, so that no file opened later gets their
+    descriptors. Characters that the terminal's encoding lacks are printed as escapes."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free place
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115, for the life of the process
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -6990,14 +6998,14 @@ def mend_streams():
 
 
 class LineHandler(logging.Handler):
-    """Prints what the program logs as lines on stderr."""
+    """Prints log messages as lines on stderr."""
 
     def emit(self, record):
         prefix = f"{PROGRAM}: " if record.levelno >= logging.ERROR else ""
         say(printable(prefix + record.getMessage()), "stderr")
 
 
-COMMANDS = {  # options that are done instead of a run
+COMMANDS = {  # options that replace a run
     "list_presets": list_presets,
     "list_models": list_models,
     "list_layers": list_layers,
@@ -7008,7 +7016,7 @@ COMMANDS = {  # options that are done instead of a run
 
 
 def command_line(argv, signals):
-    """Does what a command line asks for."""
+    """Executes a command line."""
     options = PARSER.parse_args(argv)
     log.setLevel(logging.ERROR if options.quiet else logging.INFO)
     for name, command in COMMANDS.items():

@@ -1,5 +1,5 @@
-"""What pyproject.toml cannot say: cnn-vis needs what requirements.txt lists. The path to Caffe in
-there means nothing outside a clone, so Caffe has to be asked for besides."""
+"""What pyproject.toml cannot express: cnn-vis needs the packages in requirements.txt, except Caffe,
+which is listed by a path that exists only in a clone. pip needs it as a separate argument."""
 
 import pathlib
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# with-progress.sh LOG COMMAND...: runs the command, whose output goes to LOG. A terminal shows how far the build of Caffe
-# is, by the last [N/M] in it; if the command fails, the end of LOG is shown.
+# with-progress.sh LOG COMMAND...: runs the command and writes its output to LOG. On a terminal it shows how far the build
+# of Caffe is, from the last [N/M] in LOG. If the command fails, it prints the end of LOG.
 log=$1
 shift
 : >"$log" || exit 1
@@ -12,7 +12,7 @@ show() {
     done
 }
 
-# The command is in the foreground: in the background it would ignore Ctrl-C.
+# The command runs in the foreground, because in the background it would ignore Ctrl-C.
 if [ -t 2 ]; then
     show &
     trap 'kill $!; printf "\r\033[K" >&2' EXIT

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One picture through every layer of the network, as FOLDER/LAYER.png, with an overview in sheet.png and index.html.
-# Pictures that are there are not made again, so it can be stopped and started again.
-# SIDE=300 is the shorter side of the pictures in pixels, LAYERS="conv2/3x3 ..." takes these layers only.
+# Existing pictures are skipped, so it can be interrupted and rerun.
+# SIDE=300 is the shorter side of the pictures in pixels; LAYERS="conv2/3x3 ..." limits it to these layers.
 # Usage: all_layers.sh IMAGE [FOLDER] [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -21,7 +21,7 @@ start=$folder/start.png
 pictures=("$start=start") failed=
 for layer in $layers; do
     output=$folder/${layer//\//-}.png
-    # Large steps and weak regularizers, which leave something to see in the layers with small gradients too.
+    # Large steps and weak regularizers, so that layers with small gradients also show something.
     if dream "$output" --image "$start" --num_steps 20 --learning_rate 4 --decay_rate 0.9 --alpha 2 --p_reg 0.0005 \
         --beta 2.5 --tv_reg 0.005 "$@" --layer "$layer"; then
         pictures+=("$output=$layer")

@@ -5,15 +5,16 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.log
-# One picture on several machines: starts a Dask scheduler here and a worker on each machine, makes the picture with them, and
-# ends them.
+# One picture on several machines: starts a Dask scheduler here and a worker on each machine, makes the picture, and stops
+# them.
 # Usage over ssh:     MACHINES=host1,host2 cluster.sh OPTIONS OF cnn_vis.py        (":" is this machine)
 # Usage under Slurm:  sbatch --nodes=4 examples/cluster.sh OPTIONS OF cnn_vis.py   (in the folder of cnn_vis.py, or with
 #                     CNN_VIS_ROOT set to it)
-# The machines need this program at the same path, set up with requirements-cluster.txt too, but share no disk. They must reach
-# this one at PORT (default 8786), and this one them. Dask's settings, such as those for TLS, are its own: DASK_... variables.
+# Each machine needs this program at the same path, with requirements-cluster.txt installed, but no shared disk. The machines
+# must reach this one at PORT (default 8786), and this one must reach them. For Dask's own settings (TLS, say), set its
+# DASK_... variables.
 set -eu
-CNN_VIS_ROOT=${CNN_VIS_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}} # Slurm runs a copy of this file, which lies elsewhere
+CNN_VIS_ROOT=${CNN_VIS_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}} # Slurm runs a copy of this file, from another folder
 # shellcheck source=common.sh
 . "$CNN_VIS_ROOT/examples/common.sh"
 [ $# -gt 0 ] || usage 'OPTIONS OF cnn_vis.py'
@@ -21,12 +22,12 @@ CNN_VIS_ROOT=${CNN_VIS_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}} # Slurm ru
 folder=$(mktemp -d) run=
 # shellcheck disable=SC2329
 end() {
-    [ -z "${scheduler:-}" ] || kill "$scheduler" 2> /dev/null || true # it tells the workers to end
+    [ -z "${scheduler:-}" ] || kill "$scheduler" 2> /dev/null || true # it also stops the workers
     wait
     rm -r "$folder"
 }
 trap end EXIT
-trap : INT # Ctrl-C reaches the run too, and what is in a session of its own not
+trap : INT # Ctrl-C reaches the run by itself; scheduler and workers have their own sessions, and do not get it
 trap '[ -z "$run" ] || kill -TERM "$run"' TERM
 
 setsid "$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
@@ -41,7 +42,7 @@ address=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["ad
 env --default-signal=INT "$python" "$cnn_vis" --scheduler "$address" "$@" &
 run=$!
 
-# work MACHINE COMMAND...: runs a worker there until the scheduler ends it; tells what it said last if it ends before.
+# work MACHINE COMMAND...: runs a worker there until the scheduler stops it; if it ends earlier, prints its last line.
 work() {
     machine=$1
     shift
@@ -63,7 +64,7 @@ work() {
 ) &
 
 status=0
-while kill -0 "$run" 2> /dev/null; do # a signal ends the wait, and the run when it has saved all
+while kill -0 "$run" 2> /dev/null; do # a signal interrupts the wait; the run first saves its work
     wait "$run" && status=0 || status=$?
 done
 exit "$status"

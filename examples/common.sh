@@ -1,6 +1,6 @@
 # shellcheck shell=sh disable=SC2034
-# Read by the scripts here: where cnn_vis.py is, the python it runs on, and what several of them do.
-# CNN_VIS_ROOT and CNN_VIS_PYTHON name others, for a script that is run from a copy of it, or in another environment.
+# Sourced by the scripts here: finds cnn_vis.py and Python, and defines shared functions.
+# Set CNN_VIS_ROOT if a script runs as a copy outside this folder, and CNN_VIS_PYTHON to use another environment.
 
 root=${CNN_VIS_ROOT:-$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)}
 cnn_vis=$root/cnn_vis.py
@@ -12,13 +12,13 @@ else
     python=python
 fi
 
-# usage ARGUMENTS: says how the script is called, and ends it.
+# usage ARGUMENTS: prints how to call the script, and exits.
 usage() {
     echo "usage: ${0##*/} $1" >&2
     exit 2
 }
 
-# stem PATH: prints a file's name without its folder and its ending.
+# stem PATH: prints a file's name without folder and extension.
 stem() {
     file=${1##*/}
     echo "${file%.*}"
@@ -29,8 +29,8 @@ photograph() {
     "$python" -c 'import pathlib, sys, skimage.data as data; print(pathlib.Path(data.__file__).with_name(sys.argv[1]))' "$1"
 }
 
-# dream PICTURE.png OPTIONS...: makes a picture, unless it is there. It has another name until it is whole, because
-# cnn_vis.py writes what it has when it is stopped.
+# dream PICTURE.png OPTIONS...: makes a picture, unless it exists. It has a temporary name until it is complete, because
+# cnn_vis.py also saves an unfinished picture when it is stopped.
 dream() {
     picture=$1
     part=${1%.png}.part.png

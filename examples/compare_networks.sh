@@ -15,7 +15,7 @@ start=$folder/start.png
 "$python" "$root/examples/picture.py" fit "$image" "$start" "${SIDE:-400}"
 pictures=("$start=start") failed=
 for network in $networks; do
-    rm -f "$folder/$network.png" # it may be of another layer
+    rm -f "$folder/$network.png" # an old one may show another layer
     if dream "$folder/$network.png" --image "$start" --layer inception_4c/output --num_steps 30 --learning_rate 2 \
         --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@" --model "$network"; then
         pictures+=("$folder/$network.png=$network")

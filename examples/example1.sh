@@ -1,5 +1,5 @@
 #!/bin/sh
-# Noise that becomes a plain with small dogs, birds and vessels: look for one shape in ever new variations.
+# From noise, a plain with small dogs, birds and vessels: look for one shape in ever new variations.
 # Usage: example1.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

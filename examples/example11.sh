@@ -1,5 +1,5 @@
 #!/bin/sh
-# A picture without things in it, softly smoothed: look for the animals that the network finds in the clouds of grey.
+# A picture without distinct objects, gently smoothed: look for the animals that the network finds in the clouds of grey.
 # The preset's sizes suit this picture (512x512 pixels); the original's were x0.25 to x1.0 of a sky.
 # Usage: example11.sh [MORE OPTIONS]
 set -eu

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A few channels on mere texture: look for stars of grass, animals in them, and colour in what was grey.
+# A few channels on pure texture: look for stars of grass, animals in them, and colour in what was grey.
 # The preset's sizes suit this picture (512x512 pixels); the original's were x0.25 to x0.5 of a meadow.
 # Usage: example13.sh [MORE OPTIONS]
 set -eu

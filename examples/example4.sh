@@ -1,5 +1,5 @@
 #!/bin/sh
-# The layer of example 1 for twice as long, and hardly smoothed: look for sharp lines and harsh colours.
+# The layer of example 1, with twice the steps and little smoothing: look for sharp lines and harsh colours.
 # Usage: example4.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

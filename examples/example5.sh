@@ -1,5 +1,5 @@
 #!/bin/sh
-# A network that knows places instead of things: look for arches, windows and roofs.
+# A network trained on places instead of objects: look for arches, windows and roofs.
 # Usage: example5.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Places again, from noise that is strong and blurred: look for landscapes that follow its patches.
+# Places again, from strong, blurred noise: look for landscapes that follow its patches.
 # Usage: example6.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A very low layer: look for the net of cracks, as in old paint, over everything that is plain.
+# A very low layer: look for a net of cracks, as in old paint, over all plain areas.
 # The preset's sizes suit this picture (600x400 pixels); the original's were x0.08 to x0.15 of a painting.
 # Usage: example7.sh [MORE OPTIONS]
 set -eu

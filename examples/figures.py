@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the README's two figures with the program's own functions: figures.py [FOLDER]
 
-tiles.jpg: the tiles of a picture, even and odd, and how many cover each pixel. sizes.jpg: the sizes
-of a run, geometric and linear.
+tiles.jpg: the even and odd tiles of a picture, and how many cover each pixel. sizes.jpg: the sizes
+of a run, with geometric and with linear spacing.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ COLOURS = ("tab:orange", "tab:blue")
 
 
 def draw_tiles(picture, tile, path):
-    """Three panels of `picture` (H, W, 3): its even tiles, its odd ones, and the counts of all."""
+    """Three panels for `picture` (H, W, 3): even tiles, odd tiles, and tiles per pixel."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.1), layout="constrained")
     size = picture.shape[:2]
     for axes, name, colour, regions in zip(
@@ -46,8 +46,7 @@ def draw_tiles(picture, tile, path):
 
 
 def draw_sizes(initial, final, number, path):
-    """The sizes from initial to final (height, width) as nested frames, for both ways to space
-    them."""
+    """The sizes from `initial` to `final` (height, width) as nested frames, for both spacings."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 3.1), layout="constrained")
     for axes, kind, colour in zip(panels, ("geometric", "linear"), COLOURS):
         for height, width in cnn_vis.size_sequence(initial, final, number, kind):

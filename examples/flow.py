@@ -3,12 +3,13 @@
 
     flow.py FRAME OUT SHARE PREVIOUS DREAM [dis | farneback]
 
-OUT, the picture to dream on from, is FRAME and SHARE (0 to 1) of what was dreamed before: DREAM's
-difference from its own frame PREVIOUS, moved to where its places are in FRAME. Nothing is carried
-to places that do not look alike in both frames, as where something new comes into view.
+OUT, the start picture for the next dream, is FRAME plus SHARE (0 to 1) of the previous dream: the
+difference between DREAM and its own frame PREVIOUS, moved along the flow to FRAME. Nothing is
+carried to places that do not look alike in both frames, such as where something new comes into
+view.
 
-cnn_vis.py writes more contrast than it has, 1.2 times at each size. That is no part of the dream
-and would grow from frame to frame, so it is undone before the difference is taken.
+cnn_vis.py multiplies contrast by 1.2 at each size. That is not part of the dream and would grow
+from frame to frame, so it is undone before the difference is taken.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from picture import match, read
 
 import cnn_vis
 
-MISFIT = 30  # grey levels; places that differ by more do not show the same
+MISFIT = 30  # grey levels; places that differ by more are taken to show different things
 
 
 def main():
@@ -39,7 +40,7 @@ def main():
     frame, previous = np.asarray(options.frame), np.asarray(options.previous)
     try:
         dreamed, where = difference(options.dream, previous)
-    except cnn_vis.BadRequest as error:  # its mask has gone
+    except cnn_vis.BadRequest as error:  # the file of --mask is missing
         sys.exit(f"flow.py: {error}")
     start = carry(dreamed, previous, frame, options.share * where, options.method)
     Image.fromarray(start).save(options.out)
@@ -49,15 +50,15 @@ def main():
 
 
 def difference(path, frame):
-    """What cnn_vis.py added to `frame`, uint8 (H, W, 3), in the PNG `path`: grey levels, float32
-    (H, W, 3); and where it was to dream, from 0 to 1: a number, or as its mask tells, (H, W, 1)."""
+    """What cnn_vis.py added to `frame`, uint8 (H, W, 3), to make the PNG `path`: grey levels,
+    float32 (H, W, 3). Also where it dreamed, from 0 to 1: 1, or its mask, (H, W, 1)."""
     dream = read(path).resize(frame.shape[1::-1], Image.Resampling.BICUBIC)
     try:
         record, words = cnn_vis.read_record(str(path))
         options = cnn_vis.PARSER.parse_args(words)
     except cnn_vis.BadRequest:
         options = None
-    if options is None or options.rescale_image:  # nobody knows what was done to its contrast
+    if options is None or options.rescale_image:  # its change of contrast is not known
         return np.float32(match(dream, Image.fromarray(frame))) - frame, 1
     mask, _ = cnn_vis.read_mask(options.mask, frame)
     where = 1 if mask is None else mask[:, :, np.newaxis] / np.float32(255)
@@ -70,20 +71,20 @@ def difference(path, frame):
 
 
 def brightness(dream, frame):
-    """The brightness of two pictures uint8 (H, W, 3), of which the first has the colours of the
-    second: float32 (H, W, 1) each. It differs by what two of the three channels at least differ by;
-    the third may have been cut at black or white."""
+    """The brightness of two pictures, uint8 (H, W, 3), the first of which has the colours of the
+    second: float32 (H, W, 1) each. Their difference is the median of the three channels'
+    differences, because one channel may have been clipped at black or white."""
     change, own = np.float32(dream) - frame, frame @ np.float32([[0.299], [0.587], [0.114]])
     return own + np.median(change, axis=2, keepdims=True), own
 
 
 def added(dream, frame, gain, mean):
-    """The difference, float32 (H, W, C), between what cnn_vis.py wrote and its frame, 0 to 255 both
-    and (H, W, C), without the gain, a number or (H, W, 1), by which it has raised contrast about
-    the grey level `mean`."""
-    truncated = (gain - 1) / (cnn_vis.GAIN - 1) / 2  # grey levels: half of one, raised like others
+    """The difference, float32 (H, W, C), between `dream`, which cnn_vis.py wrote, and its `frame`,
+    both (H, W, C) from 0 to 255. Undoes `gain`, a number or (H, W, 1), by which cnn_vis.py has
+    raised the contrast about the grey level `mean`."""
+    truncated = (gain - 1) / (cnn_vis.GAIN - 1) / 2  # half a level per size, raised by later gains
     change = (dream + truncated - mean) / gain + mean - frame
-    # Black and white may have been darker and brighter: the frame's own are as good.
+    # Clipped values may have been darker or brighter, so they count as unchanged.
     change[(dream <= 0) & (change > 0) | (dream >= 255) & (change < 0)] = 0
     return change.astype(np.float32)
 
@@ -92,7 +93,7 @@ def added(dream, frame, gain, mean):
 
 
 def carry(dreamed, previous, frame, share, method="dis"):
-    """`frame` with a share, a number or (H, W, 1), of what was dreamed into the frame `previous`;
+    """`frame` plus a share, a number or (H, W, 1), of what was dreamed into the frame `previous`;
     frames and result are uint8 (H, W, 3), `dreamed` is float32 (H, W, 3)."""
     flow = flow_between(frame, previous, method)
     weight = share * trust(frame, previous, flow)[:, :, np.newaxis]
@@ -101,8 +102,8 @@ def carry(dreamed, previous, frame, share, method="dis"):
 
 
 def flow_between(frame, other, method="dis"):
-    """Where each pixel of `frame` lies in `other`, both uint8 (H, W, 3), as seen from its place in
-    `frame`: (x, y) in pixels, float32 (H, W, 2)."""
+    """The offset (x, y), in pixels, from each pixel of `frame` to the same point in `other`:
+    float32 (H, W, 2). Both frames are uint8 (H, W, 3)."""
     frame, other = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (frame, other))
     if method == "farneback":
         return cv2.calcOpticalFlowFarneback(frame, other, None, 0.5, 5, 21, 3, 7, 1.5, 0)
@@ -111,20 +112,20 @@ def flow_between(frame, other, method="dis"):
 
 
 def sources(flow):
-    """The places, x and y, float32 (H, W) each, that the flow points to."""
+    """The coordinates, x and y, float32 (H, W) each, that the flow points to."""
     y, x = np.indices(flow.shape[:2], np.float32)
     return x + flow[:, :, 0], y + flow[:, :, 1]
 
 
 def warp(values, flow):
-    """The array (H, W, C) as its places lie after the flow: each pixel is fetched from where `flow`
-    points to; beyond the edges, from the edge."""
+    """The array (H, W, C) moved along the flow: each pixel is fetched from where `flow` points;
+    beyond the edges, from the nearest edge."""
     return cv2.remap(values, *sources(flow), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def trust(frame, previous, flow):
-    """How far what was dreamed into `previous` belongs to each pixel of `frame`, both uint8
-    (H, W, 3): float32 (H, W), 1 where they fit, 0 where they do not, and between beside that."""
+    """How much of the dream on `previous` to carry to each pixel of `frame`, both uint8 (H, W, 3):
+    float32 (H, W), 1 where the frames match, 0 where they do not, and smooth in between."""
     height, width = flow.shape[:2]
     x, y = sources(flow)
     inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)

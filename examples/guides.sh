@@ -1,6 +1,5 @@
 #!/bin/sh
-# A cat that becomes what three other pictures show: a cup of coffee, coins, a motorcycle. All of them side by side are in
-# guides.png.
+# A cat, guided by three other pictures: a cup of coffee, coins and a motorcycle. guides.png shows them side by side.
 # Usage: guides.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

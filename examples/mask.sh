@@ -1,6 +1,6 @@
 #!/bin/sh
-# A table that dreams around a cup that does not, in the colours of the photograph. The mask is drawn here; in an image
-# editor, paint white over what is to dream, and black over what is to stay.
+# The table dreams and the cup on it does not, in the colours of the photograph. The mask is drawn by this script; to make
+# your own in an image editor, paint white over what should dream, and black over what should stay.
 # Usage: mask.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

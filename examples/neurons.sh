@@ -1,6 +1,6 @@
 #!/bin/bash
-# What the first channels of a layer look for, each from noise, with an overview in neurons_LAYER/sheet.png.
-# Pictures that are there are not made again.
+# What the first channels of a layer respond to, each from noise, with an overview in neurons_LAYER/sheet.png.
+# Existing pictures are skipped.
 # Usage: neurons.sh LAYER [COUNT] [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What the scripts here need done with pictures.
+"""Prepares pictures for the scripts here.
 
-    picture.py fit PICTURE OUT SIDE            resizes it: its shorter side becomes SIDE pixels long
-    picture.py zoom PICTURE OUT FACTOR LIKE    enlarges it about its middle, cut to the size of LIKE
+    picture.py fit PICTURE OUT SIDE            resizes it so that its shorter side is SIDE pixels
+    picture.py zoom PICTURE OUT FACTOR LIKE    enlarges its middle, cropped to the size of LIKE
 
-cnn_vis.py writes 1.2 times the contrast that it reads. Where what it wrote becomes what it reads,
-that would grow from frame to frame; so zoom gives PICTURE the brightness and contrast of LIKE.
+cnn_vis.py writes 1.2 times the contrast that it reads. As each frame of a zoom starts from the one
+before, contrast would keep growing, so zoom gives PICTURE the brightness and contrast of LIKE.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 
 def read(path):
-    """The picture file as an upright RGB Image."""
+    """The picture file as an RGB Image, turned upright."""
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
@@ -33,16 +33,16 @@ def fit(picture, side):
 
 
 def match(picture, model):
-    """The Image with the mean and the standard deviation, over all pixels and channels, of the
-    Image `model`."""
+    """The Image, adjusted to the mean and standard deviation of the Image `model`, both over all
+    pixels and channels."""
     values, wanted = np.asarray(picture, dtype=float), np.asarray(model)
     values = (values - values.mean()) * (wanted.std() / (values.std() or 1)) + wanted.mean()
     return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
 
 
 def zoom(picture, factor, model):
-    """The middle of the Image, 1 / factor of its width and height, in the size and with the
-    contrast of `model`."""
+    """The middle 1 / factor of the Image's width and height, with the size and the contrast of
+    `model`."""
     width, height = picture.size
     x, y = (length * (1 - 1 / factor) / 2 for length in picture.size)
     return match(

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""A contact sheet of pictures, and with --html a page of them at full size.
+"""Makes a contact sheet of pictures and, with --html, a page of them at full size.
 
     sheet.py OUT.png [--columns N] [--width W] [--html OUT.html] [--title TEXT] PICTURE=LABEL...
     sheet.py FOLDER [--title TEXT]
 
-The second form makes FOLDER/index.html, a page of all pictures in the folder that browsers show,
-but for those that runs saved along the way. The label is what follows the last "="; without one it
-is the file's name. The page shows the command that made each picture, which cnn_vis.py leaves in a
-PNG.
+The second form makes FOLDER/index.html, a page of all pictures in the folder that browsers can
+show, except intermediate pictures. The label is what follows the last "="; without one it is the
+file's name. The page shows the command that made each picture, which cnn_vis.py stores in PNGs.
 """
 
 import argparse
@@ -48,14 +47,14 @@ FIGURE = """<figure>
 
 
 def split_argument(argument):
-    """PICTURE=LABEL or PICTURE as (path, label)."""
+    """Splits PICTURE=LABEL or PICTURE into (path, label)."""
     path, equals, label = argument.rpartition("=")
     path = pathlib.Path(path if equals else argument)
     return path, label if equals else path.stem
 
 
 def dreams_in(folder):
-    """[(path, label), ...] of the pictures in a folder, by name, without those along the way."""
+    """[(path, label), ...] of a folder's pictures, by name, without intermediate ones."""
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".webp"))
     names = {path.name for path in paths}
 
@@ -68,14 +67,14 @@ def dreams_in(folder):
             with Image.open(path):
                 return True
         except OSError:
-            print(f"sheet.py: {path} cannot be read as a picture; left out", file=sys.stderr)
+            print(f"sheet.py: {path} cannot be read as a picture; skipped", file=sys.stderr)
             return False
 
     return [(path, path.stem) for path in paths if is_finished(path) and is_sound(path)]
 
 
 def shorten(text, font, width):
-    """As much of the text's beginning as fits into `width` pixels."""
+    """The text, cut at its end to fit into `width` pixels."""
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text
@@ -110,19 +109,18 @@ def contact_sheet(pictures, columns, width):
 
 
 def command(picture):
-    """The command that made the Image, as far as it tells, without its output: that is the name it
-    had before it was whole."""
+    """The command that made the Image, if it is recorded there, without --output_file, which may be
+    a temporary name."""
     comment = picture.info.get("Comment", "")
     try:
         words = shlex.split(comment)
-    except ValueError:  # somebody else's
+    except ValueError:  # another program's comment
         return comment
     return shlex.join(word for word in words if not word.startswith("--output_file="))
 
 
 def page(pictures, title, folder):
-    """The HTML page, to lie in `folder`, of `pictures` [(path, label), ...]. Its links are
-    relative."""
+    """The HTML page of `pictures` [(path, label), ...], with links relative to `folder`."""
     figures = []
     for path, label in pictures:
         link = urllib.parse.quote(os.path.relpath(path, folder))
@@ -141,7 +139,7 @@ def main():
         "output",
         metavar="OUT.png",
         type=pathlib.Path,
-        help="the sheet, in the format of its ending; or a folder",
+        help="the sheet (its extension sets the format), or a folder",
     )
     parser.add_argument("pictures", metavar="PICTURE=LABEL", nargs="*", type=split_argument)
     parser.add_argument("--columns", metavar="N", type=int, default=4, help="default: %(default)s")
@@ -150,13 +148,13 @@ def main():
         metavar="W",
         type=int,
         default=240,
-        help="of each picture, in pixels; default: %(default)s",
+        help="width of each picture in pixels; default: %(default)s",
     )
     parser.add_argument(
-        "--html", metavar="OUT.html", type=pathlib.Path, help="the page; default: none"
+        "--html", metavar="OUT.html", type=pathlib.Path, help="page to write; default: none"
     )
     parser.add_argument(
-        "--title", metavar="TEXT", default="cnn-vis", help="of the page; default: %(default)s"
+        "--title", metavar="TEXT", default="cnn-vis", help="title of the page; default: %(default)s"
     )
     options = parser.parse_intermixed_args()
     if options.output.is_dir() and not options.pictures:
@@ -164,7 +162,7 @@ def main():
     elif options.pictures:
         contact_sheet(options.pictures, options.columns, options.width).save(options.output)
     if not options.pictures:
-        parser.error(f"{options.output}: there are no pictures to show")
+        parser.error(f"{options.output}: no pictures to show; name some, or their folder")
     if options.html:
         options.html.write_text(
             page(options.pictures, options.title, options.html.parent), encoding="utf-8"

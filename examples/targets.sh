@@ -1,6 +1,6 @@
 #!/bin/sh
-# What --layer can be, on one photograph: a layer, its strongest channels, the strongest one alone, a sum of two layers, and
-# a layer without what another one finds. targets.png shows them side by side, targets/index.html with their commands.
+# Kinds of --layer targets on one photograph: a layer, its strongest channels, the strongest one alone, sums of two layers, and
+# a layer minus what another one finds. targets.png shows them side by side, targets/index.html with their commands.
 # Usage: targets.sh [MORE OPTIONS]
 set -eu
 . "$(dirname "$0")/common.sh"

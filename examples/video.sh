@@ -1,8 +1,8 @@
 #!/bin/bash
-# A video, dreamed frame by frame. Each frame starts from the dream before it, carried along by optical flow, so that
-# the film flickers far less.
-# The frames lie in OUT.mp4.frames until all are done, so it can be stopped and started again.
-# BLEND=0.9 is the share of the dream that is carried on, from 0 to 1; FLOW=dis, or farneback, finds the flow.
+# A video, dreamed frame by frame. Each frame starts with the previous frame's dream, carried along by optical flow, so
+# that the film flickers far less.
+# The frames stay in OUT.mp4.frames until all are done, so it can be interrupted and rerun.
+# BLEND=0.9 is the share of the dream that is carried along, from 0 to 1; FLOW=dis or farneback is the flow method.
 # Usage: video.sh IN.mp4 OUT.mp4 [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -38,7 +38,7 @@ for frame in "$work"/in/*.png; do
     fi
     previous=$frame
 done
-# Players want even sides. The sound, if any, is the input's.
+# Players need even sides. The sound, if any, comes from the input.
 ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?' \
     -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$work/film.${output##*.}"
 mv "$work/film.${output##*.}" "$output"

@@ -1,7 +1,7 @@
 #!/bin/bash
-# An endless zoom: dreams a little, enlarges the middle, and again. The frames lie in NAME_zoom, and the film is NAME_zoom.mp4.
-# Frames that are there are not made again, so it can be stopped and started again, also with more FRAMES.
-# SIDE=400 is the shorter side in pixels, ZOOM=1.04 the enlargement of each frame, FPS=20 the film's frames per second.
+# An endless zoom: dreams a little, enlarges the middle, and repeats. Frames go to NAME_zoom; the film is NAME_zoom.mp4.
+# Existing frames are skipped, so it can be interrupted and rerun, also with more FRAMES.
+# SIDE=400 is the shorter side in pixels, ZOOM=1.04 the enlargement per frame, FPS=20 the film's frames per second.
 # Usage: zoom.sh IMAGE [FRAMES] [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -29,10 +29,10 @@ for ((i = 1; i <= frames; i++)); do
     previous=$frame factor=${ZOOM:-1.04}
 done
 film=(ffmpeg -loglevel error -y -framerate "${FPS:-20}" -i "$name/%05d.png"
-    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$name.mp4") # players want even sides
+    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$name.mp4") # players need even sides
 if command -v ffmpeg > /dev/null; then
     "${film[@]}"
     echo "$name.mp4" >&2
 else
-    echo "ffmpeg is not installed; with it, this makes the film: ${film[*]@Q}" >&2
+    echo "ffmpeg is not installed; install it, and make the film with: ${film[*]@Q}" >&2
 fi

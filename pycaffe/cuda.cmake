@@ -1,8 +1,8 @@
-# Included by CMakeLists.txt for PYCAFFE_CUDA=1: Caffe's kernels, cuBLAS and cuRAND, and convolutions by cuDNN (8 or 9) if it
-# is there. Caffe's own cuDNN code needs version 7 and is left out.
+# Included by CMakeLists.txt if PYCAFFE_CUDA=1: Caffe's kernels, cuBLAS and cuRAND, and convolutions by cuDNN (8 or 9) if it
+# is found. Caffe's own cuDNN code needs version 7 and is left out.
 set(PYCAFFE_CUDA_ARCH "$ENV{PYCAFFE_CUDA_ARCH}" CACHE STRING "CUDA architectures, as CMake names them")
 if(NOT PYCAFFE_CUDA_ARCH)
-  # The machine's own GPU where there is one; else every architecture that this nvcc knows, so that none is left without.
+  # This machine's GPUs if it has any; otherwise every architecture that this nvcc supports.
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                   RESULT_VARIABLE no_gpu OUTPUT_QUIET ERROR_QUIET)
   if(no_gpu)
@@ -16,8 +16,8 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
-# Libraries: the toolkit's own, or else those of the packages nvidia-cublas, nvidia-curand and nvidia-cudnn-cu13, loaded from
-# site-packages at run time (pip install './pycaffe[cuda]').
+# Libraries: the toolkit's own, or else those of the Python packages nvidia-cublas, nvidia-curand and nvidia-cudnn-cu13, which
+# are loaded from site-packages at run time (pip install './pycaffe[cuda]').
 set(major ${CUDAToolkit_VERSION_MAJOR})
 foreach(package cublas cudnn-cu${major})
   python_says(${package}_root "import importlib.metadata as m
@@ -60,7 +60,7 @@ else()
   message(STATUS "cuDNN: not found; convolutions are Caffe's own")
 endif()
 
-# CUDA 13 dropped three fields of cudaDeviceProp, which Caffe only prints: build common.cpp without those lines.
+# CUDA 13 removed three fields of cudaDeviceProp that Caffe only prints, so common.cpp is built without those lines.
 if(CUDAToolkit_VERSION_MAJOR GREATER_EQUAL 13)
   file(READ ${source}/common.cpp common)
   string(REGEX REPLACE "  LOG\\(INFO\\) << \"[A-Za-z ]+: *\"[ \n]*<< [(]?prop\\.(clockRate|deviceOverlap|kernelExecTimeoutEnabled)[^;]*;\n"

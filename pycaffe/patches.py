@@ -1,16 +1,16 @@
-"""What Caffe's source of 2020 needs for the libraries of today, and for VGG.
+"""Patches Caffe's source of 2020 for current libraries, and for VGG.
 
     python patches.py CAFFE_SOURCE_DIR OUTPUT_DIR
 
-Writes the changed files to OUTPUT_DIR, headers below OUTPUT_DIR/include. A file that lacks one of
-the places is copied as it is: in a checkout of your own it may have been mended already.
+Writes the changed files to OUTPUT_DIR, headers below OUTPUT_DIR/include. If any of its old texts is
+missing, a file is copied unchanged, because your own checkout may already be patched.
 """
 
 import pathlib
 import sys
 
 PATCHES = {  # {file: ((old text, new text), ...)}
-    # Python reaches single precision only; compiling double precision too takes half as long again.
+    # Python uses single precision only; compiling double precision too takes half as long again.
     "include/caffe/common.hpp": (
         (
             "  template class classname<float>; \\\n  template class classname<double>\n",
@@ -37,12 +37,12 @@ PATCHES = {  # {file: ((old text, new text), ...)}
     "include/caffe/solver_factory.hpp": (
         ("  static SolverRegisterer<double> g_creator_d_##type(#type, creator<double>) ", " "),
     ),
-    # Master reads no more than 512 MB of a network, which VGG's 553 MB exceed; before it was 2 GB.
+    # Caffe's master limits a network to 512 MB, less than VGG's 553 MB; the limit used to be 2 GB.
     "src/caffe/util/io.cpp": (
         ("SetTotalBytesLimit(536870912)", "SetTotalBytesLimit(kProtoReadBytesLimit)"),
     ),
-    # Layers are reshaped at every pass. These write their arrays of ones anew each time, from where
-    # they are copied to the GPU; here only where their length changes.
+    # Layers are reshaped at every pass. These layers then rewrite their arrays of ones, which are
+    # copied to the GPU each time; patched, they do so only if the length has changed.
     "src/caffe/layers/base_conv_layer.cpp": (
         (
             "  if (bias_term_) {\n    vector<int> bias_multiplier_shape(1, out_spatial_dim_);\n",
@@ -69,8 +69,8 @@ PATCHES = {  # {file: ((old text, new text), ...)}
         ),
     ),
     "python/caffe/io.py": (
-        # scikit-image and SciPy serve two functions only, and are most of the time that `import
-        # caffe` takes.
+        # Only two functions need scikit-image and SciPy, which take most of the time of `import
+        # caffe`, so these functions import them.
         ("\nimport skimage.io\n", "\n"),
         ("\nfrom scipy.ndimage import zoom\n", "\n"),
         ("\nfrom skimage.transform import resize\n", "\n"),
@@ -80,7 +80,7 @@ PATCHES = {  # {file: ((old text, new text), ...)}
             "    from skimage.transform import resize\n"
             "    if im.shape[-1] == 1 or im.shape[-1] == 3:\n",
         ),
-        # scikit-image has no as_grey any more, and smooths before it makes a picture smaller.
+        # scikit-image no longer has as_grey, and now smooths pictures before it reduces them.
         (
             "    img = skimage.img_as_float(skimage.io.imread(filename, as_grey=not color))"
             ".astype(np.float32)\n",
@@ -99,18 +99,18 @@ PATCHES = {  # {file: ((old text, new text), ...)}
             "order=interp_order, mode='constant')",
             "order=interp_order, mode='constant', anti_aliasing=False)",
         ),
-        # NumPy has no tostring and no binary fromstring any more.
+        # NumPy no longer has tostring and binary fromstring.
         ("arr.tostring()", "arr.tobytes()"),
         (
             "np.fromstring(datum.data, dtype=np.uint8).reshape(",
             "np.frombuffer(datum.data, dtype=np.uint8).copy().reshape(",
         ),
-        # A mean of one channel, or of one value.
+        # Support a mean of one channel, or of one constant value.
         ("ms = (1,) + ms\n", "mean, ms = mean[np.newaxis], (1,) + ms\n"),
         ("(mean - m_min) / (m_max - m_min)", "(mean - m_min) / ((m_max - m_min) or 1)"),
     ),
-    # Arrays of a blob that are read only: who asks for `data` or `diff` has changed it, as Caffe
-    # sees it, and it is copied to the GPU again.
+    # Read-only arrays of a blob. Caffe assumes that any access to `data` or `diff` changes it, and
+    # copies it to the GPU again.
     "python/caffe/_caffe.cpp": (
         (
             '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
@@ -124,7 +124,7 @@ PATCHES = {  # {file: ((old text, new text), ...)}
             + '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
         ),
     ),
-    # NumPy takes no floats as indices any more.
+    # NumPy no longer accepts floats as indices.
     "python/caffe/detector.py": (
         (
             "box = np.clip(box, 0., [im_h, im_w, im_h, im_w])",
@@ -139,11 +139,11 @@ def main(source, output):
         text = (pathlib.Path(source) / name).read_text(encoding="utf-8")
         missing = [old.strip() for old, _ in changes if old not in text]
         if missing:
-            print(f"{name} is left as it is; it does not have: {missing[0]}")
+            print(f"{name} is not patched; it does not contain: {missing[0]}")
             changes = ()
         for old, new in changes:
             text = text.replace(old, new)
-        is_header = name.startswith("include/")  # which is included by its path
+        is_header = name.startswith("include/")  # headers are included by path, sources are not
         path = pathlib.Path(output) / (name if is_header else pathlib.Path(name).name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the packages of apt-packages.txt that are missing, as root or through sudo. Without the rights it prints the
-# command for someone who has them, as it does on systems without apt. With --print it only prints, for all packages.
+# Installs the packages of apt-packages.txt that are missing, as root or with sudo. If neither is possible, or the system
+# has no apt, it prints a command to run instead. With --print, it only prints the command for all packages.
 set -eu
 print=${1:-}
 [ -z "$print" ] || [ "$print" = --print ] || { echo "usage: $0 [--print]" >&2 && exit 2; }
@@ -18,7 +18,7 @@ if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     esac
     [ "$print" = --print ] || {
         exec >&2
-        echo "No apt here. Caffe needs these from the system:"
+        echo "This system has no apt. Install what Caffe needs with its own package manager:"
     }
     echo "    $line"
     exit 0
@@ -43,7 +43,7 @@ if [ "$(id -u)" = 0 ]; then
 elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
     sudo sh -c "$install" >&2
 else
-    echo "This takes rights you do not have. Have this line run, then try again:" >&2
+    echo "Installing them needs root. Run this command, or have an administrator run it; then try again:" >&2
     echo "    sudo apt-get install$missing" >&2
     exit 1
 fi

@@ -158,6 +158,8 @@ def start(*arguments, cwd):
     return running
 
 
+# Programs that tests start would inherit that Ctrl-C is ignored in the background of a script.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 STARTED = []
 
 

@@ -1,5 +1,6 @@
 """A run as a whole: what is said, killed and continued, from the command line and from Python."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -120,6 +121,21 @@ def test_ctrl_c_from_a_terminal_shows_no_traceback(moment, tmp_path):
     wait_for(lambda: not session(running.pid))
 
 
+def test_ctrl_c_is_ignored_in_the_background_of_a_script(tmp_path):
+    """As shells promise: Ctrl-C is for the job in the foreground."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *map(str, RUN), "--seed=1"])
+    words = ["sh", "-c", f"{command} & wait $!"]
+    running = subprocess.Popen(
+        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert "sizes" in running.stderr.readline()
+    for pid in set(session(running.pid)) - {running.pid}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    assert running.wait(timeout=60) == 0
+    assert (tmp_path / "out.png").exists()
+
+
 def test_a_ctrl_c_whose_exception_is_lost_still_stops_the_run(tmp_path):
     """C code that ignores exceptions may swallow the one that a signal raises."""
     script = f"""
@@ -163,7 +179,7 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
         _, said = running.communicate(timeout=20)
         if running.returncode == 0:
             break
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10  # a busy machine's; a step takes longer there
         assert running.returncode == 143, said
         numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
         places.append((numbers["step"], numbers["tile"]))
