@@ -18,7 +18,8 @@ the picture is enlarged and the steps start again, from initial_size up to final
 The sections of this file:
 
     The algorithm     Pictures; Sizes and tiles; Objective, regularizers, step; The dream
-    The rest          Options; Networks by name; The network; Engines; Files of a run;
+    The rest          Options; Networks by name; The network; Engines;
+                      The compiled step; A cluster; Files of a run;
                       Along the way; The page of web; A run; Commands
 
 A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
@@ -6200,8 +6201,8 @@ class Signals:
             signal.signal(number, handler)
 
     def hold(self, held=True):
-        """From now on the first signal is remembered, or raises Stopped. Raises Stopped if one came
-        before: its exception may have been lost, in C code that ignores exceptions."""
+        """From now on the first signal is only remembered, or with False raises Stopped. Raises
+        Stopped if a signal has come already: C code may have swallowed its exception."""
         self.held = held
         if self.signum:
             raise Stopped(self.signum)
