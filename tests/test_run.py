@@ -179,7 +179,7 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
         _, said = running.communicate(timeout=20)
         if running.returncode == 0:
             break
-        assert time.monotonic() - begun < 10  # a busy machine's; a step takes longer there
+        assert time.monotonic() - begun < 3
         assert running.returncode == 143, said
         numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
         places.append((numbers["step"], numbers["tile"]))
