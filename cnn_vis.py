@@ -1632,7 +1632,8 @@ def keep_freed_memory():
 # Each option is defined in one entry. Besides argparse's own arguments it can have:
 #   free   True if a resumed run may change it. (The network's files may move; their content is
 #          compared.) All other options are the fields of Settings, in the section "A run".
-#   idle   a function of the options that returns why this one has no effect, or a false value
+#   idle   a function of the options that returns with what, or "without ...", this one has no
+#          effect, or a false value
 #   file   "read" or "write" if the option names a file that a run reads or writes
 #   words  values of such an option that are not file names
 #   text   a function that writes the value for a command line; None: left out of recorded commands
@@ -1684,6 +1685,12 @@ class Parser(argparse.ArgumentParser):
         name = name.replace("-", "_").replace("__", "--", 1)
         return name + equals + value if arg.startswith("--") else arg
 
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0].removeprefix("--")
+            problem = f"there is no such value; {suggestion(value, action.choices)}"
+            raise refusal(name, value, problem)
+
     def convert_arg_line_to_args(self, line):
         try:
             return [self._underscored(word) for word in shlex.split(line, comments=True)]
@@ -1694,6 +1701,9 @@ class Parser(argparse.ArgumentParser):
         remedy = "see --help"
         message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
         message = message.replace("expected at least one argument", "expected one argument")
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            remedy = f"did you mean {close[0]}?" if close else remedy
         if "expected one argument" in message:
             pairs = [*itertools.pairwise(self._args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
@@ -1712,6 +1722,12 @@ class Several(argparse.Action):
         values = values[0] if isinstance(values, list) and len(values) == 1 else values
         parser.given[self.dest].append(values)
         setattr(namespace, self.dest, values)
+
+
+def suggestion(word, known):
+    """What to say to somebody who wrote `word` for one of the `known` words."""
+    close = difflib.get_close_matches(str(word), map(str, known), n=1)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(map(str, known))}"
 
 
 def several_options():
@@ -1828,8 +1844,9 @@ def terms(text):
 def behaviors(text):
     """A type for argparse: words of BEHAVIORS joined by +, as a set; "none" is the empty set."""
     words, known = set(text.split("+")), (*BEHAVIORS, "none")
-    if not words <= set(known):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}, joined by +")
+    for word in sorted(words.difference(known)):
+        problem = f"{text!r}: {word!r} is none of its words, which are joined by +"
+        raise argparse.ArgumentTypeError(f"{problem}; {suggestion(word, known)}")
     if "none" in words and len(words) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: none cannot be joined with other words")
     return words - {"none"}
@@ -1929,7 +1946,7 @@ def network_options(add):
         choices=tuple(model.name for model in MODELS.values() if model.url),
         help="download a network (%(choices)s), check it, and exit")
     add("--model_url", metavar="URL", type=given, free=True,
-        idle=lambda o: not o.download_model and "no --download_model",
+        idle=lambda o: not o.download_model and "without --download_model",
         help="address to download the network from (default: the official one)")
     add("--deploy_txt", metavar="FILE", type=file_name, free=True, file="read",
         help="the network's description, a prototxt (default: the model's)")
@@ -2009,13 +2026,13 @@ def start_options(add):
         help="picture to start from (default: noise); with --output FOLDER/, give several files "
         "or a folder to make a picture from each")
     add("--background", metavar="COLOUR", type=colour, default="white",
-        idle=lambda o: not (o.initial_image or o.guide) and "no --image",
+        idle=lambda o: not (o.initial_image or o.guide) and "without --image",
         help="colour to put behind a transparent picture: a name or #rrggbb")
     add("--mask", metavar="FILE", type=mask_name, file="read", words=("alpha",),
         help="picture that shows where to dream: white areas dream, black areas stay as in "
         "--image, grey is a mixture; or alpha: dream where --image is opaque (default: everywhere)")
     add("--keep_colors", "--keep_colours", action="store_true",
-        idle=lambda o: not o.initial_image and "no --image",
+        idle=lambda o: not o.initial_image and "without --image",
         help="show and save the dream in the colours of --image")
     add("--initialization_scale", metavar="S", type=number(float), default=1.0, idle=has_image,
         help="standard deviation of the noise, in grey levels")
@@ -2097,10 +2114,10 @@ def output_options(add):
         return is_late and not has_turn and reason
 
     def is_not_shown(options):
-        return "show" not in options.iter_behavior and "no show in --iter_behavior"
+        return "show" not in options.iter_behavior and "without show in --iter_behavior"
 
     def has_no_page(options):
-        return "web" not in options.iter_behavior and "no web in --iter_behavior"
+        return "web" not in options.iter_behavior and "without web in --iter_behavior"
 
     add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
         file="write", help="file for the finished picture; for several pictures FOLDER/, or a "
@@ -2129,7 +2146,8 @@ def output_options(add):
         "complete; 0: never (default: --output_iter, at least 50)")
     add("--resume", metavar="FILE", type=file_name, free=True, text=None,
         help="continue from a checkpoint; the run's options need not be given again")
-    add("--quiet", action="store_true", free=True, text=None, help="no progress bar, no notices")
+    add("--quiet", action="store_true", free=True, text=None,
+        help="no progress bar, no notices (and, with --iter_behavior none, no statistics)")
     add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, free=True,
         idle=is_not_shown, help="width of the show window, in inches")
     add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
@@ -2185,7 +2203,8 @@ def without_effect(options):
         changed = getattr(options, action.dest) != getattr(DEFAULTS, action.dest)
         reason = changed and action.idle and action.idle(options)
         if reason:
-            yield f"--{action.dest} has no effect with {reason}"
+            with_reason = reason if reason.startswith("without ") else f"with {reason}"
+            yield f"--{action.dest} has no effect {with_reason}"
 
 
 def command_words(options, **found):
@@ -4789,8 +4808,9 @@ def check_output(option, path, formats=FORMATS):
         check_format(option, path)
     if not os.path.isdir(folder):
         raise refuse(f"the folder {folder} does not exist; create it first")
-    if os.path.isdir(path):
-        raise refuse(f"this is a folder; give a file name, or {path.rstrip('/')}/")
+    if os.path.isdir(path) or path.endswith("/"):
+        remedy = f", or {path.rstrip('/')}/" if option == "output" else ""
+        raise refuse(f"this is a folder; give a file name{remedy}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise refuse("this is not a regular file; choose another name")
     if is_protected(path):
@@ -6506,9 +6526,11 @@ def plan_batch(options):
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
                 problem = f"{len(images) * len(layers)} pictures, and several would write {path}"
-                remedy = "use {name} and {layer} in the name, or a FOLDER/"
+                remedy = "use {name} and {layer} in the name"
                 if option == "output" and "{name}" in template and "{layer}" in template:
                     remedy = "use pictures with different names"
+                elif option == "output":
+                    remedy += ", or FOLDER/"
                 raise refusal(option, path, f"{problem}; {remedy}")
         jobs.append(job)
     check_batch_apart(jobs)
@@ -6533,9 +6555,9 @@ def check_batch_apart(jobs):
 
 def filled(template, image, layer):
     """The file name `template`, with {name} and {layer} replaced by the names of the start picture
-    and the layer."""
+    and the layer, the latter without what shells or file systems reserve."""
     name = os.path.splitext(os.path.basename(image))[0] if image else "noise"
-    return template.replace("{name}", name).replace("{layer}", re.sub(r"[\s/]+", "-", layer))
+    return template.replace("{name}", name).replace("{layer}", re.sub(r"[^\w.,+-]+", "-", layer))
 
 
 def pictures_in(folder):
@@ -6891,9 +6913,9 @@ def list_classes(options):
         for number, line in enumerate(class_names(width)):
             say(f"{number:4} {line}")
         return
-    widths = some([f"{name} ({width})" for width, name in CLASSES.items()])
-    problem = f"the network has no classifier with known classes: {widths}"
-    raise BadRequest(f"--list_classes: {problem}; choose another --model")
+    known = some([f"{name} ({width})" for width, name in CLASSES.items()])
+    problem = f"this network has no classifier with known classes, which are those of {known}"
+    raise BadRequest(f"--list_classes: {problem}; use another --model")
 
 
 def find_layers(options):

@@ -11,7 +11,7 @@ from PIL import Image
 LAYERS = ["--layer=inception_a/output", "--layer=pool1/norm1:1,3"]
 DREAM = [*TINY, "--num_steps=3", "--learning_rate=4", "--iter_behavior=none"]
 MADE = [
-    f"{name}_{layer}.png" for layer in ("inception_a-output", "pool1-norm1:1,3") for name in "ab"
+    f"{name}_{layer}.png" for layer in ("inception_a-output", "pool1-norm1-1,3") for name in "ab"
 ]
 
 

@@ -132,14 +132,21 @@ def test_other_names_and_dashes_mean_the_same(picture, tmp_path):
 
 
 BAD = {
-    "unknown option": (["--nonsense=1"], ["--nonsense"]),
+    "unknown option": (["--nonsense=1"], ["--nonsense", "--help"]),
+    "mistyped option": (
+        ["--lerning-rate=1"],
+        ["did you mean --learning_rate?"],
+    ),
     "not a number": (["--num_steps=many"], ["--num_steps", "many"]),
     "no steps": (["--num_steps=0"], ["--num_steps", "0", "at least 1"]),
     "nan": (["--tv_reg=nan"], ["--tv_reg", "nan", "finite"]),
     "infinity": (["--learning_rate=inf"], ["--learning_rate", "inf", "finite"]),
     "decay": (["--decay_rate=2"], ["--decay_rate", "2", "at most 1"]),
     "choice": (["--resize_type=cubic"], ["--resize_type", "cubic", "geometric"]),
+    "mistyped choice": (["--preset=animal"], ["--preset animal", "did you mean animals?"]),
+    "number as choice": (["--depth=12"], ["--depth 12", "8, 16"]),
     "behavior": (["--iter_behavior=save+dance"], ["--iter_behavior", "dance", "plot_pix"]),
+    "behaviors without +": (["--iter_behavior=save,print"], ["'save,print'", "joined by +"]),
     "layer": (
         ["--layer=inception_a/outputs"],
         ["--layer", "inception_a/outputs", "inception_a/output"],
@@ -171,6 +178,7 @@ BAD = {
     "too narrow": (["--initial_size=90x31"], ["--initial_size", "90x31", "32x32"]),
     "final too small": (["--num_sizes=2", "--final_size=8x8"], ["--final_size", "8x8"]),
     "output folder": (["--output=none/out.png"], ["--output", "none/out.png", "folder"]),
+    "table is a folder": (["--stats=new/"], ["--stats new/", "folder"]),
     "output format": (["--output=out.xyz"], ["--output", "out.xyz", ".png"]),
     "no such gpu": (["--gpu=99"], ["--gpu", "99"]),
     "gpus": (["--gpu=0,0"], ["--gpu", "0,0"]),
@@ -256,6 +264,14 @@ def test_any_values_are_accepted_or_one_line(values, capsys, monkeypatch, tmp_pa
     assert status in (1, 2), said
     assert len(said.splitlines()) == 1, said
     assert "Traceback" not in said
+
+
+def test_options_without_effect_name_what_is_missing():
+    options = cnn_vis.PARSER.parse_args(["--background=red", "--web_port=8000"])
+    assert [*cnn_vis.without_effect(options)] == [
+        "--background has no effect without --image",
+        "--web_port has no effect without web in --iter_behavior",
+    ]
 
 
 def test_options_without_effect_are_told(tmp_path):
