@@ -1174,6 +1174,63 @@ class Steps:
             future.result()
 
 
+class TileQueue:
+    """The tiles of `turns`, in order: `unsent`, which the engine has not been given yet, and
+    `unstepped`, which it has been given, but whose steps have not been taken. The arguments are
+    those of tile_gradients."""
+
+    def __init__(self, engine, image, turns, steps, before):
+        self.engine, self.image, self.steps, self.before = engine, image, steps, before
+        self.unsent, self.unstepped = collections.deque(), collections.deque()
+        self._turns = enumerate(turns)
+        self._most = 1  # the most tiles in a batch
+
+    def send(self, is_idle):
+        """Sends the engine the next batch. Returns (tiles, the engine's ticket), or None if no tile
+        is ready, or the engine is not idle and there will be a fuller batch soon."""
+        batch = self._ready()
+        is_fuller_soon = len(batch) < min(self._most, len(self.unsent)) and not is_idle
+        if not batch or is_fuller_soon:
+            return None
+        pixels = [self.before.get(tile.region, cut_tile(self.image, tile.region)) for tile in batch]
+        self.unstepped += [self.unsent.popleft() for _ in batch]
+        return batch, self.engine.send(pixels, any(tile.measure for tile in batch))
+
+    def _ready(self):
+        """The tiles that can be sent next, up to a full batch."""
+        batch = []
+        while len(batch) < self._most and (len(batch) < len(self.unsent) or self._add_turn(batch)):
+            tile = self.unsent[len(batch)]
+            unfinished = itertools.chain(self.unstepped, batch)
+            earlier = (other for other in unfinished if other.turn < tile.turn)
+            if any(overlap(other.region, tile.region) for other in earlier):
+                break
+            if tile.region not in self.before and self.steps.is_busy(tile.region):
+                break
+            batch.append(tile)
+        return batch
+
+    def _add_turn(self, batch):
+        """Adds the tiles of the next turn to the unsent ones; returns whether there were any."""
+        turn, (regions, measure) = next(self._turns, (None, ((), False)))
+        self.unsent += [Tile(turn, region, measure) for region in regions]
+        if regions:
+            # Four batches a turn for each device, so that none waits while one has all tiles.
+            share = math.ceil(len(regions) / (4 * self.engine.number))
+            self._most = min(self.engine.batch_size, max(share, self._most if batch else 1))
+        return bool(regions)
+
+    def keep_before(self, tile):
+        """Keeps the pixels that the step of `tile`, the first unstepped one, is about to change in
+        tiles of its turn that come after it."""
+        later = itertools.chain(itertools.islice(self.unstepped, 1, None), self.unsent)
+        for other in itertools.takewhile(lambda other: other.turn == tile.turn, later):
+            if other.region not in self.before and overlap(other.region, tile.region):
+                self.steps.wait(other.region)
+                self.before[other.region] = cut_tile(self.image, other.region).astype(np.float32)
+        self.before.pop(tile.region, None)
+
+
 def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda: False):
     """Yields (region, gradient, loss) for every region of `turns`, in order. `turns` is an iterable
     of (list of regions, whether to measure the loss); a turn is one colour of one step. The
@@ -1189,67 +1246,24 @@ def tile_gradients(engine, image, turns, steps, before=None, is_stopping=lambda:
     (3, H, W)}, then holds what is needed to continue, apart from the remaining turns: the pixels
     of tiles that others of their turn have begun to change, as they were before.
     """
-    turns = enumerate(turns)
-    unsent = collections.deque()  # in order; the tiles of a turn are added together
+    queue = TileQueue(engine, image, turns, steps, {} if before is None else before)
     sent = collections.deque()  # batches that the engine has: (tiles, ticket)
-    unstepped = collections.deque()  # tiles that were sent and not yet stepped
-    before = {} if before is None else before
-    most = 1  # the most tiles in a batch
-
-    def ready_batch():
-        """The tiles that can be sent next, up to a full batch."""
-        nonlocal most
-        batch = []
-        while len(batch) < most:
-            if len(batch) == len(unsent):
-                turn, (regions, measure) = next(turns, (None, ((), False)))
-                unsent.extend(Tile(turn, region, measure) for region in regions)
-                if not regions:
-                    break
-                # Four batches a turn for each device, so that none waits while one has all tiles.
-                share = math.ceil(len(regions) / (4 * engine.number))
-                most = min(engine.batch_size, max(share, most if batch else 1))
-            tile = unsent[len(batch)]
-            earlier = (
-                other for other in itertools.chain(unstepped, batch) if other.turn < tile.turn
-            )
-            if any(overlap(other.region, tile.region) for other in earlier):
-                break
-            if tile.region not in before and steps.is_busy(tile.region):
-                break
-            batch.append(tile)
-        return batch
-
     while not is_stopping():
-        while engine.has_room():
-            batch = ready_batch()
-            is_full = len(batch) == most
-            if not batch or (not is_full and sent and len(batch) < len(unsent)):
-                break  # more tiles can be sent once those already sent have been stepped
-            pixels = []
-            for tile in batch:
-                unsent.popleft()
-                unstepped.append(tile)
-                pixels.append(before.get(tile.region, cut_tile(image, tile.region)))
-            sent.append((batch, engine.send(pixels, any(tile.measure for tile in batch))))
-        if not sent and not unsent:
+        while engine.has_room() and (batch := queue.send(is_idle=not sent)):
+            sent.append(batch)
+        if not sent and not queue.unsent:
             return
         if not sent:
-            steps.wait(unsent[0].region)
+            steps.wait(queue.unsent[0].region)
             continue
-        batch, ticket = sent.popleft()
+        tiles, ticket = sent.popleft()
         while not engine.is_done(ticket):
             if is_stopping():
                 return
-        for tile, (gradient, loss) in zip(batch, engine.receive(ticket)):
-            left = itertools.chain(itertools.islice(unstepped, 1, None), unsent)
-            for other in itertools.takewhile(lambda o, tile=tile: o.turn == tile.turn, left):
-                if other.region not in before and overlap(other.region, tile.region):
-                    steps.wait(other.region)
-                    before[other.region] = cut_tile(image, other.region).astype(np.float32)
-            before.pop(tile.region, None)
+        for tile, (gradient, loss) in zip(tiles, engine.receive(ticket)):
+            queue.keep_before(tile)
             yield tile.region, gradient, loss
-            unstepped.popleft()
+            queue.unstepped.popleft()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6818,18 +6832,8 @@ def rescue(run):
     return ""
 
 
-def dream(image=None, **options):
-    """The program as a library: performs a run and yields a Progress after every step.
-
-        for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
-            picture = progress.picture()  # uint8 (H, W, 3)
-
-    `image` is a file name, an RGB array, uint8 (H, W, 3) (or what NumPy can convert to one), or
-    None for noise. The options are those of the command line, by any of their names and with the
-    same defaults; output options have no effect. Workers are processes that import the calling
-    script, so its own code must be inside `if __name__ == "__main__":`. Notices go to the logger
-    "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed.
-    """
+def keyword_options(options):
+    """The options that the keyword arguments of dream() stand for. Raises BadRequest."""
     for name in ("mask", "guide"):
         if not isinstance(options.get(name), (str, os.PathLike, type(None))):
             raise BadRequest(f"{name}: this must be a file name; save an array as a PNG")
@@ -6844,18 +6848,39 @@ def dream(image=None, **options):
     parsed = PARSER.parse_args(words)
     if any(isinstance(getattr(parsed, action.dest), list) for action in several_options()):
         raise BadRequest("layer, image: only one at a time; call dream() for each")
-    settings = choose_settings(parsed)
-    image = settings.initial_image if image is None else image
+    return parsed
+
+
+def checked_array(image):
+    """An RGB picture as a NumPy array, uint8 (H, W, 3). Raises BadRequest if it is none."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        kind = f"the array is {image.dtype} {image.shape}"
+        raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
+    return image
+
+
+def dream(image=None, **options):
+    """The program as a library: performs a run and yields a Progress after every step.
+
+        for progress in cnn_vis.dream("in.jpg", layer="inception_4c/output", num_steps=20):
+            picture = progress.picture()  # uint8 (H, W, 3)
+
+    `image` is a file name, an RGB array, uint8 (H, W, 3) (or what NumPy can convert to one), or
+    None for noise. The options are those of the command line, by any of their names and with the
+    same defaults; output options have no effect. Workers are processes that import the calling
+    script, so its own code must be inside `if __name__ == "__main__":`. Notices go to the logger
+    "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed.
+    """
+    parsed = keyword_options(options)
+    image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        path = expanded(os.fspath(image), os.path.exists(image))
-        settings, image = dataclasses.replace(settings, initial_image=path), None
-        parsed.initial_image = path  # for notices
-    elif image is not None:
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            kind = f"the array is {image.dtype} {image.shape}"
-            raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
-        parsed.initial_image = "an array"
+        parsed.initial_image = expanded(os.fspath(image), os.path.exists(image))
+        image = None
+    settings = choose_settings(parsed)
+    if image is not None:
+        image = checked_array(image)
+        parsed.initial_image = "an array"  # for notices
     given, remarks = read_given(settings, image)
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
