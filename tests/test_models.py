@@ -445,6 +445,7 @@ def test_distill_writes_a_network_to_dream_with(weights, photographs, tmp_path):
         "--crop=64",
         "--batch=2",
         "--every=1",
+        "--fit=1",
     ]
     running = subprocess.Popen(
         [*script, "--iterations=100000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -471,6 +472,22 @@ def test_distill_writes_a_network_to_dream_with(weights, photographs, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "inception_5b/output 256x7x7" in done.stderr
+
+
+def test_distill_solves_a_layer(monkeypatch):
+    """Least squares find the weights of a layer with a ReLU from what it sees and gives."""
+    torch = pytest.importorskip("torch", reason="distill.py takes PyTorch")
+    monkeypatch.syspath_prepend(ROOT / "models" / "googlenet_mini")
+    import distill
+
+    torch.manual_seed(0)
+    x = torch.nn.functional.pad(torch.randn(5000, 20), (0, 1), value=1.0)
+    weights = torch.randn(21, 6)
+    goal = (x @ weights).relu()
+    found = distill.solve(x, goal, rounds=200)
+    assert float((found - weights).abs().max()) < 0.05
+    once = distill.solve(x, goal, rounds=1)  # takes zeros literally
+    assert float((once - weights).abs().max()) > 0.5
 
 
 def test_missing_weights_of_a_deploy_of_ones_own_are_named(tmp_path):

@@ -9,11 +9,13 @@
         --start student.caffemodel --iterations 0   # writes nothing, tells how well it imitates
 
 Trains on a GPU if PyTorch finds one. Writes student.caffemodel, its deploy prototxt
-student.prototxt, and student.state.pt, from which the same command goes on after a stop. One step
-of training: random crops of the pictures, some of them dreamed upon by the student, go through both
-networks; at conv1, conv2 and every inception output each of the student's channels is to equal one
-channel of the teacher's, in units of that channel's variance. In each branch the teacher's most
-varying channels are the ones imitated.
+student.prototxt, and student.state.pt, from which the same command goes on after a stop. Each of
+the student's channels is to equal one channel of the teacher's, in units of that channel's
+variance: in each layer the teacher's most varying channels are imitated. First the layers are
+solved one after another, by least squares over --fit batches of crops, each from what the
+student's layers before it give (conv1, which sees what the teacher's sees, learns by descent).
+Then all are trained together: random crops of the pictures, some of them dreamed upon by the
+student, go through both networks, and what counts is conv1, conv2 and every inception output.
 
 Pictures are float32 (N, 3, S, S), channels B, G, R, 0 to 255 with MEAN taken off, as Caffe's
 GoogLeNet takes them.
@@ -85,7 +87,7 @@ def narrow(widths):
 
 class GoogLeNet(nn.Module):
     """GoogLeNet up to inception_5b/output with so many channels in each layer, {layer: channels}.
-    forward gives {"conv1": ..., "5b": ...}."""
+    forward gives {layer: what it gives after its ReLU}."""
 
     def __init__(self, channels=FULL):
         super().__init__()
@@ -109,27 +111,36 @@ class GoogLeNet(nn.Module):
         self.layers[name] = layer
 
     def _conv(self, name, x):
-        return F.relu(self.layers[name](x))
+        y = F.relu(self.layers[name](x))
+        yield name, x, y
+        return y
 
     def _inception(self, key, x):
-        def conv(name, x):
-            return self._conv(f"inception_{key}/{name}", x)
+        def conv(branch, x):
+            return self._conv(f"inception_{key}/{branch}", x)
 
-        three, five = conv("3x3", conv("3x3_reduce", x)), conv("5x5", conv("5x5_reduce", x))
-        return torch.cat(
-            [conv("1x1", x), three, five, conv("pool_proj", F.max_pool2d(x, 3, 1, 1))], 1
-        )
+        one = yield from conv("1x1", x)
+        three = yield from conv("3x3_reduce", x)
+        five = yield from conv("5x5_reduce", x)
+        pool = yield from conv("pool_proj", F.max_pool2d(x, 3, 1, 1))
+        three = yield from conv("3x3", three)
+        five = yield from conv("5x5", five)
+        return torch.cat([one, three, five, pool], 1)
 
-    def forward(self, x):
-        seen = {"conv1": self._conv("conv1/7x7_s2", x)}
-        x = self._conv("conv2/3x3_reduce", lrn(F.max_pool2d(seen["conv1"], 3, 2, ceil_mode=True)))
-        seen["conv2"] = self._conv("conv2/3x3", x)
-        x = F.max_pool2d(lrn(seen["conv2"]), 3, 2, ceil_mode=True)
+    def run(self, x):
+        """Yields (layer, what it sees, what it gives after its ReLU), in order."""
+        x = yield from self._conv("conv1/7x7_s2", x)
+        x = lrn(F.max_pool2d(x, 3, 2, ceil_mode=True))
+        x = yield from self._conv("conv2/3x3_reduce", x)
+        x = yield from self._conv("conv2/3x3", x)
+        x = F.max_pool2d(lrn(x), 3, 2, ceil_mode=True)
         for key in INCEPTIONS:
-            seen[key] = x = self._inception(key, x)
+            x = yield from self._inception(key, x)
             if key in ("3b", "4e"):
                 x = F.max_pool2d(x, 3, 2, ceil_mode=True)
-        return seen
+
+    def forward(self, x):
+        return {layer: given for layer, _, given in self.run(x)}
 
 
 def load_caffemodel(path):
@@ -223,7 +234,9 @@ def dreamed(net, batch, random):
     key = random.choice(list(INCEPTIONS))
     for _ in range(random.integers(1, 5)):
         batch = batch.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(net(batch)[key].square().sum(), batch)
+        seen = net(batch)
+        objective = sum(seen[layer].square().sum() for layer in OUTPUTS[key])
+        (gradient,) = torch.autograd.grad(objective, batch)
         size = gradient.abs().mean((1, 2, 3), keepdim=True) + 1e-12
         batch = batch + gradient / size * float(random.uniform(2, 8))
     return batch.detach().clamp(-160, 190)
@@ -233,71 +246,61 @@ def dreamed(net, batch, random):
 
 
 def teacher_spread(teacher, batches):
-    """{output: standard deviation of each channel}."""
+    """{layer: standard deviation of each channel}."""
     sums = {}
     for batch in batches:
-        for key, a in teacher(batch).items():
-            sums.setdefault(key, []).append(
+        for layer, a in teacher(batch).items():
+            sums.setdefault(layer, []).append(
                 torch.stack([a.mean((0, 2, 3)), a.square().mean((0, 2, 3))])
             )
-    moments = {key: torch.stack(list(values)).mean(0) for key, values in sums.items()}
+    moments = {layer: torch.stack(values).mean(0) for layer, values in sums.items()}
     return {
-        key: (square - mean**2).clamp_min(1e-6).sqrt() for key, (mean, square) in moments.items()
+        layer: (square - mean**2).clamp_min(1e-6).sqrt()
+        for layer, (mean, square) in moments.items()
     }
 
 
-def branches(key, channels):
-    """(full channels, the student's) of each branch of an output, in order."""
-    return [(FULL[layer], channels[layer]) for layer in OUTPUTS[key]]
-
-
 def most_varying(spread, channels):
-    """{output: which teacher channels to imitate}: in each branch the most varying, in order."""
-    chosen = {}
-    for key, deviation in spread.items():
-        start, indices = 0, []
-        for full, count in branches(key, channels):
-            best = deviation[start : start + full].argsort(descending=True)[:count]
-            indices.append(best.sort()[0] + start)
-            start += full
-        chosen[key] = torch.cat(indices)
-    return chosen
+    """{layer: which teacher channels to imitate}: the most varying, in order."""
+    return {
+        layer: deviation.argsort(descending=True)[: channels[layer]].sort()[0]
+        for layer, deviation in spread.items()
+    }
 
 
 def most_alike(student, teacher, batches, spread):
-    """{output: the teacher channel that each channel of a trained student imitates}, by their
+    """{layer: the teacher channel that each channel of a trained student imitates}, by their
     correlation. Channels that never fire get the most varying of those left over."""
     seen = [(student(batch), teacher(batch)) for batch in batches]
     chosen = {}
-    for key in spread:
+    for layer in spread:
         theirs = [
-            torch.cat([pair[i][key].transpose(0, 1).flatten(1) for pair in seen], 1) for i in (0, 1)
+            torch.cat([pair[i][layer].transpose(0, 1).flatten(1) for pair in seen], 1)
+            for i in (0, 1)
         ]
         ours, full = (
             (a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + 1e-9) for a in theirs
         )
-        alike, row, column, indices = ours @ full.T / ours.shape[1], 0, 0, []
-        for size, rows in branches(key, student.channels):
-            match = alike[row : row + rows, column : column + size].max(1)
-            fires = match.values > 0.1
-            left = spread[key][column : column + size].argsort(descending=True)
-            left = left[~torch.isin(left, match.indices[fires])]
-            match.indices[~fires] = left[: int((~fires).sum())]
-            indices.append(match.indices + column)
-            row, column = row + rows, column + size
-        chosen[key] = torch.cat(indices)
+        match = (ours @ full.T / ours.shape[1]).max(1)
+        fires = match.values > 0.1
+        left = spread[layer].argsort(descending=True)
+        left = left[~torch.isin(left, match.indices[fires])]
+        match.indices[~fires] = left[: int((~fires).sum())]
+        chosen[layer] = match.indices
     return chosen
 
 
 def errors(student_sees, teacher_sees, chosen, spread):
     """{output: mean squared error in units of the channels' variance}: about one minus the
     explained variance."""
+
+    def difference(layer):
+        wanted = teacher_sees[layer][:, chosen[layer]]
+        return (student_sees[layer] - wanted) / spread[layer][chosen[layer]].view(1, -1, 1, 1)
+
     return {
-        key: ((a - teacher_sees[key][:, chosen[key]]) / spread[key][chosen[key]].view(1, -1, 1, 1))
-        .float()
-        .square()
-        .mean()
-        for key, a in student_sees.items()
+        key: torch.cat([difference(layer) for layer in layers], 1).float().square().mean()
+        for key, layers in OUTPUTS.items()
     }
 
 
@@ -308,6 +311,93 @@ def report(student, teacher, batches, chosen, spread):
     return " ".join(
         f"{key}:{sum(float(t[key]) for t in totals) / len(totals):.3f}" for key in totals[0]
     )
+
+
+# ---- Least squares, layer by layer ------------------------------------------------------------
+
+# Layers that see nothing of one another, in order: each group is solved at once.
+GROUPS = [["conv1/7x7_s2"], ["conv2/3x3_reduce"], ["conv2/3x3"]] + [
+    [f"inception_{key}/{branch}" for branch in group]
+    for key in INCEPTIONS
+    for group in (["1x1", "3x3_reduce", "5x5_reduce", "pool_proj"], ["3x3", "5x5"])
+]
+SAMPLES = 150_000  # places at which a layer is to be right, of all the batches together
+
+
+def learn_conv1(student, teacher, batches, chosen, spread):
+    """conv1 by descent, on eight crops at a time. (Least squares would only copy the teacher's
+    weights, since both see the same.)"""
+    layer = "conv1/7x7_s2"
+    optimizer = torch.optim.Adam(student.layers[layer].parameters(), lr=1e-2)
+    parts = [part for batch in batches for part in batch.split(8)] * 4
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(parts))
+    for part in parts:
+        _, _, given = next(student.run(part))
+        with torch.no_grad():
+            _, _, wanted = next(teacher.run(part))
+        scale = spread[layer][chosen[layer]].view(1, -1, 1, 1)
+        optimizer.zero_grad()
+        ((given - wanted[:, chosen[layer]]) / scale).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def until(run, layers):
+    """{layer: (what it sees, what it gives)} of a network's run that ends with the last of
+    `layers`."""
+    found = {}
+    for layer, *seen in run:
+        if layer in layers:
+            found[layer] = seen
+        if len(found) == len(layers):
+            break
+    return found
+
+
+def samples(conv, seen, goal, count, generator):
+    """What a convolution sees at up to `count` random places, float32 (count, inputs + 1), the last
+    of which is 1, and the goal, (N, C, H, W), at the same places, (count, C)."""
+    columns = F.unfold(seen, conv.kernel_size, padding=conv.padding, stride=conv.stride)
+    places = torch.randperm(goal[:, 0].numel(), generator=generator)[:count].to(seen.device)
+    crop, place = places // columns.shape[2], places % columns.shape[2]
+    x = columns.transpose(1, 2)[crop, place]
+    return F.pad(x, (0, 1), value=1.0), goal.flatten(2).transpose(1, 2)[crop, place]
+
+
+def solve(x, goal, penalty=1e-3, rounds=20):
+    """Weights (inputs + 1, C) with which relu(x @ weights) comes near the goal, (count, C), which
+    is not negative. Where the goal is 0 every negative number meets it: in each round, what is
+    negative there already stays as it is. The penalty is for each weight's square, in units of
+    what its input varies."""
+    products = x.T @ x / len(x)
+    products.diagonal()[:-1].mul_(1 + penalty).add_(1e-6 * products.diagonal().mean())
+    factor, wanted = torch.linalg.cholesky(products), goal
+    for _ in range(rounds):
+        weights = torch.cholesky_solve(x.T @ wanted / len(x), factor)
+        wanted = torch.where(goal > 0, goal, (x @ weights).clamp_max(0))
+    return weights
+
+
+@torch.no_grad()
+def fit_layers(student, teacher, batches, chosen):
+    """Solves every layer but conv1 after those before it, so that each makes good what they
+    lack; yields each layer's name when it is done."""
+    generator = torch.Generator().manual_seed(0)
+    for layers in GROUPS[1:]:
+        found = {layer: [] for layer in layers}
+        for batch in batches:
+            ours, theirs = (until(net.run(batch), layers) for net in (student, teacher))
+            for layer in layers:
+                goal = theirs[layer][1][:, chosen[layer]]
+                count = math.ceil(SAMPLES / len(batches))
+                conv = student.layers[layer]
+                found[layer].append(samples(conv, ours[layer][0], goal, count, generator))
+        for layer in layers:
+            x, goal = (torch.cat(parts) for parts in zip(*found.pop(layer)))
+            weights, conv = solve(x, goal).T, student.layers[layer]
+            conv.weight.copy_(weights[:, :-1].reshape(conv.weight.shape))
+            conv.bias.copy_(weights[:, -1])
+            yield layer
 
 
 # ---- Command line -----------------------------------------------------------------------------
@@ -345,8 +435,8 @@ def parse_arguments(argv):
     parser.add_argument(
         "--lr",
         type=float,
-        default=2.5e-3,
-        help="highest learning rate; with --start 5e-4 is enough, and more diverges",
+        default=5e-4,
+        help="highest learning rate",
     )
     parser.add_argument(
         "--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops"
@@ -354,6 +444,13 @@ def parse_arguments(argv):
     parser.add_argument(
         "--start",
         help="a caffemodel to continue from, which gives the widths (default: random weights)",
+    )
+    parser.add_argument(
+        "--fit",
+        type=int,
+        default=64,
+        help="batches of 32 crops over which the layers are solved before the training, unless "
+        "--start is given; they stay in memory",
     )
     parser.add_argument(
         "--every", type=int, default=200, help="steps between reports and saved states"
@@ -399,6 +496,8 @@ class Training:
             self.resume()
         else:
             self.choose(self.batches_of(train, 6, seed=1))
+            if args.fit and not args.start:
+                self.fit(self.batches_of(train, args.fit, seed=4))
             self.begun = time.monotonic()
 
     def batches_of(self, pictures, count, seed):
@@ -412,6 +511,12 @@ class Training:
             self.chosen = most_alike(self.student, self.teacher, batches, self.spread)
         else:
             self.chosen = most_varying(self.spread, self.student.channels)
+
+    def fit(self, batches):
+        begun, networks = time.monotonic(), (self.student, self.teacher)
+        learn_conv1(*networks, batches, self.chosen, self.spread)
+        for layer in fit_layers(*networks, batches, self.chosen):
+            print(f"{layer} solved, {time.monotonic() - begun:.0f} s", flush=True)
 
     def resume(self):
         state = torch.load(self.kept, weights_only=True, map_location=self.device)
