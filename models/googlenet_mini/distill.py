@@ -171,6 +171,9 @@ def narrow_prototxt(channels):
             layer.input_param.shape[0].dim[0] = 1
         elif layer.type == "Convolution":
             layer.convolution_param.num_output = channels[layer.name]
+            for settings in ("weight_filler", "bias_filler"):  # matter to training alone
+                layer.convolution_param.ClearField(settings)
+            layer.ClearField("param")
     return net
 
 
