@@ -26,6 +26,8 @@ A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, 
 the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
 """
 
+from __future__ import annotations  # np.ndarray in them would load NumPy
+
 import os
 import re
 import signal
@@ -95,8 +97,22 @@ def missing_package(error, what="requirements.txt"):
     return f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
 
 
+def lazily(name):
+    """The module `name`, which is loaded when it is first used. Raises ModuleNotFoundError."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(name=name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 try:
-    import numpy as np
+    if IS_COMMAND:
+        np = lazily("numpy")  # --help does not wait for it
+    else:
+        import numpy as np
 except ModuleNotFoundError as error:
     if not IS_COMMAND:
         raise
@@ -150,7 +166,7 @@ def one_line(error):
 
 GAIN = 1.2  # contrast gain whenever an image becomes a picture
 MAX_PIXELS = 178_956_970  # in a picture file; Pillow, too, rejects larger ones as an attack
-DEPTHS = {8: np.uint8, 16: np.uint16}  # of output pictures, by bits per channel
+DEPTHS = {8: "uint8", 16: "uint16"}  # of output pictures, by bits per channel
 RAW = (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef")  # extensions of camera raw files
 NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg"}  # although Pillow recognizes them
 HEIC = (".heic", ".heif", ".avif")  # extensions of files that pillow-heif reads
@@ -583,7 +599,7 @@ def noise(image, scale, blur, mean, seed=None):
     from_uint8(gaussian_filter(to_picture(image, mean), sigma=blur), mean, image)
 
 
-def zeros(shape, folder=None, dtype=np.float64):
+def zeros(shape, folder=None, dtype="float64"):
     """An array of zeros, in memory or in an unnamed file in `folder`, which disappears with the
     process however that ends. Raises RunFailed if the file does not fit there."""
     if folder is None:
@@ -608,18 +624,28 @@ BYTES_A_PIXEL = 24  # of an image, and of a tile's cache
 BYTES_BESIDES = 16  # a pixel, for 8-bit pictures: the start, and those for enlarging and writing
 
 
+SIZE = re.compile(
+    r"([0-9]{1,400}) *x *([0-9]{1,400})"  # height, width
+    r"|x *((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)"  # factor
+    r"|([0-9]{1,400})"  # longer side
+)
+
+
 def parse_size(text, base):
     """The size that an option gives: "HxW", "xF" (F times the size `base`), "N" (the proportions of
     `base` with the longer side N), or None (`base`). Raises ValueError."""
     if text is None:
         return tuple(base)
-    height, x, width = text.partition("x")
-    if not x:
-        size = tuple(max(1, round(int(text) * side / max(base))) for side in base)
-    elif height:
-        size = (int(height), int(width))
+    found = SIZE.fullmatch(text.strip().lower())
+    if not found:
+        raise ValueError("this is not a size")
+    height, width, factor, longer = found.groups()
+    if longer:
+        size = tuple(min(int(longer), max(1, round(int(longer) * b / max(base)))) for b in base)
+    elif factor:
+        size = tuple(int(min(float(factor), 2 * MAX_SIDE) * side) for side in base)
     else:
-        size = tuple(int(float(width) * side) for side in base)
+        size = (int(height), int(width))
     if min(size) < 1:
         raise ValueError(f"{size[0]}x{size[1]} has no pixels")
     if max(size) > MAX_SIDE:
@@ -680,27 +706,37 @@ def overlap(a, b):
 
 
 def plan_sizes(settings, base, tile_size):
-    """The sizes of a run, a list; `base` is the size that factors refer to. Raises BadRequest if
-    one is below the network's input."""
+    """(sizes of a run, remarks); `base` is the size that factors refer to. A longer side with which
+    the other would be below the network's input is raised. Raises BadRequest if a size is below
+    that input for other reasons."""
 
     def refuse(name, problem):
-        return refusal(name, getattr(settings, name) or "unset", problem)
+        value = getattr(settings, name)
+        return refusal(name, "unset" if value is None else value or "''", problem)
 
-    ends = []
+    ends, remarks = [], []
+    enough = max(t / b for t, b in zip(tile_size, base))
     for name in ("initial_size", "final_size")[: settings.num_sizes]:
+        text = getattr(settings, name)
         try:
-            ends.append(parse_size(getattr(settings, name), base))
-        except (ValueError, OverflowError) as error:
+            size = parse_size(text, base)
+        except ValueError as error:
             remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
-            raise refuse(name, f"{one_line(error)}; {remedy}") from None
+            raise refuse(name, f"{error}; {remedy}") from None
+        if text and text.strip().isdigit() and any(a < t for a, t in zip(size, tile_size)):
+            least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
+            problem = "{}x{} is smaller than the network's input, so it is {}x{}"
+            remarks.append(f"--{name} {text}: {problem.format(*size, *least)}")
+            size = least
+        ends.append(size)
     sizes = size_sequence(ends[0], ends[-1], settings.num_sizes, settings.resize_type)
     for size in sizes:
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
             name = "initial_size" if size == sizes[0] else "final_size"
-            factor = max(math.ceil(100 * t / b) / 100 for t, b in zip(tile_size, base))
+            factor = math.ceil(100 * enough) / 100
             least = f"{tile_size[0]}x{tile_size[1]}; use x{factor:g} or more"
             raise refuse(name, f"{size[0]}x{size[1]} is smaller than the network's input, {least}")
-    return sizes
+    return sizes, remarks
 
 
 def check_room(settings, sizes, tile_size, scratch=None, held=0):
@@ -1317,7 +1353,7 @@ class Dream:
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
         self.scratch, self.mask = scratch, mask
         base = engine.tile_size if picture is None else picture.shape[:2]
-        self.sizes = plan_sizes(settings, base, engine.tile_size)
+        self.sizes, self.remarks = plan_sizes(settings, base, engine.tile_size)
         self._tiles = {}
         self.size, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
@@ -1549,8 +1585,8 @@ class Dream:
             raise ValueError("its tile is outside the run")
         places = numbers.get("before", [])
         shapes = {
-            "image": (np.float64, 1, 3, *height_width),
-            "caches": (np.float64, len(regions), 3, *tile_size),
+            "image": ("float64", 1, 3, *height_width),
+            "caches": ("float64", len(regions), 3, *tile_size),
         }
         if places:
             shapes["before"] = (np.float32, len(places), 3, *tile_size)
@@ -1678,18 +1714,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         self._args = [self._underscored(arg) for arg in args]
-        try:
-            self.given = collections.defaultdict(list)  # {name: values at each use}, Several only
-            found, rest = super().parse_known_args(self._args, copy.copy(namespace))
-            if found.preset:  # is applied first, so that all other options override it
-                found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
-                self.given.clear()
-                found, rest = super().parse_known_args(self._args, found)
-            for name, times in self.given.items() if names_several(found.output_file) else ():
-                if len(times) > 1:
-                    setattr(found, name, [value for each in times for value in listed(each)])
-        except RecursionError:
-            self.error("@FILE: the file includes itself")
+        self.given = collections.defaultdict(list)  # {name: values at each use}, Several only
+        found, rest = super().parse_known_args(self._args, copy.copy(namespace))
+        if found.preset:  # is applied first, so that all other options override it
+            found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
+            self.given.clear()
+            found, rest = super().parse_known_args(self._args, found)
+        for name, times in self.given.items() if names_several(found.output_file) else ():
+            if len(times) > 1:
+                setattr(found, name, [value for each in times for value in listed(each)])
         return found, rest
 
     def _underscored(self, arg):
@@ -1705,18 +1738,34 @@ class Parser(argparse.ArgumentParser):
             problem = f"there is no such value; {suggestion(value, action.choices)}"
             raise refusal(name, value, problem)
 
-    def convert_arg_line_to_args(self, line):
-        try:
-            return [self._underscored(word) for word in shlex.split(line, comments=True)]
-        except ValueError as error:
-            return self.error(f"@FILE: {line.strip()}: {one_line(error)}")
+    def _read_args_from_files(self, words, outer=()):
+        """The words, with each @FILE replaced by the words in that file."""
+        found = []
+        for word in words:
+            if not word.startswith("@"):
+                found.append(self._underscored(word))
+                continue
+            path = os.path.realpath(word[1:])
+            try:
+                if path in outer:
+                    raise ValueError("it includes itself")
+                with open(path, encoding="utf-8-sig") as file:
+                    inner = shlex.split(file.read(), comments=True)
+            except (OSError, ValueError) as error:
+                problem = getattr(error, "strerror", None) or one_line(error)
+                if isinstance(error, UnicodeDecodeError):
+                    problem = "this is not a text file in UTF-8"
+                remedy = f"an argument that starts with @ names a file of options (use ./{word})"
+                raise BadRequest(f"{word}: {problem}; {remedy}") from None
+            found += self._read_args_from_files(inner, (*outer, path))
+        return found
 
     def error(self, message):
         remedy = "see --help"
-        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2: \1", message)
         message = message.replace("expected at least one argument", "expected one argument")
-        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
-            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+        if unknown := re.match(r"unrecognized arguments: (?:.* )?\W{1,2}(\w+)", message):
+            known = self._option_string_actions
+            close = difflib.get_close_matches(f"--{unknown[1]}", known, n=1, cutoff=0.75)
             remedy = f"did you mean {close[0]}?" if close else remedy
         if "expected one argument" in message:
             pairs = [*itertools.pairwise(self._args)]
@@ -1740,8 +1789,9 @@ class Several(argparse.Action):
 
 def suggestion(word, known):
     """What to say to somebody who wrote `word` for one of the `known` words."""
-    close = difflib.get_close_matches(str(word), map(str, known), n=1)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(map(str, known))}"
+    known = [str(other) for other in known]
+    close = difflib.get_close_matches(str(word), known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
 
 
 def several_options():
@@ -1858,8 +1908,9 @@ def terms(text):
 def behaviors(text):
     """A type for argparse: words of BEHAVIORS joined by +, as a set; "none" is the empty set."""
     words, known = set(text.split("+")), (*BEHAVIORS, "none")
-    for word in sorted(words.difference(known)):
-        problem = f"{text!r}: {word!r} is none of its words, which are joined by +"
+    if unknown := words.difference(known):
+        word = min(unknown)
+        problem = f"{text!r}: there is no {word!r} (words are joined by +)"
         raise argparse.ArgumentTypeError(f"{problem}; {suggestion(word, known)}")
     if "none" in words and len(words) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: none cannot be joined with other words")
@@ -2141,7 +2192,7 @@ def output_options(add):
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
         idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
         help=f"what to do during the run: {', '.join(BEHAVIORS)}, joined by +, or none; save "
-        "writes NAME_SIZE_STEP.EXT next to the output, plot writes NAME_plot.png, gif writes "
+        "writes NAME_1_50.EXT (size 1, step 50) next to it, plot writes NAME_plot.png, gif writes "
         "NAME_run.gif; without a display, show and plot_pix write NAME_show.png and "
         "NAME_plot_pix.png; web serves a page to watch the run in a browser")
     add("--web_port", metavar="N", type=number(int, 0, 65535), default=0, free=True,
@@ -2282,7 +2333,7 @@ MODELS = {
     for model in (
         Model(
             "googlenet_mini",
-            hashes=("sha256:1ec4ffee98d64fdbb37cc2419d447d463d116bb353d544e9418c65e7d20521c4",),
+            hashes=("sha256:bbfad4b4b68e138b40bde847d5058cf75736958081ca980ebf4ddb9730964455",),
         ),
         Model(
             "bvlc_googlenet",
@@ -2295,14 +2346,14 @@ MODELS = {
             "googlenet_places205",
             "http://places.csail.mit.edu/model/googlenet_places205.tar.gz",
             hashes=("sha1:d767debf686fa15df1e05fbc9b4598076127134a",),
-            mean=np.mean([105.417, 113.753, 116.047]),
+            mean=sum([105.417, 113.753, 116.047]) / 3,
             member="googlelet_places205_train_iter_2400000.caffemodel",
             other_weights=("googlenet_places/googlelet_places205_train_iter_2400000.caffemodel",),
         ),
         Model(
             "googlenet_places365",
             "http://places2.csail.mit.edu/models_places365/googlenet_places365.caffemodel",
-            mean=np.mean([104.051, 112.514, 116.676]),
+            mean=sum([104.051, 112.514, 116.676]) / 3,
         ),
     )
 }
@@ -4658,6 +4709,15 @@ def idle(options, engine):
 # ---- Files of a run ---------------------------------------------------------------------------
 
 
+class Undescribed(io.BufferedRandom):
+    """A file that denies having a descriptor, so that libraries write to it through Python. Pillow
+    and libtiff would otherwise write to the descriptor and not notice, or print, that a disk is
+    full."""
+
+    def fileno(self):
+        raise io.UnsupportedOperation("fileno")
+
+
 @contextlib.contextmanager
 def whole_file(path, name=None):
     """A binary file to write that replaces `path` (or its target, if it is a link) only once all
@@ -4667,12 +4727,12 @@ def whole_file(path, name=None):
         place = os.path.realpath(path)
         part = part_name(place, os.getpid())
         try:
-            with open(part, "w+b") as file:
+            with open(part, "w+b", buffering=0) as raw, Undescribed(raw) as file:
                 yield file
                 with contextlib.suppress(FileNotFoundError):
-                    os.fchmod(file.fileno(), stat.S_IMODE(os.stat(place).st_mode))
+                    os.fchmod(raw.fileno(), stat.S_IMODE(os.stat(place).st_mode))
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(raw.fileno())
             os.replace(part, place)
         finally:
             with contextlib.suppress(OSError):
@@ -4820,6 +4880,8 @@ def check_output(option, path, formats=FORMATS):
     folder = os.path.dirname(os.path.realpath(path))
     if formats:
         check_format(option, path)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise refuse(f"{folder} is not a folder; choose another name")
     if not os.path.isdir(folder):
         raise refuse(f"the folder {folder} does not exist; create it first")
     if os.path.isdir(path) or path.endswith("/"):
@@ -4838,6 +4900,15 @@ def check_output(option, path, formats=FORMATS):
             file.write(bytes(4096))
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror}); use another path") from None
+
+
+def check_table(path):
+    """Raises BadRequest if the file `path` exists and is not a table of statistics."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        first = file.readline(1000)
+        if first and not first.startswith(COLUMNS[0].encode() + b","):
+            problem = "this is not a table of statistics, and would be lost; use another name"
+            raise refusal("stats", path, problem)
 
 
 def is_protected(path):
@@ -5014,7 +5085,10 @@ def read_record(path):
         return record, check_record(record)
     except Exception as error:  # other programs' files can fail in any way
         remedy = f"use a PNG that {PROGRAM} wrote, or the file that --sidecar wrote"
-        problem = f"has no record of how it was made ({one_line(error)})"
+        reason = one_line(error)
+        if isinstance(error, FileNotFoundError):
+            reason = f"there is no {error.filename}"
+        problem = f"has no record of how it was made ({reason})"
         raise refusal("reproduce", path, f"{problem}; {remedy}") from None
 
 
@@ -5022,12 +5096,12 @@ def read_record(path):
 # watchers keep, and the rest as JSON in one more array.
 
 CHECKPOINT_ARRAYS = {  # dtype, *shape; None: any length
-    "image": (np.float64, 1, 3, None, None),
-    "caches": (np.float64, None, 3, None, None),
-    "before": (np.float32, None, 3, None, None),
-    "picture": (np.uint8, None, None, 3),
-    "mask": (np.uint8, None, None),
-    "guide": (np.uint8, None, None, 3),
+    "image": ("float64", 1, 3, None, None),
+    "caches": ("float64", None, 3, None, None),
+    "before": ("float32", None, 3, None, None),
+    "picture": ("uint8", None, None, 3),
+    "mask": ("uint8", None, None),
+    "guide": ("uint8", None, None, 3),
 }
 
 
@@ -5116,7 +5190,11 @@ def read_array(file, entry, scratch=None):
 
 def unusable(path, problem):
     """The BadRequest for a checkpoint that a run cannot continue from."""
-    return refusal("resume", path, f"{problem}; start over without --resume")
+    checkpoint = Files(path).checkpoint
+    remedy = "start over without --resume"
+    if os.path.isfile(checkpoint):
+        remedy = f"did you mean {checkpoint}?"
+    return refusal("resume", path, f"{problem}; {remedy}")
 
 
 # ---- Along the way ----------------------------------------------------------------------------
@@ -5289,7 +5367,7 @@ class PlotPix(Drawing):
     the picture."""
 
     ending = "_plot_pix.png"
-    arrays = {"pixels": (np.float64, None, 6)}
+    arrays = {"pixels": ("float64", None, 6)}
     PIXELS = ((100, 100), (200, 200), (100, 200), (200, 100))  # (y, x)
 
     def begin(self, run):
@@ -5325,7 +5403,7 @@ class Statistics(Watcher):
     """A watcher that keeps the statistics of every step as a row with the COLUMNS."""
 
     at_end = True
-    arrays = {"rows": (np.float64, None, len(COLUMNS))}
+    arrays = {"rows": ("float64", None, len(COLUMNS))}
 
     def wants_stats(self, step):
         return True
@@ -5396,7 +5474,7 @@ class Gif(Watcher):
     """gif: an animation at ten pictures a second that pauses on the last."""
 
     ending, at_end = "_run.gif", True
-    arrays = {"frames": (np.uint8, None, None, None, 3)}
+    arrays = {"frames": ("uint8", None, None, None, 3)}
     SIDE = 480  # pixels, at most
 
     def begin(self, run):
@@ -6282,6 +6360,7 @@ def plan_outputs(options, files, watchers):
     check_depth(files.picture, options.depth)
     if options.stats:
         check_output("stats", options.stats, ())
+        check_table(options.stats)
     outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
     for path in outputs:
         problem = "a folder" if os.path.isdir(path) else is_protected(path) and "write-protected"
@@ -6353,8 +6432,10 @@ def check_unchanged(path, checkpoint, saved, options):
             old, new = (
                 v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new)
             )
-            problem = f"cannot be changed when resuming ({path} has {old}); drop the option"
-            raise refusal(action.dest, new, problem)
+            name = action.option_strings[-1].removeprefix("--")
+            drop = f"--preset {options.preset}" if options.preset else "the option"
+            problem = f"cannot be changed when resuming ({path} has {old}); drop {drop}"
+            raise refusal(name, new, problem)
 
 
 def check_same_network(path, record, network):
@@ -6502,7 +6583,7 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
         batch = batch or Batch()
-        announce(options, network, dream, [*remarks, *more], batch)
+        announce(options, network, dream, [*remarks, *more, *dream.remarks], batch)
         make_room(options, files)
         run = Run(options, files, watchers, given, dream, record, kept, batch)
         watch(run, signals)
@@ -6527,10 +6608,15 @@ def plan_batch(options):
             raise refusal("output", output, problem)
         images += pictures_in(path) if is_folder else [path]
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
+    unknown = set(re.findall(r"\{\w*\}", template)) - {"{name}", "{layer}"}
+    if unknown and names_several(output):
+        problem = f"{min(unknown)} stands for nothing; use {{name}} and {{layer}}"
+        raise refusal("output", output, problem)
     if len(images) * len(layers) == 1 and not names_several(output):
         options.initial_image = images[0]
         return None
     jobs, taken = [], {}
+    images, layers = dict.fromkeys(images), dict.fromkeys(layers)  # each once
     for layer, image in itertools.product(layers, images):
         job = copy.copy(options)
         job.initial_image, job.target_layer = image, layer
@@ -6539,6 +6625,8 @@ def plan_batch(options):
         job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # is_made reads it
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
+                if image and not os.path.exists(image):  # perhaps an option without its dashes
+                    existing_file("image", image)
                 problem = f"{len(images) * len(layers)} pictures, and several would write {path}"
                 remedy = "use {name} and {layer} in the name"
                 if option == "output" and "{name}" in template and "{layer}" in template:
@@ -6570,8 +6658,11 @@ def check_batch_apart(jobs):
 def filled(template, image, layer):
     """The file name `template`, with {name} and {layer} replaced by the names of the start picture
     and the layer, the latter without what shells or file systems reserve."""
-    name = os.path.splitext(os.path.basename(image))[0] if image else "noise"
-    return template.replace("{name}", name).replace("{layer}", re.sub(r"[^\w.,+-]+", "-", layer))
+    values = {
+        "{name}": os.path.splitext(os.path.basename(image))[0] if image else "noise",
+        "{layer}": re.sub(r"[^\w.,+-]+", "-", layer),
+    }
+    return re.sub("|".join(values), lambda found: values[found[0]], template)
 
 
 def pictures_in(folder):
@@ -6606,6 +6697,7 @@ def make_pictures(jobs, signals, engines):
         check_output("output", job.output_file)
         if job.stats:
             check_output("stats", job.stats, ())
+            check_table(job.stats)
     identity = identify(network)
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
@@ -6620,7 +6712,7 @@ def make_pictures(jobs, signals, engines):
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
         except (BadRequest, RunFailed, MemoryError) as error:
             engines.close()
-            of_one = ("--image", "--initial_size", "--final_size")  # e.g. it is too small
+            of_one = ("--image", "--initial_size", "--final_size", "--mask alpha")
             is_of_all = isinstance(error, BadRequest) and not str(error).startswith(of_one)
             if is_of_all and batch.number == 1:
                 raise
@@ -6806,6 +6898,8 @@ def salvage(run, error):
         with contextlib.suppress(RunFailed):
             run.checkpoint().write(run.files.checkpoint)
     hint = "" if isinstance(error, NotFinite) else run.files.hint()
+    if not run.dream.progress().steps_done() and os.path.exists(run.files.picture):
+        return f"{error}{hint}"  # nothing to show is worth the earlier picture
     try:
         finish(run)
     except RunFailed:
@@ -6891,10 +6985,10 @@ def dream(image=None, **options):
     remarks = [*remarks, *more]
     with with_guide(network, given.guide) as network, Engines(parsed) as engines:
         engine = engines.get(settings, network)
-        for line in [*idle(parsed, engine), *remarks, *engine.notices]:
-            log.info(line)
         place = (network.mean, engine, parsed.scratch)
         run = Dream(settings, given.picture, *place, given.mask)
+        for line in [*idle(parsed, engine), *remarks, *run.remarks, *engine.notices]:
+            log.info(line)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
         run.check_mask()
         yield from run.run()
@@ -6990,7 +7084,10 @@ def download_model(options):
         remedy = f"Caffe is needed to check the download; {how_to_install('pycaffe')}"
         raise refusal("download_model", model.name, remedy)
     check = functools.partial(in_a_worker, structure_error, deploy)
-    download(model, options.model_url or model.url, check)
+    url = options.model_url or model.url
+    if not re.match("https?://.", url, re.IGNORECASE):
+        raise refusal("model_url", url, "use the address of a file, http://... or https://...")
+    download(model, url, check)
     place = model.cache_place()
     say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
 

@@ -90,7 +90,7 @@ def test_a_stopped_batch_goes_on_where_it_stopped(layer, folder):
     words = [*DREAM, "--image=in", f"--layer={layer}", "--num_steps=150", "--checkpoint_iter=1"]
     assert run_cli(*words, "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--output=out/", cwd=folder)
-    name = f"b_{layer.replace('/', '-')}.png"
+    name = f"b_{layer.replace('/', '-').replace(':', '-')}.png"
     wait_for((folder / f"out/{name}.checkpoint").exists, 60)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1]

@@ -376,7 +376,7 @@ def test_targets(tmp_path):
     run("targets.sh", *FAST, "--num_sizes=1", "--initial_size=x0.6", cwd=tmp_path)
     made = sorted(path.stem for path in (tmp_path / "targets").glob("*.png"))
     assert len(made) == 6
-    assert "inception_4c-output:strong5" in made
+    assert "inception_4c-output-strong5" in made
     page = (tmp_path / "targets/index.html").read_text()
     assert page.count("<figure>") == 6
     assert "--target_layer=inception_4c/output:" in page

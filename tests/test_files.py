@@ -584,3 +584,47 @@ def test_formats_of_8_bits_are_refused_for_16(tmp_path):
     for name in ("a.jpg", "a.webp"):
         done = run_cli(*ONE, "--depth=16", f"--output={name}", cwd=tmp_path)
         assert_one_line(done, 2, "--depth 16", name, ".png or .tif")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "deep.png", "deep.tif"])
+def test_a_picture_that_does_not_fit_on_the_disk_leaves_the_old_one(name, tmp_path):
+    """Nothing is written past the limit, and libraries that ignore that must not go unnoticed."""
+    (tmp_path / name).write_bytes(b"the old one")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    np.save(tmp_path / "noise.npy", noise.astype(np.uint16) * 257 if "deep" in name else noise)
+    code = f"""if True:
+        import resource, sys
+        import numpy as np
+        import cnn_vis
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        cnn_vis.write_picture(np.load("noise.npy"), "{name}")"""
+    words = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert f"RunFailed: {name}: cannot be written ([Errno 27] File too large)" in done.stderr
+    assert (tmp_path / name).read_bytes() == b"the old one"
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "noise.npy"])
+
+
+def test_a_run_that_fails_before_its_first_step_keeps_the_earlier_picture(tmp_path):
+    words = [*ONE, f"--image={GOLDEN}/input.png"]
+    assert run_cli(*words, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "out.png").read_bytes()
+    assert_one_line(run_cli(*words, "--l1_weight=1e38", cwd=tmp_path), 1, "--l1_weight")
+    assert (tmp_path / "out.png").read_bytes() == before
+
+
+def test_a_picture_in_place_of_its_checkpoint_is_recognized(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    (tmp_path / "a.png.checkpoint").write_bytes(b"a checkpoint")
+    done = run_cli("--resume=a.png", cwd=tmp_path)
+    assert_one_line(done, 2, "--resume a.png", "did you mean a.png.checkpoint?")
+
+
+def test_statistics_replace_no_other_file(tmp_path):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    words = [*ONE, f"--image={GOLDEN}/input.png"]
+    done = run_cli(*words, "--stats=mine.csv", cwd=tmp_path)
+    assert_one_line(done, 2, "--stats mine.csv", "another name")
+    for _ in range(2):  # its own file it replaces
+        assert run_cli(*words, "--stats=own.csv", cwd=tmp_path).returncode == 0

@@ -111,8 +111,8 @@ def test_weights_of_other_shapes_are_named(tmp_path):
 def test_listed_layers_are_those_that_can_be_targeted(tmp_path):
     """Every GoogLeNet layer that can be targeted, in order, with its shape; and of any prototxt."""
     listed = run_cli("--list_layers", "--model=googlenet_mini", cwd=tmp_path).stdout.splitlines()
-    assert listed[0].split() == ["conv1/7x7_s2", "32x112x112"]
-    assert "inception_4c/output 256x14x14" in {" ".join(line.split()) for line in listed}
+    assert listed[0].split() == ["conv1/7x7_s2", "64x112x112"]
+    assert "inception_4c/output 276x14x14" in {" ".join(line.split()) for line in listed}
     tiny = run_cli(
         "--list_layers", f"--deploy_txt={GOLDEN}/deploy.prototxt", cwd=tmp_path
     ).stdout.splitlines()

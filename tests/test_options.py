@@ -132,7 +132,7 @@ def test_other_names_and_dashes_mean_the_same(picture, tmp_path):
 
 
 BAD = {
-    "unknown option": (["--nonsense=1"], ["--nonsense", "--help"]),
+    "unknown option": (["--unheard_of=1"], ["--unheard_of", "--help"]),
     "mistyped option": (
         ["--lerning-rate=1"],
         ["did you mean --learning_rate?"],
@@ -178,6 +178,11 @@ BAD = {
     "too narrow": (["--initial_size=90x31"], ["--initial_size", "90x31", "32x32"]),
     "final too small": (["--num_sizes=2", "--final_size=8x8"], ["--final_size", "8x8"]),
     "output folder": (["--output=none/out.png"], ["--output", "none/out.png", "folder"]),
+    "unknown field": (["--output={name}_{size}.png"], ["--output", "{size}", "{layer}"]),
+    "option with a long dash": (["–num_steps", "1"], ["did you mean --num_steps?"]),
+    "one dash": (["-output", "x.png"], ["-output", "did you mean --output?"]),
+    "size in words": (["--final_size=xinf", "--num_sizes=2"], ["--final_size xinf", "not a size"]),
+    "empty size": (["--initial_size="], ["--initial_size ''", "not a size"]),
     "table is a folder": (["--stats=new/"], ["--stats new/", "folder"]),
     "output format": (["--output=out.xyz"], ["--output", "out.xyz", ".png"]),
     "no such gpu": (["--gpu=99"], ["--gpu", "99"]),
@@ -404,7 +409,7 @@ def test_options_come_from_a_file_too(tmp_path):
     """Several in a line, quoted as in a shell, with dashes, with comments, and files in files."""
     (tmp_path / "inner").write_text("--num-steps 1   # a quick one\n")
     (tmp_path / "options").write_text(
-        "# for a trial\n--layer=inception_a/output --initial-size 32x32\n"
+        "\ufeff# for a trial\n--layer=inception_a/output --initial-size 32x32\n"
         "@inner\n--output 'my own.png'\n"
     )
     done = run_cli(*TINY, "--iter_behavior=none", "@options", cwd=tmp_path)
@@ -417,10 +422,12 @@ def test_options_come_from_a_file_too(tmp_path):
     [
         (None, ["@options", "No such file"]),
         ("--output 'a", ["quotation"]),
-        ("@options", ["itself"]),
+        ("@./options", ["@./options", "itself"]),
+        ("--output 'café'".encode("utf-16"), ["@options", "UTF-8"]),
     ],
 )
 def test_files_of_options_that_cannot_be_are_one_line(text, words, tmp_path):
     if text:
-        (tmp_path / "options").write_text(text)
+        content = text.encode() if isinstance(text, str) else text
+        (tmp_path / "options").write_bytes(content)
     assert_one_line(run_cli(*TINY, "@options", cwd=tmp_path), 2, *words)

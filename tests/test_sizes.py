@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import GOLDEN, TINY, assert_one_line, run_cli
+from conftest import GOLDEN, QUICK, TINY, assert_one_line, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,3 +62,12 @@ def test_impossible_sizes_are_one_line(value, tmp_path):
             "--layer=inception_a/output",
         ]
         assert_one_line(run_cli(*TINY, *options, cwd=tmp_path), 2, f"--{name}", value)
+
+
+def test_a_longer_side_is_raised_until_the_other_side_will_do(tmp_path):
+    """So that presets take pictures of any proportions. The start picture is 60x90."""
+    words = [*QUICK, f"--image={GOLDEN}/input.png", "--num_sizes=2"]
+    done = run_cli(*words, "--initial_size=40", "--final_size=90", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: --initial_size 40: 27x40 is smaller than" in done.stderr
+    assert "--final_size" not in done.stderr

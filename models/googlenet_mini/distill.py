@@ -4,7 +4,7 @@
     pip install -r requirements.txt          # PyTorch
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel --minutes 90
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER student.caffemodel \\
-        --start earlier.caffemodel --lr 5e-4
+        --start earlier.caffemodel
     python distill.py bvlc_googlenet.caffemodel PICTURES_FOLDER unused.caffemodel \\
         --start student.caffemodel --iterations 0   # writes nothing, tells how well it imitates
 
@@ -328,8 +328,9 @@ SAMPLES = 150_000  # places at which a layer is to be right, of all the batches 
 
 
 def learn_conv1(student, teacher, batches, chosen, spread):
-    """conv1 by descent, on eight crops at a time. (Least squares would only copy the teacher's
-    weights, since both see the same.)"""
+    """conv1 by descent, in four passes, eight crops at a time. (Both networks' conv1 see the same,
+    so least squares would return the teacher's own weights, and the student is to have none of
+    them.)"""
     layer = "conv1/7x7_s2"
     optimizer = torch.optim.Adam(student.layers[layer].parameters(), lr=1e-2)
     parts = [part for batch in batches for part in batch.split(8)] * 4
@@ -349,9 +350,9 @@ def until(run, layers):
     """{layer: (what it sees, what it gives)} of a network's run that ends with the last of
     `layers`."""
     found = {}
-    for layer, *seen in run:
+    for layer, seen, given in run:
         if layer in layers:
-            found[layer] = seen
+            found[layer] = seen, given
         if len(found) == len(layers):
             break
     return found
@@ -370,8 +371,8 @@ def samples(conv, seen, goal, count, generator):
 def solve(x, goal, penalty=1e-3, rounds=20):
     """Weights (inputs + 1, C) with which relu(x @ weights) comes near the goal, (count, C), which
     is not negative. Where the goal is 0 every negative number meets it: in each round, what is
-    negative there already stays as it is. The penalty is for each weight's square, in units of
-    what its input varies."""
+    negative there already stays as it is. The penalty is for the square of each weight but the
+    bias, in units of its input's mean square; 1e-6 is for inputs that are always 0."""
     products = x.T @ x / len(x)
     products.diagonal()[:-1].mul_(1 + penalty).add_(1e-6 * products.diagonal().mean())
     factor, wanted = torch.linalg.cholesky(products), goal
@@ -386,18 +387,19 @@ def fit_layers(student, teacher, batches, chosen):
     """Solves every layer but conv1 after those before it, so that each makes good what they
     lack; yields each layer's name when it is done."""
     generator = torch.Generator().manual_seed(0)
+    count = math.ceil(SAMPLES / len(batches))
     for layers in GROUPS[1:]:
         found = {layer: [] for layer in layers}
         for batch in batches:
             ours, theirs = (until(net.run(batch), layers) for net in (student, teacher))
             for layer in layers:
-                goal = theirs[layer][1][:, chosen[layer]]
-                count = math.ceil(SAMPLES / len(batches))
-                conv = student.layers[layer]
-                found[layer].append(samples(conv, ours[layer][0], goal, count, generator))
+                (seen, _), (_, goal), conv = ours[layer], theirs[layer], student.layers[layer]
+                goal = goal[:, chosen[layer]]
+                found[layer].append(samples(conv, seen, goal, count, generator))
         for layer in layers:
             x, goal = (torch.cat(parts) for parts in zip(*found.pop(layer)))
-            weights, conv = solve(x, goal).T, student.layers[layer]
+            weights = solve(x, goal).T
+            conv = student.layers[layer]
             conv.weight.copy_(weights[:, :-1].reshape(conv.weight.shape))
             conv.bias.copy_(weights[:, -1])
             yield layer
@@ -408,7 +410,7 @@ def fit_layers(student, teacher, batches, chosen):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=cnn_vis.HelpFormatter
     )
     parser.add_argument("teacher", help="caffemodel of a GoogLeNet")
     parser.add_argument("pictures", help="folder of photographs; every 25th is held out")
@@ -435,25 +437,20 @@ def parse_arguments(argv):
     )
     parser.add_argument("--crop", type=int, default=128, help="side of the crops, in pixels")
     parser.add_argument("--batch", type=int, default=32, help="crops in a step")
-    parser.add_argument(
-        "--lr",
-        type=float,
-        default=5e-4,
-        help="highest learning rate",
-    )
+    parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument(
         "--dreamed", type=float, default=0.25, help="fraction of steps on dreamed crops"
     )
     parser.add_argument(
         "--start",
-        help="a caffemodel to continue from, which gives the widths (default: random weights)",
+        help="a caffemodel to continue from, which gives the widths; its layers are not solved",
     )
     parser.add_argument(
         "--fit",
         type=int,
         default=64,
         help="batches of 32 crops over which the layers are solved before the training, unless "
-        "--start is given; they stay in memory",
+        "--start is given; they stay in memory; 0: begin with random weights",
     )
     parser.add_argument(
         "--every", type=int, default=200, help="steps between reports and saved states"
@@ -499,9 +496,12 @@ class Training:
             self.resume()
         else:
             self.choose(self.batches_of(train, 6, seed=1))
-            if args.fit and not args.start:
+            is_fitted = args.fit > 0 and not args.start
+            if is_fitted:
                 self.fit(self.batches_of(train, args.fit, seed=4))
             self.begun = time.monotonic()
+            if is_fitted:
+                self.keep()
 
     def batches_of(self, pictures, count, seed):
         made = Crops(pictures, 32, self.args.crop, seed)
