@@ -20,7 +20,7 @@ The sections of this file:
     The algorithm     Pictures; Sizes and tiles; Objective, regularizers, step; The dream
     The rest          Options; Networks by name; The network; Engines;
                       The compiled step; A cluster; Files of a run;
-                      Along the way; The page of web; A run; Commands
+                      Along the way; The web page; A run; Commands
 
 A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
 the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
@@ -99,6 +99,8 @@ def missing_package(error, what="requirements.txt"):
 
 def lazily(name):
     """The module `name`, which is loaded when it is first used. Raises ModuleNotFoundError."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise ModuleNotFoundError(name=name)
@@ -490,11 +492,10 @@ def to_8_bits(values, path, remarks):
     is_float, is_signed = values.dtype.kind == "f", values.dtype.kind == "i"
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
-    is_fraction = bool((values % 1).any())
+    is_fraction = bool((values % 1).any()) or is_float and high <= 1
     tops = [32767 if is_signed else 65535] if sixteen_bits else [255, 65535, high]
     top = next((top for top in tops if high <= top), high)
     bottom = 0
-    is_fraction = is_fraction or is_float and high <= 1
     if is_fraction and (low >= 0 and high <= 1 or np.percentile(values, 99) <= 1 and low > -1):
         top = 1
     elif is_fraction and low >= 0 and high <= 16:
@@ -512,7 +513,8 @@ def to_8_bits(values, path, remarks):
 def alpha_to_8_bits(values):
     """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range."""
     if values.dtype.kind == "f":
-        values, top = np.nan_to_num(values), max(1, values.max())
+        values = np.nan_to_num(values, posinf=1, neginf=0)
+        top = max(1, values.max())
     else:
         top = np.iinfo(values.dtype).max
     return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
@@ -641,7 +643,8 @@ def parse_size(text, base):
         raise ValueError("this is not a size")
     height, width, factor, longer = found.groups()
     if longer:
-        size = tuple(min(int(longer), max(1, round(int(longer) * b / max(base)))) for b in base)
+        longer = min(int(longer), 2 * MAX_SIDE)
+        size = tuple(min(longer, max(1, round(longer * b / max(base)))) for b in base)
     elif factor:
         size = tuple(int(min(float(factor), 2 * MAX_SIDE) * side) for side in base)
     else:
@@ -1346,7 +1349,8 @@ class Dream:
     `scratch` is a folder for arrays that do not fit in memory, or None. `mask` is None or uint8 of
     the picture's size: white areas dream, black ones stay as they are.
     `size` counts from 1, `step` is the number of steps done at this size, and `tile` is the number
-    of tiles done in the next step. Raises BadRequest for impossible sizes.
+    of tiles done in the next step. `remarks` are lines for the user about the sizes. Raises
+    BadRequest for impossible sizes.
     """
 
     def __init__(self, settings, picture, mean, engine, scratch=None, mask=None):
@@ -1695,7 +1699,7 @@ class Parser(argparse.ArgumentParser):
     option. `options` lists the actions."""
 
     def __init__(self, **arguments):
-        super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", **arguments)
+        super().__init__(formatter_class=HelpFormatter, **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.options = []
 
@@ -1713,7 +1717,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        self._args = [self._underscored(arg) for arg in args]
+        self._args = self._read_files(args)  # once, because a pipe can be read only once
         self.given = collections.defaultdict(list)  # {name: values at each use}, Several only
         found, rest = super().parse_known_args(self._args, copy.copy(namespace))
         if found.preset:  # is applied first, so that all other options override it
@@ -1738,7 +1742,7 @@ class Parser(argparse.ArgumentParser):
             problem = f"there is no such value; {suggestion(value, action.choices)}"
             raise refusal(name, value, problem)
 
-    def _read_args_from_files(self, words, outer=()):
+    def _read_files(self, words, outer=()):
         """The words, with each @FILE replaced by the words in that file."""
         found = []
         for word in words:
@@ -1749,7 +1753,7 @@ class Parser(argparse.ArgumentParser):
             try:
                 if path in outer:
                     raise ValueError("it includes itself")
-                with open(path, encoding="utf-8-sig") as file:
+                with open(word[1:], encoding="utf-8-sig") as file:
                     inner = shlex.split(file.read(), comments=True)
             except (OSError, ValueError) as error:
                 problem = getattr(error, "strerror", None) or one_line(error)
@@ -1757,7 +1761,7 @@ class Parser(argparse.ArgumentParser):
                     problem = "this is not a text file in UTF-8"
                 remedy = f"an argument that starts with @ names a file of options (use ./{word})"
                 raise BadRequest(f"{word}: {problem}; {remedy}") from None
-            found += self._read_args_from_files(inner, (*outer, path))
+            found += self._read_files(inner, (*outer, path))
         return found
 
     def error(self, message):
@@ -1770,9 +1774,9 @@ class Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             pairs = [*itertools.pairwise(self._args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
-            value = next((value for name, value in pairs if name in names), "--")
-            if value.startswith("-") and not value.startswith("--"):
-                remedy = f"write {names[-1]}={value}"
+            values = (value for name, value in pairs if name in names)
+            value = next((v for v in values if re.match("-(?!-)", v)), None)
+            remedy = f"write {names[-1]}={value}" if value else remedy
         raise BadRequest(f"{message.removeprefix('argument ')}; {remedy}")
 
 
@@ -2478,6 +2482,8 @@ def existing_file(option, path):
         there = "this is a folder" if os.path.isdir(path) else "this is not a regular file"
         reason = there if os.path.exists(path) else "no such file"
         raise refusal(option, path, f"{reason}; use another path")
+    if not os.access(path, os.R_OK):
+        raise refusal(option, path, "this file cannot be read; run chmod u+r on it")
     return path
 
 
@@ -2569,6 +2575,7 @@ def standing(path, model):
 
 
 TIMEOUT = 30  # seconds to wait for the server to respond
+HTML = (b"<!doctype", b"<html", b"<?xml")  # how a web page starts, in lower case
 
 
 def fetch(url, path):
@@ -2626,7 +2633,7 @@ def download(model, url, check_structure):
             fetch(url, fetched)
             with open(fetched, "rb") as file:
                 start = file.read(512).lstrip().lower()
-            if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            if start.startswith(HTML):
                 problem = "got a web page, not a network: does this connection need a login?"
                 raise RunFailed(f"{url}: {problem}")
             if model.member is not None:
@@ -2658,8 +2665,8 @@ def check_unknown(model, url, weights, check_structure):
 
 
 # ---- The network ------------------------------------------------------------------------------
-# This section runs only in worker processes, because any error in Caffe kills its process. It first
-# reads and checks a network's files, then cuts the network, then runs it.
+# What uses Caffe runs only in worker processes, because any error in Caffe kills its process. First
+# a network's files are read and checked, then the network is cut, then it is run.
 
 ANOTHER_LAYER = "choose another layer from --list_layers"
 
@@ -3123,7 +3130,7 @@ WEB_PAGE = "this is a web page, not weights; download the file itself"
 NOT_WEIGHTS = {  # how a file starts, in lower case: what it is, and the remedy
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
     b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
-    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), WEB_PAGE),
+    **dict.fromkeys(HTML, WEB_PAGE),
 }
 
 
@@ -3434,7 +3441,7 @@ class Network:
         image = np.empty((1, 3, *size))
         from_uint8(resize(guide, size, bilinear=True), self._spec.files.mean, image)
         seen = [[] for _ in self._blobs]
-        for region in itertools.chain(*tiles(size, self.tile_size)):
+        for region in all_tiles(size, self.tile_size):
             batch = cut_tile(image, region)[np.newaxis].astype(np.float32)
             for parts, a in zip(seen, self.activations(batch)):
                 parts.append(a[0].reshape(a.shape[1], -1).copy())
@@ -3714,8 +3721,7 @@ def cgroup_folders():
 
 def count_cores():
     """The number of cores that this process may use, given its affinity and cgroup quotas."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     for folder in cgroup_folders():
         with contextlib.suppress(OSError, ValueError):
             quota, period = read_text(f"{folder}/cpu.max").split()
@@ -4114,6 +4120,64 @@ def choose_gpus(gpus):
         remedy = "use another number, or -1 for the CPU"
         raise refusal("gpu", asked, f"no such GPU ({found}); {remedy}")
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
+
+
+def open_engine(options, spec):
+    """Creates the Engine that the options select, not yet entered. Raises BadRequest."""
+    if options.scheduler:
+        return Cluster(dataclasses.replace(spec, tf32=False), options.scheduler)
+    gpus, device = choose_gpus(options.gpu)
+    spec = dataclasses.replace(spec, use_gpu=bool(gpus))
+    number, batch_size = options.workers or count_cores(), options.batch_size
+    return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
+
+
+class Engines:
+    """Provides the engines for a series of runs that differ only in their start pictures and
+    targets; a context manager. Running processes are reused."""
+
+    def __init__(self, options):
+        self.options, self._engine = options, None
+
+    def get(self, settings, files):
+        """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
+        place = (files, choose_targets(settings))
+        spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
+        engine = self._engine
+        if engine is not None:
+            device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
+            if dataclasses.replace(spec, **device) == engine.spec:
+                engine.begin_run()
+                return engine
+        if engine is None or not engine.change(spec):
+            self.close()
+            self._engine = open_engine(self.options, spec)
+            self._engine.describe()
+        return self._engine
+
+    def close(self, kind=None):
+        """Ends the engine; immediately if `kind` is Stopped."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.__exit__(kind, None, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(kind)
+
+
+def idle(options, engine):
+    """Yields notices of options that were set but have no effect, on any device or on this one."""
+    yield from without_effect(options)
+    targets = engine.spec.targets
+    if len(targets) == 1 and abs(targets[0].weight) != 1:
+        yield f"--layer {targets[0]}: a single term's weight has no effect"
+    use_gpu = engine.spec.use_gpu
+    for name in ("workers",) if use_gpu else ("batch_size", "tf32"):
+        if getattr(options, name) and not options.scheduler:
+            yield f"--{name} has no effect on {'a GPU' if use_gpu else 'the CPU'}"
 
 
 # ---- The compiled step ------------------------------------------------------------------------
@@ -4648,64 +4712,6 @@ class Cluster(Engine):
             self._crew.client.close(timeout=2)
 
 
-def open_engine(options, spec):
-    """Creates the Engine that the options select, not yet entered. Raises BadRequest."""
-    if options.scheduler:
-        return Cluster(dataclasses.replace(spec, tf32=False), options.scheduler)
-    gpus, device = choose_gpus(options.gpu)
-    spec = dataclasses.replace(spec, use_gpu=bool(gpus))
-    number, batch_size = options.workers or count_cores(), options.batch_size
-    return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
-
-
-class Engines:
-    """Provides the engines for a series of runs that differ only in their start pictures and
-    targets; a context manager. Running processes are reused."""
-
-    def __init__(self, options):
-        self.options, self._engine = options, None
-
-    def get(self, settings, files):
-        """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
-        place = (files, choose_targets(settings))
-        spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
-        engine = self._engine
-        if engine is not None:
-            device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
-            if dataclasses.replace(spec, **device) == engine.spec:
-                engine.begin_run()
-                return engine
-        if engine is None or not engine.change(spec):
-            self.close()
-            self._engine = open_engine(self.options, spec)
-            self._engine.describe()
-        return self._engine
-
-    def close(self, kind=None):
-        """Ends the engine; immediately if `kind` is Stopped."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.__exit__(kind, None, None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        self.close(kind)
-
-
-def idle(options, engine):
-    """Yields notices of options that were set but have no effect, on any device or on this one."""
-    yield from without_effect(options)
-    targets = engine.spec.targets
-    if len(targets) == 1 and abs(targets[0].weight) != 1:
-        yield f"--layer {targets[0]}: a single term's weight has no effect"
-    use_gpu = engine.spec.use_gpu
-    for name in ("workers",) if use_gpu else ("batch_size", "tf32"):
-        if getattr(options, name) and not options.scheduler:
-            yield f"--{name} has no effect on {'a GPU' if use_gpu else 'the CPU'}"
-
-
 # ---- Files of a run ---------------------------------------------------------------------------
 
 
@@ -4866,20 +4872,21 @@ def extension_of(path):
     return os.path.splitext(path)[1].lower()
 
 
-def check_format(option, path):
-    """Raises BadRequest if `path` does not have the extension of a picture format."""
+def check_format(path):
+    """Raises BadRequest if --output `path` does not have the extension of a picture format."""
     extension = extension_of(path)
     if extension not in FORMATS:
         known = f"unknown file extension{extension and f' {extension}'}; use one of"
-        raise refusal(option, path, f"{known} {', '.join(FORMATS)}")
+        raise refusal("output", path, f"{known} {', '.join(FORMATS)}")
 
 
-def check_output(option, path, formats=FORMATS):
-    """Raises BadRequest if `path` cannot be written; the test leaves existing files untouched."""
+def check_output(option, path):
+    """Raises BadRequest if the picture, or table of statistics, `path` cannot be written; the test
+    leaves existing files untouched."""
     refuse = functools.partial(refusal, option, path)
     folder = os.path.dirname(os.path.realpath(path))
-    if formats:
-        check_format(option, path)
+    if option == "output":
+        check_format(path)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise refuse(f"{folder} is not a folder; choose another name")
     if not os.path.isdir(folder):
@@ -4889,10 +4896,12 @@ def check_output(option, path, formats=FORMATS):
         raise refuse(f"this is a folder; give a file name{remedy}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise refuse("this is not a regular file; choose another name")
+    files = Files(path)
+    if os.path.isdir(files.checkpoint):
+        raise refuse(f"its checkpoint would be {files.checkpoint}, a folder; choose another name")
     if is_protected(path):
         raise refuse("this file is write-protected; choose another name, or run chmod u+w on it")
     try:
-        files = Files(path)
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name)  # fails if the name is too long, or links form a loop
@@ -4900,6 +4909,8 @@ def check_output(option, path, formats=FORMATS):
             file.write(bytes(4096))
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror}); use another path") from None
+    if option == "stats":
+        check_table(path)
 
 
 def check_table(path):
@@ -5155,7 +5166,7 @@ class Checkpoint:
     @staticmethod
     def _check_arrays(arrays):
         known = CHECKPOINT_ARRAYS.copy()
-        for watcher in WATCHERS:
+        for watcher in (*BEHAVIORS.values(), Stats):
             known |= watcher.arrays
         for name, array in arrays.items():
             dtype, *shape = known[name]
@@ -5938,7 +5949,6 @@ BEHAVIORS = {  # words of --iter_behavior
     "gif": Gif,
     "web": Web,
 }
-WATCHERS = (*BEHAVIORS.values(), Stats, Checkpoints, Bar)
 
 
 class Watchers(list):
@@ -6359,8 +6369,7 @@ def plan_outputs(options, files, watchers):
     check_output("output", files.picture)
     check_depth(files.picture, options.depth)
     if options.stats:
-        check_output("stats", options.stats, ())
-        check_table(options.stats)
+        check_output("stats", options.stats)
     outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
     for path in outputs:
         problem = "a folder" if os.path.isdir(path) else is_protected(path) and "write-protected"
@@ -6467,10 +6476,8 @@ class Given:
 def read_given(settings, image=None):
     """(Given, remarks on how it was read) for the settings. If the array `image` is passed, it is
     the start picture. Raises BadRequest."""
-    if image is not None:
+    if image is not None or settings.initial_image is None:
         picture, (mask, remarks) = image, read_mask(settings.mask, image)
-    elif settings.initial_image is None:
-        picture, (mask, remarks) = None, read_mask(settings.mask, None)
     else:
         path = existing_file("image", settings.initial_image)
         picture, mask, remarks = read_masked(path, settings.background, settings.mask)
@@ -6607,6 +6614,7 @@ def plan_batch(options):
             problem = f"its pictures would mix with those of --image {path}; use another folder"
             raise refusal("output", output, problem)
         images += pictures_in(path) if is_folder else [path]
+    images, layers = list(dict.fromkeys(images)), list(dict.fromkeys(layers))  # each once
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     unknown = set(re.findall(r"\{\w*\}", template)) - {"{name}", "{layer}"}
     if unknown and names_several(output):
@@ -6616,7 +6624,6 @@ def plan_batch(options):
         options.initial_image = images[0]
         return None
     jobs, taken = [], {}
-    images, layers = dict.fromkeys(images), dict.fromkeys(layers)  # each once
     for layer, image in itertools.product(layers, images):
         job = copy.copy(options)
         job.initial_image, job.target_layer = image, layer
@@ -6625,7 +6632,7 @@ def plan_batch(options):
         job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # is_made reads it
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
-                if image and not os.path.exists(image):  # perhaps an option without its dashes
+                if image:  # which may be an option with the wrong dashes
                     existing_file("image", image)
                 problem = f"{len(images) * len(layers)} pictures, and several would write {path}"
                 remedy = "use {name} and {layer} in the name"
@@ -6645,10 +6652,12 @@ def check_batch_apart(jobs):
     outputs = {os.path.realpath(job.output_file) for job in jobs}
     stems = {os.path.splitext(path)[0] for path in outputs}
     for job in jobs:
-        for option in ("image", "output", "stats"):
-            path = {"image": job.initial_image, "stats": job.stats}.get(option, job.output_file)
-            real = path and os.path.realpath(path)
-            pictures, their_stems = Files.owners(real) if path else (set(), set())
+        named = {"image": job.initial_image, "output": job.output_file, "stats": job.stats}
+        for option, path in named.items():
+            if not path:
+                continue
+            real = os.path.realpath(path)
+            pictures, their_stems = Files.owners(real)
             own = {real} if option == "output" else set()
             if outputs & pictures - own or stems & their_stems:
                 problem = f"the run would overwrite --{option} {path}; choose another name"
@@ -6672,7 +6681,10 @@ def pictures_in(folder):
     Image.init()
     known = {ending for ending, form in Image.EXTENSION.items() if form in Image.OPEN}
     known = known - NOT_PICTURES | {*HEIC, *RAW}
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise refusal("image", folder, f"{error.strerror}; use another folder") from None
     paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
@@ -6684,7 +6696,7 @@ def make_pictures(jobs, signals, engines):
     """Makes a picture for each of the `jobs`, which are its options, and continues where an earlier
     run of the same command stopped. If some fail, makes all others, then raises RunFailed."""
     for job in jobs:
-        check_format("output", job.output_file)
+        check_format(job.output_file)
         check_depth(job.output_file, job.depth)
         for name, path in files_read(job, free=False).items():
             existing_file(name, path)
@@ -6696,8 +6708,7 @@ def make_pictures(jobs, signals, engines):
         make_folder_of(job.output_file)
         check_output("output", job.output_file)
         if job.stats:
-            check_output("stats", job.stats, ())
-            check_table(job.stats)
+            check_output("stats", job.stats)
     identity = identify(network)
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
@@ -6712,7 +6723,7 @@ def make_pictures(jobs, signals, engines):
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
         except (BadRequest, RunFailed, MemoryError) as error:
             engines.close()
-            of_one = ("--image", "--initial_size", "--final_size", "--mask alpha")
+            of_one = ("--image", "--initial_size", "--final_size", "--mask alpha", "--output")
             is_of_all = isinstance(error, BadRequest) and not str(error).startswith(of_one)
             if is_of_all and batch.number == 1:
                 raise
@@ -6819,8 +6830,8 @@ def make_room(options, files):
 
 
 def watch(run, signals):
-    """Does the run with its watchers. However it ends, the picture so far is written. Raises
-    RunFailed, or Stopped after a signal."""
+    """Does the run with its watchers. However it ends, the picture so far is written, but not in
+    place of another one before the first step. Raises RunFailed, or Stopped after a signal."""
     dream = run.dream
     signals.hold()
     with contextlib.ExitStack() as stack:
@@ -6844,6 +6855,8 @@ def watch(run, signals):
                 run.checkpoint().write(run.files.checkpoint)
             except RunFailed as error:
                 log.error(str(error))
+        if stopped and not has_begun(run):
+            raise Stopped(signals.signum, f"stopped before the first step{run.files.hint()}")
         try:
             finish(run)
         except RunFailed as error:
@@ -6887,6 +6900,11 @@ def remove_record(path):
             os.remove(path)
 
 
+def has_begun(run):
+    """Whether the picture is worth more than the file, if any, that it would replace."""
+    return run.dream.progress().steps_done() or not os.path.exists(run.files.picture)
+
+
 def salvage(run, error):
     """Writes the picture so far, if any, of a run that failed during a step; returns the message
     to show."""
@@ -6898,8 +6916,8 @@ def salvage(run, error):
         with contextlib.suppress(RunFailed):
             run.checkpoint().write(run.files.checkpoint)
     hint = "" if isinstance(error, NotFinite) else run.files.hint()
-    if not run.dream.progress().steps_done() and os.path.exists(run.files.picture):
-        return f"{error}{hint}"  # nothing to show is worth the earlier picture
+    if not has_begun(run):
+        return f"{error}{hint}"
     try:
         finish(run)
     except RunFailed:
@@ -6947,7 +6965,10 @@ def keyword_options(options):
 
 def checked_array(image):
     """An RGB picture as a NumPy array, uint8 (H, W, 3). Raises BadRequest if it is none."""
-    image = np.asarray(image)
+    try:
+        image = np.asarray(image)
+    except (ValueError, TypeError) as error:
+        raise BadRequest(f"image: {one_line(error)}; it must be uint8 (H, W, 3)") from None
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         kind = f"the array is {image.dtype} {image.shape}"
         raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
@@ -7041,8 +7062,6 @@ def find_layers(options):
     """[(blob, shape of one tile's activations, layer that makes it), ...] for everything that can
     be amplified in the network of the options; logs what cannot. Raises BadRequest."""
     files = find_files(options)
-    if notice := stand_in_notice(options.model, files.name):
-        log.info(notice)
     without, stops = [], []
     while True:
         try:
@@ -7055,8 +7074,8 @@ def find_layers(options):
                 raise refusal("deploy_txt", files.deploy, f"{problem}; check the file") from None
             without.append(first_to_fail(*arguments))
             stops.append(f"{LEFT_OUT}: {without[-1]} ({error})")
-    notices += stops
-    for notice in notices:
+    stand_in = stand_in_notice(options.model, files.name)
+    for notice in filter(None, [stand_in, *notices, *stops]):
         log.info(f"note: {notice}")
     return layers
 

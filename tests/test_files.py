@@ -628,3 +628,9 @@ def test_statistics_replace_no_other_file(tmp_path):
     assert_one_line(done, 2, "--stats mine.csv", "another name")
     for _ in range(2):  # its own file it replaces
         assert run_cli(*words, "--stats=own.csv", cwd=tmp_path).returncode == 0
+
+
+def test_a_folder_in_place_of_the_checkpoint_stays(tmp_path):
+    (tmp_path / "out.png.checkpoint").mkdir()
+    assert_one_line(run_cli(*ONE, cwd=tmp_path), 2, "--output out.png", "out.png.checkpoint")
+    assert os.listdir(tmp_path) == ["out.png.checkpoint"]

@@ -27,6 +27,23 @@ def test_help_is_instant():
     assert seconds["help"] < 2.5 * seconds["numpy"]
 
 
+def test_help_does_not_wait_for_numpy():
+    """It is loaded when it is used; and once, if somebody has loaded it before."""
+    words = [sys.executable, "-X", "importtime", ROOT / "cnn_vis.py", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "argparse" in done.stderr
+    assert "numpy._core" not in done.stderr
+    code = f"""if True:
+        import runpy, sys
+        import numpy
+        sys.argv = ["cnn_vis.py", "--version"]
+        try:
+            runpy.run_path("{ROOT / "cnn_vis.py"}", run_name="__main__")
+        except SystemExit:
+            assert sys.modules["numpy"] is numpy"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_help_names_every_option_of_the_original(tmp_path):
     text = run_cli("--help", cwd=tmp_path).stdout
     names = """
@@ -431,3 +448,14 @@ def test_files_of_options_that_cannot_be_are_one_line(text, words, tmp_path):
         content = text.encode() if isinstance(text, str) else text
         (tmp_path / "options").write_bytes(content)
     assert_one_line(run_cli(*TINY, "@options", cwd=tmp_path), 2, *words)
+
+
+def test_files_of_options_can_be_pipes(tmp_path):
+    """Which can be read only once, though a preset makes the options be read again."""
+    words = [sys.executable, ROOT / "cnn_vis.py", *QUICK, "@/dev/stdin"]
+    text = f"--image={GOLDEN}/input.png --preset=soft --layer=inception_a/output --num_steps=1"
+    done = subprocess.run(words, input=text, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command = run_cli("--reproduce=out.png", cwd=tmp_path).stdout
+    assert "--num_steps=1 " in command
+    assert "--tv_reg=0.3" in command  # the preset's
