@@ -253,7 +253,7 @@ def test_resume_refuses_what_changes_the_picture(tmp_path):
         assert_one_line(
             done,
             2,
-            "target_layer" if name == "--layer" else name.replace("--image", "--initial_image"),
+            name,
             CHECKPOINT,
         )
     other = tmp_path / "other.caffemodel"

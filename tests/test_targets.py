@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_the_channels_that_were_found(folder):
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
     other = run_cli("--resume", CHECKPOINT, "--layer=inception_a/output:strong3", cwd=folder)
-    assert_one_line(other, 2, "--target_layer", "strong3")
+    assert_one_line(other, 2, "--layer", "strong3")
     done = run_cli("--resume", CHECKPOINT, "--layer=inception_a/output:strong2", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(pixels(folder / "out.png"), pixels(folder / "whole.png"))
