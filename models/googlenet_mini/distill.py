@@ -293,18 +293,24 @@ def most_alike(student, teacher, batches, spread):
     return chosen
 
 
+def difference(given, wanted, chosen, spread):
+    """What a layer of the student gives, (N, C, H, W), minus the `chosen` channels that the
+    teacher's gives, in units of their standard deviation, `spread`."""
+    return (given - wanted[:, chosen]) / spread[chosen].view(1, -1, 1, 1)
+
+
 def errors(student_sees, teacher_sees, chosen, spread):
     """{output: mean squared error in units of the channels' variance}: about one minus the
     explained variance."""
 
-    def difference(layer):
-        wanted = teacher_sees[layer][:, chosen[layer]]
-        return (student_sees[layer] - wanted) / spread[layer][chosen[layer]].view(1, -1, 1, 1)
+    def of_output(layers):
+        parts = [
+            difference(student_sees[layer], teacher_sees[layer], chosen[layer], spread[layer])
+            for layer in layers
+        ]
+        return torch.cat(parts, 1).float().square().mean()
 
-    return {
-        key: torch.cat([difference(layer) for layer in layers], 1).float().square().mean()
-        for key, layers in OUTPUTS.items()
-    }
+    return {key: of_output(layers) for key, layers in OUTPUTS.items()}
 
 
 @torch.no_grad()
@@ -339,9 +345,8 @@ def learn_conv1(student, teacher, batches, chosen, spread):
         _, _, given = next(student.run(part))
         with torch.no_grad():
             _, _, wanted = next(teacher.run(part))
-        scale = spread[layer][chosen[layer]].view(1, -1, 1, 1)
         optimizer.zero_grad()
-        ((given - wanted[:, chosen[layer]]) / scale).square().mean().backward()
+        difference(given, wanted, chosen[layer], spread[layer]).square().mean().backward()
         optimizer.step()
         schedule.step()
 
@@ -496,12 +501,9 @@ class Training:
             self.resume()
         else:
             self.choose(self.batches_of(train, 6, seed=1))
-            is_fitted = args.fit > 0 and not args.start
-            if is_fitted:
-                self.fit(self.batches_of(train, args.fit, seed=4))
             self.begun = time.monotonic()
-            if is_fitted:
-                self.keep()
+            if args.fit > 0 and not args.start:
+                self.fit(self.batches_of(train, args.fit, seed=4))
 
     def batches_of(self, pictures, count, seed):
         made = Crops(pictures, 32, self.args.crop, seed)
@@ -516,10 +518,13 @@ class Training:
             self.chosen = most_varying(self.spread, self.student.channels)
 
     def fit(self, batches):
-        begun, networks = time.monotonic(), (self.student, self.teacher)
+        """Solves the layers and keeps the result; the training begins only then."""
+        networks = self.student, self.teacher
         learn_conv1(*networks, batches, self.chosen, self.spread)
         for layer in fit_layers(*networks, batches, self.chosen):
-            print(f"{layer} solved, {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{layer} solved, {time.monotonic() - self.begun:.0f} s", flush=True)
+        self.begun = time.monotonic()
+        self.keep()
 
     def resume(self):
         state = torch.load(self.kept, weights_only=True, map_location=self.device)
