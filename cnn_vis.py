@@ -62,12 +62,17 @@ import logging
 import math
 import mmap
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.spawn
 import pickle
+import queue
 import resource
+import select
 import shlex
 import shutil
 import socket
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -161,7 +166,9 @@ class Stopped(KeyboardInterrupt):
 
 def one_line(error):
     """An exception's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    is_limit = isinstance(error, OSError) and error.errno == errno.EFBIG
+    return f"{text}; see ulimit -f" if is_limit else text
 
 
 # ---- Pictures ---------------------------------------------------------------------------------
@@ -170,8 +177,8 @@ GAIN = 1.2  # contrast gain whenever an image becomes a picture
 MAX_PIXELS = 178_956_970  # in a picture file; Pillow, too, rejects larger ones as an attack
 DEPTHS = {8: "uint8", 16: "uint16"}  # of output pictures, by bits per channel
 RAW = (".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef")  # extensions of camera raw files
-NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg"}  # although Pillow recognizes them
-HEIC = (".heic", ".heif", ".avif")  # extensions of files that pillow-heif reads
+NOT_PICTURES = {".ps", ".eps", ".h5", ".hdf", ".hdf5", ".mpg", ".mpeg"}  # which Pillow recognizes
+HEIC = (".heic", ".heif", ".hif", ".avif")  # extensions of files that pillow-heif reads
 
 
 def read_picture(path, background="white", option="image"):
@@ -237,63 +244,143 @@ def read_mask(name, picture, alpha=None, path="the array"):
 
 def read_rgba(path, option="image"):
     """Returns (picture, remarks): the picture in the file `path` as an sRGB PIL picture, RGBA if
-    parts are transparent and otherwise RGB, and a list of remarks on how it was read. Respects EXIF
-    orientation, colour profile and depths other than 8 bits; of several frames it uses the first.
-    Raises BadRequest, naming the `option`."""
-    from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+    parts are transparent and otherwise RGB, and a list of remarks on how it was read. What is in
+    the file counts, not its name. Respects EXIF orientation, declared colours and depths other than
+    8 bits; of several frames it uses the first. Raises BadRequest, naming the `option`."""
+    from PIL import Image, ImageOps, PngImagePlugin
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # default: 1 MB
-    remarks = []
+    remarks, data = [], b""
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # about damaged metadata, which does not matter
             for name in ("PIL", "tifffile"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            file = stack.enter_context(open_picture(path, remarks))
-            if file.width * file.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            is_preview = file.format == "MPO"  # a camera's JPEG: its other frames are previews
-            if getattr(file, "is_animated", False) and not is_preview:
-                remarks.append(f"{path}: the first of {file.n_frames} frames is used")
-            file.info["white_is_zero"] = getattr(file, "tag_v2", {}).get(262) == 0
-            file.load()
-            picture = file
+            data = read_bytes(path)
+            scan = stack.enter_context(open_picture(data, path, remarks))
+            seen = to_srgb(scan, path, remarks)
             with contextlib.suppress(Exception):  # damaged EXIF data gives no orientation
-                picture = ImageOps.exif_transpose(file)
-            return to_srgb(picture, path, remarks), remarks
+                seen.getexif()[0x0112] = scan.picture.getexif()[0x0112]
+                seen = ImageOps.exif_transpose(seen)
+            return seen, remarks
     except Image.DecompressionBombError:
         raise refusal(option, path, "the picture is too large; make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
-        remedy = "use a PNG or JPEG file"
-        if path.lower().endswith(HEIC):
-            remedy = f"pip install pillow-heif, or {remedy}"
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format" if is_unknown else one_line(error)
+        reason, remedy = why_unreadable(error, data)
         raise refusal(option, path, f"cannot be read as a picture ({reason}); {remedy}") from None
 
 
-def open_picture(path, remarks):
-    """The file `path` as a PIL picture. Unlike Pillow alone, this skips damaged PNG chunks that are
-    not needed, as viewers do, and reads deep TIFFs of several channels."""
+@dataclasses.dataclass
+class Scan:
+    """A picture as its file has it: an open PIL picture, and what Pillow does not know of it.
+
+    `values` are the colours as numbers (H, W, C), unless they are 8 bits deep: grey, RGB or CMYK.
+    `black` and `white` are the numbers that the file says are black and white; `white` is None if
+    it does not say. `alpha` is opacity, uint8 (H, W), or None if only Pillow may know it; has_alpha
+    is False if what Pillow takes for opacity is something else. `cicp` is (number of the primaries,
+    number of the curve, whether the values use their full range) as in ITU-T H.273, or None.
+    """
+
+    picture: object
+    values: np.ndarray | None = None
+    black: float = 0
+    white: float | None = None
+    is_inverted: bool = False  # black is the higher number
+    alpha: np.ndarray | None = None
+    has_alpha: bool = True
+    is_premultiplied: bool = False
+    cicp: tuple | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.picture.close()
+
+
+def open_picture(data, path, remarks):
+    """The Scan of `data`, the bytes of a picture file. Raises what Pillow and tifffile raise."""
     from PIL import Image
 
-    with open(path, "rb") as file:
-        data = file.read()
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(PNG):
         data = without_damaged_chunks(data)
-    if path.lower().endswith(HEIC):
-        with contextlib.suppress(ImportError):
-            import pillow_heif
-
-            pillow_heif.register_heif_opener()
-    picture = None
+    import_plugins(data)
     if data[:4] in (*TIFF_MAGIC, *RAW_MAGIC):
-        picture = read_raw_preview(data, path, remarks) or read_deep_tiff(data, path, remarks)
-    return picture or Image.open(io.BytesIO(data))
+        picture = read_raw_preview(data, path, remarks)
+        if scan := Scan(picture) if picture else read_deep_tiff(data):
+            return scan
+    picture = Image.open(io.BytesIO(data))
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    choose_frame(picture, path, remarks)
+    scan = Scan(picture)
+    if picture.format in READERS:
+        READERS[picture.format](scan, data)
+    picture.load()
+    if scan.values is None and picture.mode.startswith(("I", "F")):
+        scan.values = np.asarray(picture)[..., np.newaxis]
+    return scan
+
+
+# Formats that Pillow reads with another package: name, package to import, how they begin, and what
+# pip calls the package. A file in ISO's container may also be a film, or be read by Pillow itself.
+PLUGINS = (
+    ("HEIC", "pillow_heif", re.compile(rb".{4}ftyp", re.DOTALL), "pillow-heif"),
+    ("JPEG XL", "pillow_jxl", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "pillow-jxl-plugin"),
+)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def import_plugins(data):
+    """Imports the PLUGINS, if they are installed, that Pillow may need for a file with the first
+    bytes `data`."""
+    for _, package, signature, _ in PLUGINS:
+        if signature.match(data):
+            with contextlib.suppress(ImportError):
+                plugin = importlib.import_module(package)  # registers itself, or else:
+                getattr(plugin, "register_heif_opener", bool)()
 
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs except for this
+
+
+def why_unreadable(error, data):
+    """(why, what to do about it) for a picture file with the bytes `data` that failed with
+    `error`."""
+    from PIL import UnidentifiedImageError
+
+    reason, remedy = one_line(error), "use a PNG or JPEG file"
+    if isinstance(error, UnidentifiedImageError):
+        reason = "unknown format"
+    for name, package, signature, pip_name in PLUGINS:
+        if signature.match(data) and importlib.util.find_spec(package) is None:
+            return f"it may be {name}", f"pip install {pip_name}, or {remedy}"
+    return reason, remedy
+
+
+def choose_frame(picture, path, remarks):
+    """Goes to the first frame of a PIL picture that is not a reduced copy or a mask of another."""
+    count = getattr(picture, "n_frames", 1)
+    if count <= 1 or picture.format == "MPO":  # a camera's JPEG: its other frames are previews
+        return
+    number = 0
+    if picture.format == "TIFF":
+        with contextlib.suppress(EOFError):
+            for number in range(count):
+                picture.seek(number)
+                if is_full_page(picture.tag_v2.get):
+                    break
+            else:
+                number = 0
+                picture.seek(0)
+    which = "first" if number == 0 else f"first full one, number {number + 1},"
+    remarks.append(f"{path}: the {which} of {count} frames is used")
+
+
+def is_full_page(tag):
+    """Whether a page of a TIFF is neither a reduced copy nor a mask; `tag` gets a tag's value."""
+    return not tag(254, 0) & 5 and tag(255, 1) != 2
 
 
 def read_raw_preview(data, path, remarks):
@@ -350,28 +437,35 @@ def previews(data, page):
             yield Image.fromarray(page.asarray())
 
 
-def without_damaged_chunks(data):
-    """The bytes of a PNG without the chunks that have a wrong checksum and are not needed."""
-    sound, place = [data[:8]], 8
+def png_chunks(data):
+    """Yields (name, content, bytes of the whole chunk) for the chunks of a PNG that are sound or
+    needed."""
+    place = len(PNG)
     while place < len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         chunk, checksum = data[place + 4 : end - 4], int.from_bytes(data[end - 4 : end], "big")
         is_needed = not chunk or chunk[0] < ord("a")  # its name begins with a capital letter
         if is_needed or zlib.crc32(chunk) == checksum:
-            sound.append(data[place:end])
+            yield chunk[:4], chunk[4:], data[place:end]
         place = end
-    return b"".join(sound)
 
 
-def read_deep_tiff(data, path, remarks):
-    """`data`, the bytes of a TIFF, as an 8-bit PIL picture if the TIFF has several channels deeper
-    than 8 bits, or a number type that Pillow misreads; None for any other TIFF, which Pillow reads.
-    Raises ValueError if it cannot be shown correctly."""
+def without_damaged_chunks(data):
+    """The bytes of a PNG without the chunks that have a wrong checksum and are not needed."""
+    return PNG + b"".join(whole for _, _, whole in png_chunks(data))
+
+
+def read_deep_tiff(data):
+    """`data`, the bytes of a TIFF, as a Scan if it has several channels deeper than 8 bits, or a
+    number type that Pillow misreads; None for any other TIFF, which Pillow reads. Raises ValueError
+    if it cannot be shown correctly."""
     import tifffile
     from PIL import Image
 
     try:
-        page = tifffile.TiffFile(io.BytesIO(data)).pages.first
+        pages = tifffile.TiffFile(io.BytesIO(data)).pages
+        full = (page for page in pages if is_full_page(page.aspage().tags.valueof))
+        page = next(full, pages.first)
         is_plain = page.dtype in (bool, np.uint8, np.uint16, np.int32, np.float32)
         if page.samplesperpixel == 1 and is_plain or page.dtype == np.uint8:
             return None
@@ -384,51 +478,487 @@ def read_deep_tiff(data, path, remarks):
     values = values[..., np.newaxis] if page.samplesperpixel == 1 else values
     values = np.moveaxis(values, 0, -1) if page.planarconfig == 2 else values
     colours = values.shape[-1] - len(page.extrasamples)
-    modes = {(0, 1): "L", (1, 1): "L", (2, 3): "RGB", (5, 4): "CMYK"}  # by photometric, channels
-    mode = modes.get((int(page.photometric), colours))
-    if mode is None or values.ndim != 3:
+    if (int(page.photometric), colours) not in ((0, 1), (1, 1), (2, 3), (5, 4)) or values.ndim != 3:
         raise ValueError(f"unsupported deep TIFF: {page.photometric.name}")
-    seen = to_8_bits(values[..., :colours], path, remarks)
-    seen = 255 - seen if page.photometric == 0 else seen
-    picture = Image.frombytes(mode, values.shape[1::-1], seen.tobytes())
+    scan = Scan(Image.new("L", (1, 1)), values[..., :colours])
     if page.extrasamples and page.extrasamples[0] in (1, 2):  # alpha: premultiplied, or not
-        alpha = Image.fromarray(alpha_to_8_bits(values[..., colours]))
-        picture = picture if mode == "L" else picture.convert("RGB")
-        with_alpha = picture.mode + ("a" if page.extrasamples[0] == 1 else "A")
-        picture = Image.merge(with_alpha, [*picture.split(), alpha])
+        scan.alpha = alpha_to_8_bits(values[..., colours])
+        scan.is_premultiplied = page.extrasamples[0] == 1
     if profile := page.tags.valueof(34675):
-        picture.info["icc_profile"] = profile
-    picture.getexif()[0x0112] = page.tags.valueof(0x0112, default=1)  # orientation
-    return picture
+        scan.picture.info["icc_profile"] = profile
+    scan.picture.getexif()[0x0112] = page.tags.valueof(0x0112, default=1)  # orientation
+    read_tiff_numbers(scan, page.tags.valueof)
+    return scan
 
 
-def to_srgb(picture, path, remarks):
-    """A PIL picture of any mode and colour profile as an 8-bit sRGB one, mode RGB, or RGBA if parts
-    are transparent."""
+def read_tiff(scan, data):
+    """What Pillow leaves out of a TIFF. Raises ValueError if it would show it wrongly."""
+    picture, tag = scan.picture, scan.picture.tag_v2.get
+    if (tag(262), tag(259)) == (6, 1) and tuple(tag(530, (2, 2))) != (1, 1):
+        raise ValueError("uncompressed YCbCr with fewer colours than pixels is not supported")
+    picture.load()
+    if picture.mode == "P" and max(tag(320, [256])) < 256:  # the rule is 16 bits
+        picture.putpalette(np.reshape(tag(320), (3, -1)).T.astype(np.uint8).tobytes())
+    if picture.mode.startswith(("I", "F")):
+        scan.values = np.asarray(picture)[..., np.newaxis]
+        read_tiff_numbers(scan, tag)
+
+
+def read_tiff_numbers(scan, tag):
+    """What the values of a TIFF mean: which are black and white, and which stand for no data."""
+
+    def numbers(*names):
+        return next((list(np.ravel(v)) for v in map(tag, names) if v is not None), [])
+
+    scan.is_inverted = tag(262) == 0
+    low, high = min(numbers(340, 280), default=0), max(numbers(341, 281), default=0)
+    bits = int(max(numbers(258), default=1))
+    if high > low:
+        scan.black, scan.white = float(low), float(high)
+    elif 8 < bits < 16:
+        scan.white = 2.0**bits - 1
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        nothing = scan.values.dtype.type(float(str(tag(42113)).strip(" \0")))  # as GDAL writes it
+        is_hole = np.isnan(scan.values) if nothing != nothing else scan.values == nothing
+        if is_hole.any() and not is_hole.all():
+            scan.alpha = np.uint8(255) * ~is_hole.all(axis=-1)
+            scan.values = np.where(is_hole, scan.values[~is_hole].min(), scan.values)
+
+
+def read_png(scan, data):
+    """What Pillow leaves out of a PNG: the cICP chunk, and the lower half of 16 bits."""
+    from PIL import Image
+
+    picture, depth, colour = scan.picture, data[24], data[25]
+    for name, content, _ in png_chunks(data):
+        if name == b"cICP" and len(content) == 4 and content[2] == 0:
+            scan.cicp = (content[0], content[1], bool(content[3]))
+    if depth != 16 or colour not in (2, 6):
+        return
+    # Pillow keeps the upper byte of each number; asked for little-endian ones it keeps the lower.
+    halves = []
+    for order in "BL":
+        with Image.open(io.BytesIO(data)) as half:
+            half.tile = [half.tile[0]._replace(args=f"{half.mode};16{order}")]
+            halves.append(np.asarray(half).astype(np.uint16))
+    values = halves[0] << 8 | halves[1]
+    key = picture.info.pop("transparency", None)
+    if key is not None:
+        scan.alpha = np.uint8(255) * (values[..., :3] != key).any(axis=-1)
+    scan.values = values[..., :3]
+
+
+def read_psd(scan, data):
+    """What a fourth channel of a PSD is: opacity only if the number of layers is negative."""
+    place = 26
+    for _ in range(2):  # past the palette and the resources
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    layers = int.from_bytes(data[place + 8 : place + 10], "big", signed=True)
+    if not (int.from_bytes(data[place : place + 4], "big") and layers < 0):
+        scan.has_alpha = False
+    for number, _, content in getattr(scan.picture, "resources", ()):
+        if number == 1039:
+            scan.picture.info["icc_profile"] = content
+
+
+def read_bmp(scan, data):
+    """The profile in the fifth version of a BMP's header."""
+    header = data[14:]
+    if int.from_bytes(header[:4], "little") >= 124 and header[56:60] == b"DEBM":
+        start, length = (int.from_bytes(header[i : i + 4], "little") for i in (112, 116))
+        scan.picture.info["icc_profile"] = header[start : start + length]
+
+
+def read_fits(scan, data):
+    """The numbers that a FITS file means, by its scale and offset."""
+    cards = re.findall(rb"(BZERO|BSCALE) *= *([-+.\deED]+)", data[: data.find(b"END     ") + 1])
+    found = {name: float(text.replace(b"D", b"E")) for name, text in cards}
+    scale, zero = found.get(b"BSCALE", 1.0), found.get(b"BZERO", 0.0)
+    values = np.asarray(scan.picture)
+    values = values.view(np.int16) if values.dtype == np.uint16 else values
+    if (scale, zero) != (1, 0):
+        is_unsigned = (scale, zero, values.dtype) == (1, 32768, np.int16)
+        values = (values * scale + zero).astype(np.uint16 if is_unsigned else np.float64)
+    if scan.picture.mode != "L" or (scale, zero) != (1, 0):
+        scan.values = values[..., np.newaxis]
+
+
+def boxes(data, *path):
+    """Yields the contents of the boxes at a `path` of names in ISO's container or JPEG 2000's."""
+    place = 0
+    while place + 8 <= len(data):
+        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        start = place + 8
+        if size == 1:
+            size, start = int.from_bytes(data[start : start + 8], "big"), start + 8
+        end = place + size if size else len(data)
+        if end < start:
+            return
+        if name == path[0]:
+            content = data[start + 4 * (name == b"meta") : end]  # this one begins with a version
+            yield from boxes(content, *path[1:]) if path[1:] else [content]
+        place = end
+
+
+def read_iso(scan, data):
+    """The colours that an AVIF or HEIC declares by numbers."""
+    for content in boxes(data, b"meta", b"iprp", b"ipco", b"colr"):
+        if content[:4] == b"nclx" and scan.cicp is None:
+            scan.cicp = (*(int.from_bytes(content[i : i + 2], "big") for i in (4, 6)), True)
+    if scan.picture.info.get("icc_profile"):
+        scan.cicp = None  # here the profile comes first
+
+
+def read_jpeg_2000(scan, data):
+    """The profile of a JPEG 2000."""
+    for content in boxes(data, b"jp2h", b"colr"):
+        if content[:1] in (b"\2", b"\3"):
+            scan.picture.info.setdefault("icc_profile", content[3:])
+
+
+READERS = {  # by Pillow's names of formats
+    "AVIF": read_iso,
+    "BMP": read_bmp,
+    "FITS": read_fits,
+    "HEIF": read_iso,
+    "JPEG2000": read_jpeg_2000,
+    "PNG": read_png,
+    "PSD": read_psd,
+    "TIFF": read_tiff,
+}
+
+
+# Colours are declared by numbers, by a profile, by a gamma and chromaticities, or by EXIF data.
+
+SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x, y of white, red, green and blue
+D65 = SRGB[:2]
+PRIMARIES = {  # by their numbers in ITU-T H.273
+    1: SRGB,
+    4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
+    5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
+    6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    7: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    8: (0.310, 0.316, 0.681, 0.319, 0.243, 0.692, 0.145, 0.049),
+    9: (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),  # BT.2020
+    11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),  # Display P3
+    22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
+}
+ADOBE = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+REFERENCE_WHITE = 203  # candelas per square metre that HDR pictures give white paper (BT.2408)
+
+
+def from_srgb(t):
+    """Linear light 0..1 of sRGB values 0..1 (IEC 61966-2-1)."""
+    return np.where(t <= 0.04045, t / 12.92, ((t + 0.055) / 1.055) ** 2.4)
+
+
+def from_pq(t):
+    """Light relative to REFERENCE_WHITE of PQ values 0..1 (SMPTE ST 2084)."""
+    root = t ** (1 / 78.84375)
+    share = np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)
+    return 10000 / REFERENCE_WHITE * share ** (1 / 0.1593017578125)
+
+
+def from_hlg(t):
+    """Light of the scene 0..1 of HLG values 0..1 (ARIB STD-B67)."""
+    return np.where(t <= 0.5, t**2 / 3, (np.exp((t - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+
+
+# Transfer characteristics by their numbers in H.273. Films' curves are meant for dim rooms: on a
+# screen, they look like sRGB.
+CURVES = dict.fromkeys((1, 6, 7, 11, 12, 13, 14, 15), from_srgb) | {
+    4: lambda t: t**2.2,
+    5: lambda t: t**2.8,
+    8: lambda t: t,
+    16: from_pq,
+    17: lambda t: t**2.6 * (52.37 / 48),
+    18: from_hlg,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """What a picture's values 0..1 mean: `curve` makes them linear light, of which `matrix` makes
+    that of sRGB. `hdr` is None, "PQ" or "HLG": such light goes beyond 1."""
+
+    curve: object
+    matrix: np.ndarray
+    hdr: str | None = None
+
+    @classmethod
+    def of(cls, curve, primaries, hdr=None):
+        """The Colours with these primaries. Raises ArithmeticError if they are impossible."""
+        with np.errstate(all="ignore"):
+            try:
+                matrix = np.linalg.solve(to_xyz(SRGB), to_xyz(primaries))
+            except np.linalg.LinAlgError:
+                matrix = np.full((3, 3), np.nan)
+            shown = curve(np.linspace(0, 1, 256))
+        if not (np.isfinite(matrix).all() and np.isfinite(shown).all()):
+            raise ArithmeticError("its gAMA and cHRM chunks make no sense")
+        return cls(curve, matrix, hdr)
+
+    def shown(self, values):
+        """The uint8 sRGB picture (H, W, 3) of `values`, uint16 (H, W, 3) or (H, W, 1)."""
+        light = self.curve(np.arange(65536) / 65535)
+        made = np.empty((*values.shape[:2], 3), np.uint8)
+        for rows in strips(len(values)):
+            linear = np.broadcast_to(light[values[rows]], made[rows].shape)
+            if self.hdr == "HLG":  # brighter parts are shown on a screen with more contrast
+                scene = linear @ (0.2627, 0.6780, 0.0593)
+                linear = linear * (1000 / REFERENCE_WHITE * scene**0.2)[..., np.newaxis]
+            linear = linear @ self.matrix.T
+            if self.hdr:
+                linear = compressed(np.maximum(linear, 0))
+            linear = np.clip(linear, 0, 1)
+            power_law = 1.055 * linear ** (1 / 2.4) - 0.055
+            made[rows] = 255 * np.where(linear <= 0.0031308, 12.92 * linear, power_law) + 0.5
+        return made
+
+
+def to_xyz(primaries):
+    """The matrix from linear light with these chromaticities to XYZ, both with white at 1."""
+    x, y = np.reshape(primaries, (4, 2)).T
+    white, *colours = np.stack([x / y, np.ones(4), (1 - x - y) / y]).T
+    colours = np.stack(colours, axis=1)
+    return colours * np.linalg.solve(colours, white) / white[:, np.newaxis]
+
+
+def compressed(linear):
+    """Linear light (H, W, 3) of any strength within 0..1: colours whose strongest channel is below
+    a half keep it, and brighter ones approach 1, with the same hue."""
+    most = linear.max(axis=-1, keepdims=True)
+    fitting = np.where(most > 0.5, 1 - 0.5 * np.exp(-(most - 0.5) / 0.5), most)
+    return linear * (fitting / np.maximum(most, 1e-9))
+
+
+def declared_colours(scan):
+    """The Colours that a Scan's file declares by numbers, by a gamma, or by EXIF data; None for
+    those of sRGB, without a declaration, or if a profile counts. Of several declarations, the one
+    that comes first in the third edition of the PNG specification counts. Raises ArithmeticError if
+    they are unknown or impossible."""
+    info = scan.picture.info
+    if scan.cicp is not None and scan.cicp[:2] != (2, 2):  # 2: not specified
+        return from_cicp(*scan.cicp)
+    if "icc_profile" in info or "srgb" in info:
+        return None
+    if "gamma" in info:
+        gamma, primaries = info["gamma"], info.get("chromaticity", SRGB)
+        if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(primaries, SRGB, atol=0.005):
+            return None  # this is how programs declare sRGB
+        return Colours.of(lambda t: t ** (1 / gamma) if gamma > 0 else t * np.nan, primaries)
+    with contextlib.suppress(Exception):  # EXIF data can be damaged in any way
+        exif = scan.picture.getexif()
+        space = exif.get_ifd(0x8769).get(0xA001)
+        if space == 2 or space == 0xFFFF and exif.get_ifd(0xA005).get(1) == "R03":
+            return Colours.of(lambda t: t ** (563 / 256), ADOBE)
+    return None
+
+
+def from_cicp(primaries, transfer, is_full):
+    """The Colours of these numbers of H.273, or None for those of sRGB. Raises ArithmeticError."""
+    primaries, transfer = (1 if primaries == 2 else primaries), (13 if transfer == 2 else transfer)
+    if primaries not in PRIMARIES or transfer not in CURVES:
+        raise ArithmeticError(f"primaries {primaries} and transfer {transfer} are not supported")
+    curve = CURVES[transfer]
+    if curve is from_srgb and primaries == 1 and is_full:
+        return None
+    if not is_full:
+        return Colours.of(
+            lambda t: curve(np.clip((255 * t - 16) / 219, 0, 1)), PRIMARIES[primaries]
+        )
+    return Colours.of(curve, PRIMARIES[primaries], {16: "PQ", 18: "HLG"}.get(transfer))
+
+
+def from_matrix_profile(profile):
+    """The Colours of an ICC profile (bytes) that consists of curves and a matrix, or of one curve
+    for grey; None for any other. LittleCMS, as Pillow offers it, knows only 8 bits."""
+
+    def number(place):
+        return int.from_bytes(profile[place : place + 4], "big", signed=True) / 65536
+
+    count = int.from_bytes(profile[128:132], "big")
+    entries = (profile[132 + 12 * i : 144 + 12 * i] for i in range(min(count, 100)))
+    place = {entry[:4]: int.from_bytes(entry[4:8], "big") for entry in entries}
+    if b"A2B0" in place or profile[20:24] != b"XYZ ":
+        return None
+    if b"kTRC" in place:
+        return Colours(icc_curve(profile, place[b"kTRC"]), np.eye(3))
+    if not {b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"} <= place.keys():
+        return None
+    curves = [icc_curve(profile, place[name]) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    samples = np.linspace(0, 1, 64)
+    if not all(np.allclose(curve(samples), curves[0](samples), atol=1e-4) for curve in curves):
+        return None
+    columns = [
+        [number(place[name] + 8 + 4 * i) for i in range(3)] for name in (b"rXYZ", b"gXYZ", b"bXYZ")
+    ]
+    srgb_in_d50 = [
+        [0.43607, 0.38515, 0.14307],
+        [0.22249, 0.71687, 0.06061],
+        [0.01392, 0.09708, 0.7141],
+    ]
+    return Colours(curves[0], np.linalg.solve(srgb_in_d50, np.transpose(columns)))
+
+
+def icc_curve(profile, place):
+    """The curve at a `place` of an ICC profile, as a function."""
+    kind, count = profile[place : place + 4], int.from_bytes(profile[place + 8 : place + 12], "big")
+    if kind == b"curv":
+        table = np.frombuffer(profile, ">u2", count, place + 12) / 65535
+        if count > 1:
+            return lambda t: np.interp(t, np.linspace(0, 1, count), table)
+        gamma = table[0] * 65535 / 256 if count else 1.0
+        return lambda t: t**gamma
+    form = int.from_bytes(profile[place + 8 : place + 10], "big")
+    numbers = np.frombuffer(profile, ">i4", (1, 3, 4, 5, 7)[form], place + 12) / 65536
+    g, a, b, c, d, e, f = (*numbers, *np.zeros(7 - len(numbers)))
+    if form == 0:
+        return lambda t: t**g
+    if form < 3:
+        low = c if form == 2 else 0.0
+        return lambda t: np.where(a * t + b >= 0, np.maximum(a * t + b, 0) ** g + low, low)
+    return lambda t: np.where(t >= d, np.maximum(a * t + b, 0) ** g + e, c * t + f)
+
+
+def to_srgb(scan, path, remarks):
+    """A Scan as an 8-bit sRGB PIL picture, mode RGB, or RGBA if parts are transparent."""
     from PIL import Image, ImageCms
 
-    info, alpha = picture.info, None
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture)
-        grey = to_8_bits(values, path, remarks)
-        picture = Image.fromarray(255 - grey if info.get("white_is_zero") else grey)
-        if "transparency" in info:
-            alpha = Image.fromarray(np.uint8(255) * (values != info["transparency"]))
-    elif "transparency" in info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        alpha = picture.convert("RGBA").getchannel("A")
-    picture = picture.convert({"RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode))
-    picture = picture.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB"))
+    alpha, colours = alpha_of(scan, path, remarks), None
+    profile = scan.picture.info.get("icc_profile")
     try:
-        if "icc_profile" in info:
-            picture = from_profile(picture, info["icc_profile"])
-        elif "gamma" in info and "srgb" not in info:
-            picture = from_gamma(picture, info["gamma"], info.get("chromaticity"))
-    except (OSError, ImageCms.PyCMSError, ArithmeticError) as error:
-        remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
-    picture = picture.convert("RGB")
+        colours = declared_colours(scan)
+        if profile and scan.cicp is None and scan.values is not None:
+            colours = from_matrix_profile(profile)
+    except (ArithmeticError, ValueError, LookupError) as error:
+        remarks.append(f"{path}: its colour declaration is ignored ({one_line(error)})")
+    if colours and colours.hdr:
+        remarks.append(f"{path}: this is HDR ({colours.hdr}); its highlights are compressed")
+    is_declared = colours or profile or scan.cicp or "srgb" in scan.picture.info
+    limits = value_limits(scan, bool(is_declared), path, remarks)
+    if colours and limits and scan.values.shape[-1] != 4:
+        picture = Image.fromarray(colours.shown(scaled(scan, limits, np.uint16)))
+    elif colours:
+        pixels = np.asarray(eight_bits(scan, limits).convert("RGB"))
+        picture = Image.fromarray(colours.shown(pixels.astype(np.uint16) * 257))
+    else:
+        picture = eight_bits(scan, limits)
+        if profile and scan.cicp is None:
+            try:
+                picture = from_profile(picture, profile)
+            except (OSError, ImageCms.PyCMSError) as error:
+                remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
+        picture = picture.convert("RGB")
     if alpha is not None:
         picture.putalpha(alpha)
     return picture
+
+
+def alpha_of(scan, path, remarks):
+    """The opacity of a Scan as a PIL picture of mode L, or None. One that hides everything is
+    taken for a mistake."""
+    from PIL import Image
+
+    picture, key, alpha = scan.picture, scan.picture.info.get("transparency"), None
+    if scan.alpha is not None:
+        alpha = Image.fromarray(scan.alpha)
+    elif picture.mode.startswith(("I", "F")):
+        if key is not None:
+            alpha = Image.fromarray(np.uint8(255) * (np.asarray(picture) != key))
+    elif scan.has_alpha and (key is not None or picture.mode in WITH_ALPHA):
+        alpha = picture.convert("RGBA").getchannel("A")
+    if alpha is not None and alpha.getextrema()[1] == 0:
+        remarks.append(f"{path}: it is transparent everywhere; shown opaque")
+        return None
+    return alpha
+
+
+WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of PIL pictures
+
+
+def eight_bits(scan, limits):
+    """The colours of a Scan as an 8-bit PIL picture of mode L, RGB or CMYK. `limits` are those of
+    its values, if it has any."""
+    from PIL import Image
+
+    picture = scan.picture
+    is_whole = limits == (0, 65535) and picture.mode in ("RGB", "RGBA")  # Pillow's is right
+    if limits and not is_whole:
+        seen = scaled(scan, limits, np.uint8)
+        mode = {1: "L", 3: "RGB", 4: "CMYK"}[seen.shape[-1]]
+        picture = Image.frombytes(mode, seen.shape[1::-1], seen.tobytes())
+        if scan.is_premultiplied:
+            picture = picture if mode == "L" else picture.convert("RGB")
+            bands = [*picture.split(), Image.fromarray(scan.alpha)]
+            picture = Image.merge(picture.mode + "a", bands)
+    picture = picture.convert({"RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode))
+    return picture.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB"))
+
+
+def scaled(scan, limits, dtype):
+    """The values of a Scan from one of the `limits` to the other, as integers of a type's full
+    range."""
+    (low, high), top = limits, np.iinfo(dtype).max
+    if limits == (0, top) and scan.values.dtype == dtype:
+        made = scan.values
+    else:
+        values = np.nan_to_num(scan.values.astype(np.float64), nan=low, posinf=low, neginf=low)
+        made = np.clip((values - low) * (top / ((high - low) or 1)) + 0.5, 0, top).astype(dtype)
+    return top - made if scan.is_inverted else made
+
+
+def value_limits(scan, is_declared, path, remarks):
+    """(black, white) among the values of a Scan; None if it has none. A remark reports a guess.
+
+    What the file says counts. Otherwise integers of 16 bits have their type's range, and so have
+    all if the file declares their colours; without that they are taken for 10, 12 or 14 bits if
+    none is higher. All other numbers have the first of the ranges 0..1 (fractions only, of which a
+    few may overshoot it), 0..255 and 0..65535 that contains them, and that they make use of, or
+    else their own, from 0 if they are fractions up to 16.
+    """
+    values = scan.values
+    if values is None:
+        return None
+    finite = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    is_16, is_float = (
+        values.dtype.kind in "iu" and values.dtype.itemsize == 2,
+        values.dtype.kind == "f",
+    )
+    is_fraction = is_float and (high <= 1 or bool((finite % 1).any()))
+    if scan.white is not None and scan.white >= high:
+        return scan.black, scan.white
+    if is_fraction and (low >= 0 and high <= 1 or np.percentile(finite, 99) <= 1 and low > -1):
+        return 0, 1
+    top = np.iinfo(values.dtype).max if not is_float else high
+    if low >= 0 and not is_fraction and not is_16 and high <= 255:
+        return 0, 255
+    if low >= 0 and (is_16 or is_declared and not is_float):
+        depths = (2**bits - 1 for bits in ((10, 12, 14) if high > 255 else ()))
+        depth = top if is_declared else next((depth for depth in depths if high <= depth), top)
+        if depth == top and high <= 255 and not is_declared:
+            remarks.append(f"{path}: this is very dark: its values reach only {high:g} of {top}")
+        if depth == top:
+            return 0, top
+        low, high = 0, depth
+    elif low >= 0 and 32767 < high <= 65535:
+        return 0, 65535
+    elif is_fraction and low >= 0 and high <= 16:
+        low = 0
+    remarks.append(f"{path}: its values are taken as {low:g} (black) to {high:g} (white)")
+    return low, high
+
+
+def alpha_to_8_bits(values):
+    """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, posinf=1, neginf=0)
+        top = max(1, values.max())
+    else:
+        top = np.iinfo(values.dtype).max
+    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def from_profile(picture, profile):
@@ -445,79 +975,6 @@ def from_profile(picture, profile):
         if np.abs(shown.astype(int) - colours).max() <= 2:
             return picture
     return ImageCms.applyTransform(picture, transform)
-
-
-def from_gamma(picture, gamma, chromaticity):
-    """A PIL picture converted to sRGB from the gamma and the chromaticities of white, red, green
-    and blue (None: sRGB's) that its PNG states. Raises ArithmeticError if they are impossible."""
-    from PIL import Image
-
-    srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
-    chromaticity = srgb if chromaticity is None else chromaticity
-    if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(chromaticity, srgb, atol=0.005):
-        return picture  # this is how programs declare sRGB
-
-    def to_xyz(chromaticity):
-        x, y = np.reshape(chromaticity, (4, 2)).T
-        white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y]).T
-        primaries = np.stack(primaries, axis=1)
-        return primaries * np.linalg.solve(primaries, white) / white[:, np.newaxis]
-
-    with np.errstate(all="ignore"):
-        try:
-            matrix = np.linalg.solve(to_xyz(srgb), to_xyz(chromaticity))
-        except np.linalg.LinAlgError:
-            matrix = np.full((3, 3), np.nan)
-        curve = (np.arange(256) / 255) ** (1 / gamma) if gamma > 0 else np.full(256, np.nan)
-    if not (np.isfinite(matrix).all() and np.isfinite(curve).all()):
-        raise ArithmeticError("its gAMA and cHRM chunks make no sense")
-    pixels = np.array(picture.convert("RGB"))
-    for rows in np.array_split(pixels, -(-len(pixels) // 256)):  # to save memory
-        linear = np.clip(curve[rows] @ matrix.T, 0, 1)
-        power_law = 1.055 * linear ** (1 / 2.4) - 0.055
-        rows[...] = 255 * np.where(linear <= 0.0031308, 12.92 * linear, power_law) + 0.5
-    return Image.fromarray(pixels)
-
-
-def to_8_bits(values, path, remarks):
-    """A picture deeper than 8 bits, an array (H, W) or (H, W, C), as uint8.
-
-    Values that are 16-bit integers have the range 0..65535 (signed: 0..32767), or 0..4095 if they
-    appear to be 12-bit. Otherwise the range is the first of 0..1 (fractions only, and a few may
-    overshoot it), 0..255, 0..65535 and 0..maximum that contains the values. Fractions up to 16 also
-    have 0..maximum, and values of which some are negative have minimum..maximum. A guessed
-    range is reported in a remark.
-    """
-    sixteen_bits = values.dtype.itemsize == 2 and values.dtype.kind != "f"
-    is_float, is_signed = values.dtype.kind == "f", values.dtype.kind == "i"
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    is_fraction = bool((values % 1).any()) or is_float and high <= 1
-    tops = [32767 if is_signed else 65535] if sixteen_bits else [255, 65535, high]
-    top = next((top for top in tops if high <= top), high)
-    bottom = 0
-    if is_fraction and (low >= 0 and high <= 1 or np.percentile(values, 99) <= 1 and low > -1):
-        top = 1
-    elif is_fraction and low >= 0 and high <= 16:
-        top = high
-    elif low < 0:
-        bottom, top = low, high
-    elif sixteen_bits and 1023 < high <= 4095:
-        top = 4095
-    if bottom < 0 or top not in (1, 255, 65535):
-        remarks.append(f"{path}: its values are taken as {bottom:g} (black) to {top:g} (white)")
-    scaled = (values - bottom) * (255 / ((top - bottom) or 1))
-    return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
-
-
-def alpha_to_8_bits(values):
-    """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, posinf=1, neginf=0)
-        top = max(1, values.max())
-    else:
-        top = np.iinfo(values.dtype).max
-    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def to_picture(image, mean, rescale=False, depth=8):
@@ -2028,6 +2485,9 @@ def network_options(add):
         text=lambda size: "{}x{}".format(*size),
         help="tile size, HxW, or N for NxN; needed if the prototxt has none; a larger one gives "
         "more context to layers that accept any size (default: the prototxt's)")
+    add("--input_scale", metavar="S", type=number(float, above=0),
+        help="number by which the network's input is multiplied after the mean is subtracted, for "
+        "networks trained on scaled pictures (default: 1, or what a training prototxt says)")
     add("--gpu", metavar="N", type=gpu_numbers, free=True,
         idle=lambda o: o.gpu and o.scheduler and "--scheduler",
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
@@ -2410,16 +2870,20 @@ def stand_in_notice(asked, name):
 @dataclasses.dataclass(frozen=True)
 class NetworkFiles:
     """The name of a network and the paths of its files. `fit_classifier` is whether the classifier
-    takes its width from the weights; `mean` is the number to subtract from pixels; `guide` is the
-    guide of a run, a file in .npy format, uint8 (H, W, 3), and `guide_sha256` is its hash."""
+    takes its width from the weights; `mean` is the number to subtract from pixels, and `scale` the
+    one by which the network's input is then multiplied; `guide` is the guide of a run, a file in
+    .npy format, uint8 (H, W, 3), and `guide_sha256` is its hash. `notices` are lines for the user.
+    """
 
     deploy: str
     weights: str | None
     name: str = "network"
     fit_classifier: bool = False
     mean: float | None = None
+    scale: float = 1.0
     guide: str | None = None
     guide_sha256: str | None = None  # another run's guide may have the same path
+    notices: tuple = dataclasses.field(default=(), compare=False)
 
     def paths(self):
         """{field: path} of the files."""
@@ -2452,6 +2916,7 @@ def find_network(options):
         places = " or ".join(model.weights_places()[:-1])
         remedy = f"use --download_model {model.name}, or name its weights with --caffe_model"
         raise refusal("model", model.name, f"not installed at {places}; {remedy}")
+    files = as_in_training(files, options)
     if files.mean is not None:
         return files
     path = options.mean_image or find_in_caffe(f"python/caffe/{ILSVRC_MEAN}", ILSVRC_MEAN)
@@ -2460,6 +2925,27 @@ def find_network(options):
         remedy = f"name the file, or {how_to_install('pycaffe')}"
         raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
     return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
+
+
+def as_in_training(files, options):
+    """The NetworkFiles with scale and mean from the options or, if these leave them open, as a
+    training prototxt states them. Raises BadRequest."""
+    scale, mean, notices = options.input_scale, files.mean, []
+    found = {}
+    if options.deploy_txt and re.search(rb"\b(scale|mean_\w+)\s*:", read_bytes(files.deploy)):
+        found = in_a_worker(training_input, files.deploy)
+    if scale is None and "scale" in found:
+        scale = found["scale"]
+        notices.append(f"the network's input is scaled by {scale:g}, as {files.deploy} says")
+    if not options.mean_image and (path := found.get("mean_file")):
+        if os.path.isfile(path):
+            found["mean"] = read_mean(path)
+        else:
+            notices.append(f"{path}, named in {files.deploy}, does not exist; see --mean_image")
+    if not options.mean_image and "mean" in found:
+        mean = found["mean"]
+        notices.append(f"{mean:g} is subtracted from pixels, as {files.deploy} says")
+    return dataclasses.replace(files, mean=mean, scale=scale or 1.0, notices=tuple(notices))
 
 
 @contextlib.contextmanager
@@ -2644,8 +3130,8 @@ def download(model, url, check_structure):
                     raise RunFailed(f"{url}: {error}; try again, or use --model_url") from None
             if not has_known_hash(weights, model):
                 check_unknown(model, url, weights, check_structure)
-                os.replace(f"{weights}.checked", f"{place}.checked")
-            os.replace(weights, place)
+                put_in_place(f"{weights}.checked", f"{place}.checked")
+            put_in_place(weights, place)
     except OSError as error:
         remedy = "free some space, or set CNN_VIS_MODELS to another folder"
         raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
@@ -2719,34 +3205,51 @@ def parse_prototxt(path):
 
 def parse_net(text):
     """The text as a NetParameter. Unknown parameters are dropped from layers of types that this
-    Caffe lacks. Raises text_format.ParseError."""
+    Caffe lacks. Raises text_format.ParseError, whose message names the layer at fault."""
     from caffe.proto import caffe_pb2
     from google.protobuf import text_format
 
+    text = in_this_dialect(text)
     try:
         return text_format.Parse(text, caffe_pb2.NetParameter())
-    except text_format.ParseError as error:
+    except text_format.ParseError:
         known, net = set(import_caffe().layer_type_list()), caffe_pb2.NetParameter()
         for block in blocks(text):
             one = text_format.Parse(block, caffe_pb2.NetParameter(), allow_unknown_field=True)
-            if not one.layer or one.layer[0].type in known:
+            layer = next(iter([*one.layer, *one.layers]), None)
+            if not one.layer or layer.type in known:
                 try:
                     one = text_format.Parse(block, caffe_pb2.NetParameter())
-                except text_format.ParseError:
-                    raise error from None  # the first error has the right line number
+                except text_format.ParseError as error:
+                    where = f"layer {layer.name}: " if layer else ""
+                    raise text_format.ParseError(f"{where}{error}") from None
             net.MergeFrom(one)
         return net
 
 
+def in_this_dialect(text):
+    """The prototxt with the `ceil_mode` of other Caffes as this one's `round_mode`."""
+    from caffe.proto import caffe_pb2
+
+    if "ceil_mode" in caffe_pb2.PoolingParameter.DESCRIPTOR.fields_by_name:
+        return text
+
+    def translated(found):
+        return f"round_mode: {'CEIL' if found[1].lower() in ('true', 't', '1') else 'FLOOR'}"
+
+    return re.sub(r"\bceil_mode\s*:\s*(\w+)", translated, text)
+
+
 def blocks(text):
-    """Cuts a prototxt after every brace that closes an outermost block; yields the pieces."""
+    """Cuts a prototxt after every brace that closes an outermost block; yields the pieces, each
+    after as many empty lines as there are lines before it, so that errors have the right line."""
     depth, begun = 0, 0
     for token in re.finditer(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|#[^\n]*|[{}]", text):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if token[0] == "}" and depth == 0:
-            yield text[begun : token.end()]
+            yield "\n" * text.count("\n", 0, begun) + text[begun : token.end()]
             begun = token.end()
-    yield text[begun:]
+    yield "\n" * text.count("\n", 0, begun) + text[begun:]
 
 
 def upgraded(net):
@@ -2823,16 +3326,21 @@ def data_layers(net):
     return [layer for layer in sources if layer.type not in others]
 
 
-def picture_shape(layer):
-    """The (channels, height, width) of the pictures that a data layer reads; height and width are 0
-    if it does not state them."""
-    own = {
+def data_param(layer):
+    """The parameters of a data layer's own type, or None."""
+    return {
         "Data": layer.data_param,
         "DummyData": layer.dummy_data_param,
         "ImageData": layer.image_data_param,
         "MemoryData": layer.memory_data_param,
         "WindowData": layer.window_data_param,
     }.get(layer.type)
+
+
+def picture_shape(layer):
+    """The (channels, height, width) of the pictures that a data layer reads; height and width are 0
+    if it does not state them."""
+    own = data_param(layer)
     if layer.type == "MemoryData":
         return own.channels, own.height, own.width
     if layer.type == "DummyData":
@@ -2866,6 +3374,26 @@ def take_inputs(net):
         net.ClearField(name)
     inputs = {blob: (1, *shape[1:]) if shape else (1, 3, 0, 0) for blob, shape in inputs.items()}
     return inputs, reading, labels
+
+
+def training_input(path):
+    """Task: what the data layer of the training prototxt `path` does to pictures, a dict with some
+    of "scale", by which they are multiplied; "mean", the mean of what is subtracted from their
+    channels before that; and "mean_file", where it is stored instead. Raises BadRequest."""
+    net = parse_prototxt(path)
+    net = upgraded(net) if net.layers else net
+    keep_test_layers(net)
+    found = {}
+    for layer in data_layers(net)[:1]:
+        own, new = data_param(layer), layer.transform_param  # the older place, and today's
+        scale = new.scale if new.HasField("scale") else getattr(own, "scale", 1)
+        if scale > 0 and scale != 1:
+            found["scale"] = float(f"{scale:.7g}")  # a float32, as it was written
+        if new.mean_value:
+            found["mean"] = sum(new.mean_value) / len(new.mean_value)
+        elif mean_file := new.mean_file or getattr(own, "mean_file", ""):
+            found["mean_file"] = mean_file
+    return found
 
 
 NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # layer types without a gradient
@@ -3063,14 +3591,14 @@ def wire_fields(data):
 
 def wire_shape(blob):
     """The shape of a BlobProto in wire format. In the older format it always has four axes, padded
-    with leading ones."""
-    older = dict.fromkeys((1, 2, 3, 4), 0)
+    with leading ones. A blob that says nothing about its shape has no axes: it is one number."""
+    older = {}
     for number, value in wire_fields(blob):
         if number == 7:
             return tuple(wire_integers(value))
-        if number in older:
+        if number in (1, 2, 3, 4):
             older[number] = value
-    return tuple(older.values())
+    return tuple(older.get(number, 0) for number in (1, 2, 3, 4)) if older else ()
 
 
 def wire_integers(shape):
@@ -3115,7 +3643,10 @@ def read_weights(path):
                 return {}
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             fields = wire_fields(data)
-            return dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
+            layers = dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
+            if not layers and extension_of(path) in FOREIGN:
+                raise ValueError("it has no layers")
+            return layers
     except OSError as error:
         problem = f"{error.strerror}; make it readable, or use another file"
         raise refusal("caffe_model", path, problem) from None
@@ -3123,11 +3654,28 @@ def read_weights(path):
         reason = one_line(error) if isinstance(error, ValueError) else "it is in another format"
         problem = f"cannot be read as Caffe weights ({reason})"
         remedy = "use a complete .caffemodel; was the download cut short?"
+        if foreign := FOREIGN.get(extension_of(path)):
+            problem, remedy = f"these are {foreign}, not Caffe's", "use a .caffemodel"
         raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
 
 
 WEB_PAGE = "this is a web page, not weights; download the file itself"
+FOREIGN = {  # by the ending of a file that is not Caffe's
+    ".h5": "Keras weights",
+    ".keras": "Keras weights",
+    ".onnx": "ONNX weights",
+    ".pb": "TensorFlow weights",
+    ".pt": "PyTorch weights",
+    ".pth": "PyTorch weights",
+    ".safetensors": "safetensors weights",
+    ".t7": "Torch weights",
+    ".tflite": "TensorFlow Lite weights",
+}
+ANOTHER_PROGRAM = "these are another program's weights; use a .caffemodel"
 NOT_WEIGHTS = {  # how a file starts, in lower case: what it is, and the remedy
+    b"pk\3\4": ANOTHER_PROGRAM,  # PyTorch, Keras
+    b"\x80\2": ANOTHER_PROGRAM,  # pickles, as of PyTorch
+    b"\x80\4": ANOTHER_PROGRAM,
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
     b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
     **dict.fromkeys(HTML, WEB_PAGE),
@@ -3477,7 +4025,8 @@ class Network:
             activations = self._activations()
             parts = ([a[i : i + 1] for a in activations] for i in range(len(batch)))
             losses = [loss(targets, part) for part in parts]
-        return read_only(self._input, "diff"), losses
+        gradient, scale = read_only(self._input, "diff"), self._spec.files.scale
+        return gradient if scale == 1 else gradient * np.float32(scale), losses
 
     def activations(self, batch):
         """The activations of each target for the tiles `batch`: a list of arrays, float32
@@ -3492,8 +4041,18 @@ class Network:
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
-        self._input.data[...] = batch
+        scale = self._spec.files.scale
+        self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
         self._net.forward()
+
+    def run_by_layer(self):
+        """Runs each layer forward, then each backward, and prints its name before."""
+        layers = [*zip(itertools.count(), self._net._layer_names, self._net.layers)]
+        passes = {self._net._forward: layers, self._net._backward: layers[::-1]}
+        for run, order in passes.items():
+            for number, name, layer in order:
+                print(f"{THIS_LAYER}{name} ({layer.type})", flush=True)
+                run(number, number)
 
 
 def find_channels(spec, settings, picture, mask, mean, scratch=None):
@@ -3645,24 +4204,31 @@ def map_memory(pid, descriptor, shape):
 attach = functools.cache(map_memory)  # a worker has only one shared memory
 
 
-def describe(spec, batch_size=None, share=1):
-    """Task: (tile_size, target_shapes, batch size, notices) of the network, after a trial: it
-    allocates the memory it needs, and if it is going to fail, it fails now. On a GPU the default
-    batch size is what fits in memory; `share` processes share each GPU, and try it together."""
-    try:
-        network = load_network(spec)
-        network.gradients(np.zeros((1, 3, *network.tile_size), np.float32))
-        if together is not None:
-            together.wait()
-            batch_size = batch_size or network.batch_for_memory(share)
-            check_batch(batch_size, 1, network.tile_size)
-            together.wait()
-            network.gradients(np.zeros((batch_size, 3, *network.tile_size), np.float32))
-    except BaseException:
-        if together is not None:
-            together.abort()
-        raise
-    return network.tile_size, network.target_shapes, batch_size, network.notices
+def describe(spec):
+    """Task: (tile_size, target_shapes, notices) of the network, after a trial with one tile: it
+    allocates the memory it needs, and if it is going to fail, it fails now."""
+    network = load_network(spec)
+    try_batch(spec, 1)
+    return network.tile_size, network.target_shapes, network.notices
+
+
+def try_batch(spec, count):
+    """Task: tries the network with `count` tiles."""
+    network = load_network(spec)
+    network.gradients(np.zeros((count, 3, *network.tile_size), np.float32))
+
+
+def run_by_layer(spec):
+    """Task: Network.run_by_layer, to find the layer that ends the process."""
+    load_network(spec).run_by_layer()
+
+
+THIS_LAYER = "cnn_vis runs layer "  # what it prints, before the name
+
+
+def batch_for_memory(spec, share):
+    """Task: Network.batch_for_memory for the worker's network."""
+    return load_network(spec).batch_for_memory(share)
 
 
 def check_batch(batch_size, slots, tile_size):
@@ -3671,9 +4237,6 @@ def check_batch(batch_size, slots, tile_size):
     if needed > free_memory():
         problem = f"needs {needed / 1e9:.1f} GB of memory for tiles and gradients"
         raise refusal("batch_size", batch_size, f"{problem}; use a smaller one")
-
-
-together = None  # in a GPU worker: a barrier for all workers
 
 
 def compute_slot(spec, memory, slot, count, measure):
@@ -3710,22 +4273,33 @@ def visible_gpu(number):
     return visible.split(",")[number].strip() if visible else str(number)
 
 
-def cgroup_folders():
-    """Yields the folders with this process's limits: its cgroup (version 2) and its parents."""
+CGROUPS = "/sys/fs/cgroup"
+
+
+def cgroup_folders(controller):
+    """Yields the folders with this process's limits by a controller, "cpu" or "memory": those of
+    its cgroup and its parents, of version 1 and version 2."""
     with contextlib.suppress(OSError):
-        path = re.search(r"^0::/(.*)$", read_text("/proc/self/cgroup"), re.MULTILINE)
-        parts = path[1].split("/") if path else []
-        for depth in range(len(parts), -1, -1):
-            yield os.path.join("/sys/fs/cgroup", *parts[:depth])
+        places = {"": "/", controller: "/"}
+        for line in read_text("/proc/self/cgroup").splitlines():
+            _, together, path = line.split(":", 2)  # version 2's line names no controllers
+            if {"", controller}.intersection(together.split(",")):
+                places |= {together: path, together and controller: path}
+        for name, path in places.items():
+            parts = path.strip("/").split("/")
+            for depth in range(len(parts), -1, -1):
+                yield os.path.join(CGROUPS, name, *parts[:depth])
 
 
 def count_cores():
     """The number of cores that this process may use, given its affinity and cgroup quotas."""
     cores = len(os.sched_getaffinity(0))
-    for folder in cgroup_folders():
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = read_text(f"{folder}/cpu.max").split()
-            cores = min(cores, max(1, int(quota) // int(period)))
+    for folder in cgroup_folders("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):
+                texts = (read_text(f"{folder}/{name}") for name in names)
+                quota, period = map(int, " ".join(texts).split())  # "max" is not a number
+                cores = min(cores, max(1, quota // period)) if quota > 0 else cores
     return cores
 
 
@@ -3735,13 +4309,15 @@ def free_memory():
     with contextlib.suppress(OSError):
         available = re.findall(r"MemAvailable: *(\d+) kB", read_text("/proc/meminfo"))
         free += [1024 * int(kilobytes) for kilobytes in available]
-    for folder in cgroup_folders():
-        with contextlib.suppress(OSError, ValueError):
-            files = (f"{folder}/memory.{name}" for name in ("max", "current", "stat"))
-            limit, current, stat = map(read_text, files)
-            # Cached files count as used, but that memory is freed on demand.
-            cached = re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE)
-            free.append(int(limit) - int(current) + sum(map(int, cached)))
+    for folder in cgroup_folders("memory"):
+        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int(read_text(f"{folder}/memory.{name}")) for name in names)
+                # Cached files count as used, but that memory is freed on demand.
+                stat = read_text(f"{folder}/memory.stat")
+                cached = dict(line.split() for line in stat.splitlines())
+                name = "inactive_file" if names[0] == "max" else "total_inactive_file"
+                free.append(limit - used + int(cached.get(name, 0)))
     return max(0, min(free))
 
 
@@ -3751,20 +4327,15 @@ def read_text(path):
         return file.read()
 
 
+def read_bytes(path):
+    """The content of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+# Workers' BLAS has one thread: processes scale much better than threads, and sums then do not
+# depend on the number of workers.
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-
-
-@contextlib.contextmanager
-def one_thread_each():
-    """While processes are started: limits their BLAS to one thread. Processes scale much better
-    than threads, and sums then do not depend on the number of workers."""
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(ONE_THREAD)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextlib.contextmanager
@@ -3787,32 +4358,99 @@ def signals_held_back():
             signal.raise_signal(number)
 
 
-def end_with_parent():
-    """Ends this process when its parent has ended, for whatever reason."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+# What a worker does first. It imports this file under the name that pickles use, and sees exactly
+# the folders that the main process imports from: neither its main script nor, as "python -c"
+# otherwise would, files of the current folder that are named like modules.
+BOOTSTRAP = (
+    "import sys; sys.path[:] = sys.argv[5:]; import importlib.util as util, multiprocessing; "
+    "spec = util.spec_from_file_location(*sys.argv[3:5]); "
+    "sys.modules[spec.name] = module = util.module_from_spec(spec); "
+    "spec.loader.exec_module(module); module.serve(*map(int, sys.argv[1:3]))"
+)
 
 
-def start_worker(output, gpus, barrier, memory):
-    """Turns a new process into a worker: its output goes to the pipe `output`, it ignores Ctrl-C,
-    it sees only its own GPU, and on the CPU a bad file cannot make it use more than `memory` bytes.
-    """
-    global together
-    together = barrier
+def serve(descriptor, memory):
+    """The life of a worker: runs tasks that come through a socket, until that is closed. A bad file
+    cannot make it use more than `memory` bytes; 0: as many as it likes."""
+    if __name__ == "__mp_main__":  # what pickles of the script itself call it
+        sys.modules["__main__"] = sys.modules[__name__]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get() if gpus is not None else ""
-    if gpus is None and math.isfinite(memory):
+    threading.Thread(target=end_with_parent, args=[descriptor], daemon=True).start()
+    if memory:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = int(memory) if hard == resource.RLIM_INFINITY else min(int(memory), hard)
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    parent = multiprocessing.connection.Connection(descriptor)
+    while True:
+        task, arguments = parent.recv()
+        try:
+            answer = True, task(*arguments)
+        except Exception as error:
+            answer = False, error
+        parent.send(answer)
+
+
+def end_with_parent(descriptor):
+    """Ends this process as soon as the other end of its socket is closed, for whatever reason."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # reports only that
+    poll.poll()
+    os._exit(0)
+
+
+class WorkerDied(Exception):
+    """A worker's process has ended, in the middle of a task or before it."""
+
+
+class Worker:
+    """A process that runs tasks, one at a time; it sees one GPU, or none if `gpu` is None. Its
+    output goes to the descriptor `log`; `memory` is as for `serve`. Raises OSError."""
+
+    def __init__(self, log, gpu, memory):
+        self._connection, there = multiprocessing.Pipe()
+        # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
+        visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
+        name = "__mp_main__" if __name__ == "__main__" else __name__
+        words = (str(there.fileno()), str(memory), name, os.path.abspath(__file__), *sys.path)
+        with there:
+            self._process = subprocess.Popen(
+                [multiprocessing.spawn.get_executable(), "-c", BOOTSTRAP, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[there.fileno()],
+                env=os.environ | ONE_THREAD | visible,
+            )
+
+    def run(self, task, *arguments):
+        """Returns task(*arguments). Raises what the task raises, and WorkerDied."""
+        try:
+            self._connection.send((task, arguments))
+            is_done, answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerDied from None
+        if not is_done:
+            raise answer
+        return answer
+
+    def end(self):
+        """Ends the process, which must have no task."""
+        self._connection.close()
+        self._process.wait()
+
+    def kill(self):
+        """Kills the process; returns the exit status that it has, negative for a signal's."""
+        self._process.kill()
+        return self._process.wait()
 
 
 class CaffeStopped(RunFailed):
-    """Caffe ended its process; the message says why."""
+    """Caffe ended its process; the message says why. `layer` is the layer that run_by_layer had
+    reached, or None."""
+
+    def __init__(self, message, layer=None):
+        super().__init__(message)
+        self.layer = layer
 
 
 class GpuFailed(RunFailed):
@@ -3831,7 +4469,7 @@ GPU_ERRORS = {  # by CUDA error number
 
 def check_log(text):
     """Raises CaffeStopped, GpuFailed or OutOfMemory if a worker's log shows that Caffe ended it."""
-    if "std::bad_alloc" in text:
+    if "std::bad_alloc" in text or re.search("^MemoryError", text, re.MULTILINE):
         raise OutOfMemory("Caffe stopped: ")
     fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", text, re.MULTILINE)
     cuda = fatal and re.search(r"cudaSuccess \((\d+) vs\. 0\) (.*)|.*(CU\w+_STATUS_\w+)", fatal[1])
@@ -3840,47 +4478,55 @@ def check_log(text):
         other = f"{one_line(cuda[2] or cuda[3])}; if it happens again, use --gpu -1 for the CPU"
         raise GpuFailed(f"the GPU failed: {GPU_ERRORS.get(number, other)}")
     if fatal:
-        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
+        layers = re.findall(f"^{THIS_LAYER}(.*)", text, re.MULTILINE)
+        layer = layers[-1] if layers else None
+        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}", layer)
 
 
 @contextlib.contextmanager
 def system_limits():
-    """Within this context, an OSError when processes are started becomes a RunFailed."""
+    """Within this context, what prevents processes or threads from starting becomes a RunFailed."""
     try:
         yield
-    except OSError as error:
-        needs = "they need some space in /dev/shm, and open files (see ulimit -n)"
-        raise RunFailed(f"workers cannot be started ({error.strerror}); {needs}") from None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        limits = "see ulimit -n, for open files, and ulimit -u, for processes"
+        raise RunFailed(f"workers cannot be started ({reason}); {limits}") from None
 
 
 class CaffeProcesses:
     """Processes that run tasks with Caffe; a context manager. There is one for each entry of
-    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. If one is killed from
-    outside, all are restarted."""
+    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. If one dies, all are
+    restarted."""
 
     MAX_RESTARTS = 3
 
     def __init__(self, number=1, gpus=()):
-        self.number, self.gpus = len(gpus) or number, gpus
-        self._context = multiprocessing.get_context("spawn")
+        self.number, self.gpus, self.restarts = len(gpus) or number, gpus, 0
         with system_limits():
-            self._log, self._log_end = self._context.Pipe(duplex=False)
-        os.set_blocking(self._log_end.fileno(), False)  # a full log must not hold a worker up
-        self.restarts = 0
+            self._log, self._log_end = os.pipe()
+        for end in (self._log, self._log_end):
+            os.set_blocking(end, False)  # a full log must not hold a worker up
+        # A thread for each process waits for it: that is all it takes to see it die.
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.number)
+        if not os.path.isdir("/proc/self/fd"):
+            raise BadRequest("Caffe's processes need /proc; run: mount -t proc proc /proc")
         self.start()
 
     def start(self):
-        """Makes the executor; processes start with the first tasks. Raises RunFailed."""
-        # The executor's queues start multiprocessing's resource tracker, a process.
-        with system_limits(), signals_held_back():
-            gpus = self._context.SimpleQueue() if self.gpus else None
-            for gpu in self.gpus:
-                gpus.put(visible_gpu(gpu))
-            barrier = self._context.Barrier(self.number) if self.gpus else None
-            arguments = (self._log_end, gpus, barrier, free_memory())
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                self.number, self._context, start_worker, arguments
-            )
+        """Starts the processes. Raises RunFailed."""
+        self._workers, self._idle = [], queue.SimpleQueue()
+        try:
+            with system_limits(), signals_held_back():
+                free = free_memory()
+                memory = 0 if self.gpus or not math.isfinite(free) else max(1, int(free))
+                for gpu in self.gpus or [None] * self.number:
+                    self._workers.append(Worker(self._log_end, gpu, memory))
+        except BaseException:
+            self._kill()
+            raise
+        for worker in self._workers:
+            self._idle.put(worker)
 
     def __enter__(self):
         return self
@@ -3888,47 +4534,62 @@ class CaffeProcesses:
     def __exit__(self, kind, *_):
         if kind is Stopped:
             self._kill()
-        self.end()
-        self._log.close()
-        self._log_end.close()
+        self._threads.shutdown(cancel_futures=True)  # waits for tasks that have started
+        for worker in self._workers:
+            worker.end()
+        os.close(self._log)
+        os.close(self._log_end)
 
-    def _there(self):
-        """The processes that have been started."""
-        return list((self._executor._processes or {}).values())
-
-    def _kill(self):  # from Python 3.14 on the executor has kill_workers() for this
-        for process in self._there():
-            process.kill()
-
-    def end(self):
-        """Waits for the processes to end; tasks that have not started are dropped."""
-        self._executor.shutdown(cancel_futures=True)
+    def _kill(self):
+        """Kills the processes; returns their exit statuses."""
+        return [worker.kill() for worker in self._workers]
 
     def submit(self, task, *arguments):
-        """Submits a task, which may start a process; returns the task's future."""
+        """Submits a task; returns its future. That raises WorkerDied if the process that has the
+        task dies; then call `restart`, and submit it again."""
+        with system_limits(), signals_held_back():
+            return self._threads.submit(self._run, task, *arguments)
+
+    def _run(self, task, *arguments):
+        idle = self._idle  # restart() makes another one
+        worker = idle.get()
         try:
-            with system_limits(), signals_held_back(), one_thread_each():
-                return self._executor.submit(task, *arguments)
-        except concurrent.futures.BrokenExecutor as error:  # raised by result()
-            future = concurrent.futures.Future()
-            future.set_exception(error)
-            return future
+            return worker.run(task, *arguments)
+        finally:
+            idle.put(worker)
+
+    def on_each(self, task, *arguments):
+        """The results of a task that every process runs once. No other may be under way. Raises
+        what the task raises, and WorkerDied."""
+        with system_limits(), signals_held_back():
+            futures = [self._threads.submit(w.run, task, *arguments) for w in self._workers]
+        concurrent.futures.wait(futures)
+        return [future.result() for future in futures]
 
     def restart(self):
         """Restarts the processes after one has died. Raises what check_log raises if Caffe ended
-        it, and RunFailed after too many deaths."""
-        text = b""
-        while self._log.poll():
-            text += os.read(self._log.fileno(), 1 << 16)
-        check_log(text.decode(errors="replace"))
+        it, RunFailed if it could not even start, and RunFailed after too many deaths."""
+        statuses, text = self._kill(), self._read_log()
+        check_log(text)
+        if max(statuses) > 0:
+            python = os.fsdecode(multiprocessing.spawn.get_executable())
+            last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]
+            raise RunFailed(f"{python} cannot run the workers: {one_line(last)[:300]}")
         self.restarts += 1
         if self.restarts > self.MAX_RESTARTS:
             remedy = "use smaller sizes" if self.gpus else "use fewer --workers, or smaller sizes"
             raise RunFailed(
                 f"workers were killed {self.restarts} times, possibly out of memory; {remedy}"
             )
-        self.end()
         self.start()
+
+    def _read_log(self):
+        """What the processes have printed since the last call."""
+        text = b""
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(self._log, 1 << 16):
+                text += block
+        return text.decode(errors="replace")
 
     def call(self, task, *arguments):
         """Returns task(*arguments), run in one of the processes. Raises what the task and
@@ -3936,36 +4597,8 @@ class CaffeProcesses:
         while True:
             try:
                 return self.submit(task, *arguments).result()
-            except concurrent.futures.BrokenExecutor:
+            except WorkerDied:
                 self.restart()
-
-    def _see_deaths(self, futures):
-        """Waits for tasks that wait for one another; if a process dies, kills the others. The
-        executor alone might not notice the death of the process that it started last."""
-        from multiprocessing import connection
-
-        while concurrent.futures.wait(futures, timeout=0.2).not_done:
-            if connection.wait([process.sentinel for process in self._there()], 0):
-                self._kill()
-
-    def call_together(self, task, *arguments):
-        """The results of a task that every process runs once; they wait for one another at the
-        barrier `together`."""
-        while True:
-            try:
-                futures = [self.submit(task, *arguments) for _ in range(self.number)]
-            except RunFailed:
-                self._kill()  # those already started would wait forever
-                raise
-            self._see_deaths(futures)
-            errors = [future.exception() for future in futures]
-            if any(isinstance(error, concurrent.futures.BrokenExecutor) for error in errors):
-                self.restart()
-                continue
-            for error in errors:
-                if error and not isinstance(error, threading.BrokenBarrierError):
-                    raise error
-            return [future.result() for future in futures]
 
 
 def in_a_worker(task, *arguments):
@@ -4032,34 +4665,58 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            if self.gpus:
-                arguments = (self.spec, self._batch_size, self._each)
-                found = self.processes.call_together(describe, *arguments)
-            else:  # one result is enough; meanwhile the others load the network too
-                for _ in range(self._cpu_number - 1):
-                    self.processes.submit(describe, self.spec)
-                found = [self.processes.call(describe, self.spec)]
+            while True:
+                try:
+                    found = self._described()
+                    break
+                except WorkerDied:
+                    self.processes.restart()
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
-                layers = " + ".join(target.layer for target in self.spec.targets)
-                problem = "Caffe cannot compute a gradient for this layer"
-                raise refusal("layer", layers, f"{problem}; {ANOTHER_LAYER}") from None
+                raise self._not_implemented() from None
             if self.spec.input_size:
                 problem = f"the network cannot use this size ({error}); drop the option"
                 raise input_size_refusal(self.spec.input_size, problem) from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
-        self.tile_size, self.target_shapes, _, notices = found[0]
+        self.tile_size, self.target_shapes, notices = found
         self.notices += notices
-        # On the CPU, batches would not help, and a sum might depend on the other tiles of one.
-        self.batch_size = min(size for _, _, size, _ in found) if self.gpus else 1
+
+    def _not_implemented(self):
+        """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
+        layers, culprit = " + ".join(target.layer for target in self.spec.targets), "this layer"
+        try:
+            with CaffeProcesses(1, self.gpus[:1]) as processes:
+                processes.call(run_by_layer, self.spec)
+        except CaffeStopped as error:
+            culprit = error.layer or culprit
+        problem = f"Caffe cannot compute a gradient for {culprit}"
+        return refusal("layer", layers, f"{problem}; {ANOTHER_LAYER}")
+
+    def _described(self):
+        """What `describe` found. Finds the batch size. Raises what a task raises, WorkerDied."""
+        if not self.gpus:
+            # Batches would not help, and a sum might depend on the other tiles of one.
+            self.batch_size = 1
+            for _ in range(self._cpu_number - 1):  # the others load the network meanwhile
+                self.processes.submit(describe, self.spec)
+            return self.processes.submit(describe, self.spec).result()
+        found = self.processes.on_each(describe, self.spec)[0]
+        fitting = self.processes.on_each(batch_for_memory, self.spec, self._each)
+        self.batch_size = self._batch_size or min(fitting)
+        check_batch(self.batch_size, 1, found[0])
+        self.processes.on_each(try_batch, self.spec, self.batch_size)
+        return found
 
     def _map_slots(self):
         """Makes two slots for each worker, one being computed and one to do next, and a spare."""
         slots = 2 * self.processes.number + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
-        os.truncate(self._memory_file, 4 * math.prod(shape))
+        try:
+            os.truncate(self._memory_file, 4 * math.prod(shape))
+        except OSError as error:
+            raise RunFailed(f"memory shared with workers: {one_line(error)}") from None
         self._memory = (os.getpid(), self._memory_file, shape)
         self._slots = map_memory(*self._memory)
         self._free = list(range(slots))
@@ -4087,7 +4744,7 @@ class Workers(Engine):
             try:
                 losses = future.result()
                 break
-            except concurrent.futures.BrokenExecutor:
+            except WorkerDied:
                 self.processes.restart()
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
@@ -4275,12 +4932,10 @@ def keep_part(sha256, sender, data, is_first, is_last):
     try:
         with open(part, "wb" if is_first else "ab") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         if is_last and sha256_of(part) != sha256:
             raise OSError("it was damaged in transit")
         if is_last:
-            os.replace(part, path)
+            put_in_place(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(part)
@@ -4297,7 +4952,6 @@ class Loan:
     def __init__(self, run, spec, threads):
         self._run, self._lock, self._has_ended = run, threading.Lock(), False
         self._users, self._last = 0, time.monotonic()
-        multiprocessing.current_process().daemon = False  # daemons cannot start processes
         self._workers = Workers(spec, threads)
         try:
             self._workers.describe()
@@ -4731,21 +5385,62 @@ def whole_file(path, name=None):
     file `name`."""
     try:
         place = os.path.realpath(path)
-        part = part_name(place, os.getpid())
-        try:
-            with open(part, "w+b", buffering=0) as raw, Undescribed(raw) as file:
-                yield file
-                with contextlib.suppress(FileNotFoundError):
-                    os.fchmod(raw.fileno(), stat.S_IMODE(os.stat(place).st_mode))
-                file.flush()
-                os.fsync(raw.fileno())
-            os.replace(part, place)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(part)
+        with open_part(place) as raw:
+            try:
+                with Undescribed(raw) as file:
+                    yield file
+                put_in_place(raw.name, place)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(raw.name)
     except OSError as error:
         problem = f"cannot be written ({one_line(error)}); an existing file is unchanged"
         raise RunFailed(f"{name or path}: {problem}") from None
+
+
+def open_part(place):
+    """A new file, unbuffered, for put_in_place: beside `place`, or in the temporary folder if
+    `place` exists in a folder that cannot be written."""
+    try:
+        return open(part_name(place, os.getpid()), "w+b", buffering=0)
+    except OSError:
+        if not os.path.isfile(place):
+            raise
+        descriptor, part = tempfile.mkstemp(suffix=".part")
+        os.close(descriptor)
+        return open(part, "w+b", buffering=0)
+
+
+def put_in_place(part, place):
+    """Moves the complete file `part` to `place`, which it replaces as a whole once its content is
+    on disk. Some files can be written but not replaced: one that is mounted into a container, or
+    another user's in a sticky folder. They are overwritten; if that is interrupted, they are
+    damaged. Raises OSError."""
+    with open(part, "r+b") as file:
+        with contextlib.suppress(OSError):  # no file to replace, or a file system without modes
+            os.fchmod(file.fileno(), stat.S_IMODE(os.stat(place).st_mode))
+        to_disk(file)
+    try:
+        os.replace(part, place)
+    except OSError:
+        if not os.path.isfile(place):
+            raise
+        with open(part, "rb") as source, open(place, "r+b") as target:
+            size = os.fstat(source.fileno()).st_size
+            os.posix_fallocate(target.fileno(), 0, max(1, size))  # fails before anything is lost
+            shutil.copyfileobj(source, target)
+            target.truncate()
+            to_disk(target)
+
+
+def to_disk(file):
+    """Waits until what was written to an open file is on disk, if its file system can tell."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def part_name(path, pid):
@@ -4822,13 +5517,17 @@ class Files:
 
     def set_aside(self):
         """Renames the checkpoint of an earlier run, if there is one and this run does not continue
-        it; returns the new name, or None."""
+        it; returns the new name, or None. Raises BadRequest."""
         path, resumed = self.checkpoint, self.resumed
         if not os.path.exists(path) or (resumed and os.path.samefile(path, resumed)):
             return None
         names = (f"{path}.old{n}" for n in itertools.count(1))
         old = next(name for name in names if not os.path.exists(name))
-        os.replace(path, old)
+        try:
+            os.replace(path, old)
+        except OSError as error:
+            problem = f"{path}, of another run, cannot be renamed ({error.strerror})"
+            raise refusal("output", self.picture, f"{problem}; choose another name") from None
         return old
 
     def hint(self):
@@ -4905,12 +5604,21 @@ def check_output(option, path):
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name)  # fails if the name is too long, or links form a loop
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
+        if os.path.exists(path):
+            with open(path, "r+b"):
+                pass
+        else:
+            try_folder(folder)
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror}); use another path") from None
     if option == "stats":
         check_table(path)
+
+
+def try_folder(folder):
+    """Raises OSError if no file can be written in the folder."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
 
 
 def check_table(path):
@@ -5016,6 +5724,8 @@ def make_record(options, settings, network, sizes, earlier=None):
     chose; what identifies the network and the input pictures; the layer as requested; the sizes
     and the seed. If the run is resumed, `earlier` is its earlier record."""
     found = {"seed": settings.seed, "target_layer": settings.target_layer}
+    if network.scale != 1:
+        found["input_scale"] = network.scale
     if network.name in MODELS:
         found["model"] = network.name
     return {
@@ -6376,6 +7086,14 @@ def plan_outputs(options, files, watchers):
         if problem:
             problem = f"the run needs to write {path}, but that is {problem}; choose another name"
             raise refusal("output", files.picture, problem)
+    try:
+        others = [path for path in outputs[1:] if not os.path.exists(path)]
+        if others or options.checkpoint_iter != 0 or "save" in options.iter_behavior:
+            try_folder(os.path.dirname(os.path.realpath(files.picture)))
+    except OSError as error:
+        problem = f"its folder, where the run saves more, cannot be written ({error.strerror})"
+        remedy = "add --checkpoint_iter 0 --iter_behavior none, or choose another name"
+        raise refusal("output", files.picture, f"{problem}; {remedy}") from None
     return outputs
 
 
@@ -6601,9 +7319,9 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
 
 
 def plan_batch(options):
-    """The options of each picture, in order, if `options` ask for several or their output name is
-    a template; otherwise None. Raises BadRequest."""
-    images, layers = [], listed(options.target_layer)
+    """(the options of each picture, in order, if `options` ask for several or their output name is
+    a template, otherwise None; a list of notices). Raises BadRequest."""
+    images, layers, notices = [], listed(options.target_layer), []
     output = options.output_file
     for path in listed(options.initial_image):
         is_folder = path and os.path.isdir(path)
@@ -6613,7 +7331,10 @@ def plan_batch(options):
         if is_folder and os.path.realpath(path) == os.path.realpath(os.path.dirname(output) or "."):
             problem = f"its pictures would mix with those of --image {path}; use another folder"
             raise refusal("output", output, problem)
-        images += pictures_in(path) if is_folder else [path]
+        found, skipped = pictures_in(path) if is_folder else ([path], [])
+        images += found
+        if skipped:
+            notices.append(f"{path}: {some(skipped)} skipped; no picture that can be read here")
     images, layers = list(dict.fromkeys(images)), list(dict.fromkeys(layers))  # each once
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     unknown = set(re.findall(r"\{\w*\}", template)) - {"{name}", "{layer}"}
@@ -6622,13 +7343,13 @@ def plan_batch(options):
         raise refusal("output", output, problem)
     if len(images) * len(layers) == 1 and not names_several(output):
         options.initial_image = images[0]
-        return None
-    jobs, taken = [], {}
+        return None, notices
+    jobs, taken, names = [], {}, names_of(images)
     for layer, image in itertools.product(layers, images):
         job = copy.copy(options)
         job.initial_image, job.target_layer = image, layer
-        job.output_file = filled(template, image, layer)
-        job.stats = job.stats and filled(job.stats, image, layer)
+        job.output_file = filled(template, names[image], layer)
+        job.stats = job.stats and filled(job.stats, names[image], layer)
         job.sidecar = job.sidecar or extension_of(job.output_file) != ".png"  # is_made reads it
         for option, path in {"output": job.output_file, "stats": job.stats}.items():
             if path and taken.setdefault(os.path.realpath(path), job) is not job:
@@ -6643,7 +7364,7 @@ def plan_batch(options):
                 raise refusal(option, path, f"{problem}; {remedy}")
         jobs.append(job)
     check_batch_apart(jobs)
-    return jobs
+    return jobs, notices
 
 
 def check_batch_apart(jobs):
@@ -6664,43 +7385,81 @@ def check_batch_apart(jobs):
                 raise refusal("output", job.output_file, problem)
 
 
-def filled(template, image, layer):
-    """The file name `template`, with {name} and {layer} replaced by the names of the start picture
-    and the layer, the latter without what shells or file systems reserve."""
-    values = {
-        "{name}": os.path.splitext(os.path.basename(image))[0] if image else "noise",
-        "{layer}": re.sub(r"[^\w.,+-]+", "-", layer),
-    }
+def filled(template, name, layer):
+    """The file name `template`, with {name} and {layer} replaced by a start picture's name and the
+    layer, the latter without what shells or file systems reserve."""
+    values = {"{name}": name, "{layer}": re.sub(r"[^\w.,+-]+", "-", layer)}
     return re.sub("|".join(values), lambda found: values[found[0]], template)
 
 
+def names_of(images):
+    """What {name} stands for, {path of a start picture: name}: the file's name without its ending,
+    which joins it where another picture's differs only in that (IMG_1.JPG, IMG_1.HEIC)."""
+    parts = {image: os.path.splitext(os.path.basename(image or "noise")) for image in images}
+    endings = collections.defaultdict(set)
+    for stem, ending in parts.values():
+        endings[stem].add(ending)
+    return {
+        image: stem + ending.replace(".", "_") if len(endings[stem]) > 1 else stem
+        for image, (stem, ending) in parts.items()
+    }
+
+
 def pictures_in(folder):
-    """The paths of the pictures in a folder, sorted by name. Raises BadRequest."""
+    """(paths of the pictures in a folder, names of files that may be pictures but are skipped),
+    both sorted. Files without an ending count if they contain a picture. Raises BadRequest."""
     from PIL import Image
 
     Image.init()
     known = {ending for ending, form in Image.EXTENSION.items() if form in Image.OPEN}
     known = known - NOT_PICTURES | {*HEIC, *RAW}
+    known |= {".jxl"} if importlib.util.find_spec("pillow_jxl") else set()
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise refusal("image", folder, f"{error.strerror}; use another folder") from None
-    paths = [os.path.join(folder, name) for name in names if extension_of(name) in known]
-    paths = [path for path in paths if os.path.isfile(path)]
+    paths, skipped = [], []
+    for name in names:
+        path, ending = os.path.join(folder, name), extension_of(name)
+        if not os.path.isfile(path):
+            continue
+        if ending in known or ending == "" and is_picture(path):
+            paths.append(path)
+        elif ending in ("", ".jxl"):
+            skipped.append(name)
     if not paths:
-        raise refusal("image", folder, "there are no pictures in this folder; use another")
-    return paths
+        also = f", only {some(skipped)}" if skipped else ""
+        problem = f"there are no pictures in this folder{also}; use another"
+        raise refusal("image", folder, problem)
+    return paths, skipped
 
 
-def make_pictures(jobs, signals, engines):
+def is_picture(path):
+    """Whether a file, whatever its name, begins like a picture that can be read."""
+    from PIL import Image
+
+    try:
+        with open(path, "rb") as file:
+            import_plugins(file.read(64))
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")
+            return f".{picture.format.lower()}" not in NOT_PICTURES
+    except Exception:  # it may contain anything
+        return False
+
+
+def make_pictures(jobs, notices, signals, engines):
     """Makes a picture for each of the `jobs`, which are its options, and continues where an earlier
-    run of the same command stopped. If some fail, makes all others, then raises RunFailed."""
+    run of the same command stopped. Logs the `notices` once all is checked. If some pictures fail,
+    makes all others, then raises RunFailed."""
     for job in jobs:
         check_format(job.output_file)
         check_depth(job.output_file, job.depth)
         for name, path in files_read(job, free=False).items():
             existing_file(name, path)
     network = find_network(jobs[0])
+    for job in jobs if network.scale != 1 else ():
+        job.input_scale = network.scale  # as records of finished pictures have it
     targets = dict.fromkeys(target for job in jobs for target in choose_targets(job))
     with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
         in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
@@ -6709,6 +7468,8 @@ def make_pictures(jobs, signals, engines):
         check_output("output", job.output_file)
         if job.stats:
             check_output("stats", job.stats)
+    for notice in notices:
+        log.info(f"note: {notice}")
     identity = identify(network)
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
@@ -6806,7 +7567,8 @@ def announce(options, network, dream, remarks, batch):
     Called after all checks, so that an error is the only line printed."""
     engine, notices = dream.engine, []
     if batch.number == 1:
-        notices = [stand_in_notice(options.model, network.name), *idle(options, engine)]
+        stand_in = stand_in_notice(options.model, network.name)
+        notices = [stand_in, *idle(options, engine), *network.notices]
     for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
@@ -6877,11 +7639,9 @@ def finish(run):
     where = {} if dream.is_done() else {"size": dream.size, "step": dream.step}
     record = run.made(**where)
     write_picture(picture, files.picture, record, f"--output {files.picture}")
-    if run.options.sidecar:
+    if run.options.sidecar or not remove_record(files.sidecar):
         with whole_file(files.sidecar) as file:
             file.write(json.dumps(record, indent=1).encode())
-    else:
-        remove_record(files.sidecar)
     failures = []
     for watcher in run.watchers:
         try:
@@ -6893,11 +7653,17 @@ def finish(run):
 
 
 def remove_record(path):
-    """Removes the sidecar `path` of an earlier picture, unless it is some other kind of file."""
-    with contextlib.suppress(BadRequest, OSError):
+    """Removes the sidecar `path` of an earlier picture, unless it is some other kind of file;
+    returns False if it cannot be removed."""
+    try:
         if os.path.isfile(path):
             read_record(path)
             os.remove(path)
+    except BadRequest:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def has_begun(run):
@@ -6934,10 +7700,10 @@ def rescue(run):
         return files.hint()
     name = os.path.basename(files.checkpoint)
     files.checkpoint = os.path.join(tempfile.gettempdir(), name)
-    files.set_aside()
     stats = run.options.stats
     is_gone = stats and not os.path.isdir(os.path.dirname(os.path.realpath(stats)))
-    with contextlib.suppress(RunFailed):
+    with contextlib.suppress(BadRequest, RunFailed):
+        files.set_aside()
         run.checkpoint().write(files.checkpoint)
         more = " --stats ANOTHER.csv" if is_gone else ""
         return f"{files.hint()} --output ANOTHER.png{more}"
@@ -6983,9 +7749,8 @@ def dream(image=None, **options):
 
     `image` is a file name, an RGB array, uint8 (H, W, 3) (or what NumPy can convert to one), or
     None for noise. The options are those of the command line, by any of their names and with the
-    same defaults; output options have no effect. Workers are processes that import the calling
-    script, so its own code must be inside `if __name__ == "__main__":`. Notices go to the logger
-    "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed.
+    same defaults; output options have no effect. Notices go to the logger "cnn_vis". Raises
+    BadRequest, when the first step is requested, and RunFailed.
     """
     parsed = keyword_options(options)
     image = parsed.initial_image if image is None else image
@@ -7008,7 +7773,8 @@ def dream(image=None, **options):
         engine = engines.get(settings, network)
         place = (network.mean, engine, parsed.scratch)
         run = Dream(settings, given.picture, *place, given.mask)
-        for line in [*idle(parsed, engine), *remarks, *run.remarks, *engine.notices]:
+        notices = [*idle(parsed, engine), *network.notices, *remarks]
+        for line in [*notices, *run.remarks, *engine.notices]:
             log.info(line)
         check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
         run.check_mask()
@@ -7190,10 +7956,10 @@ def command_line(argv, signals):
     if options.resume:
         options, checkpoint = resume(options.resume, argv, options.scratch)
     check_surroundings()
-    jobs = None if checkpoint else plan_batch(options)
+    jobs, notices = (None, []) if checkpoint else plan_batch(options)
     with Engines(options) as engines:
         if jobs:
-            return make_pictures(jobs, signals, engines)
+            return make_pictures(jobs, notices, signals, engines)
         return make_picture(options, signals, engines, checkpoint)
 
 

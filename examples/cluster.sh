@@ -30,14 +30,14 @@ trap end EXIT
 trap : INT # Ctrl-C reaches the run by itself; scheduler and workers have their own sessions, and do not get it
 trap '[ -z "$run" ] || kill -TERM "$run"' TERM
 
-setsid "$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
+setsid env PYTHONSAFEPATH=1 "$python" -m dask scheduler --port "${PORT:-8786}" --no-dashboard --scheduler-file "$folder/scheduler.json" \
     > "$folder/scheduler.log" 2>&1 &
 scheduler=$!
 until [ -s "$folder/scheduler.json" ]; do
     kill -0 "$scheduler" 2> /dev/null || { tail -n 1 "$folder/scheduler.log" >&2 && exit 1; }
     sleep 0.1
 done
-address=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["address"])' "$folder/scheduler.json")
+address=$(evaluate 'import json, sys; print(json.load(open(sys.argv[1]))["address"])' "$folder/scheduler.json")
 
 env --default-signal=INT "$python" "$cnn_vis" --scheduler "$address" "$@" &
 run=$!
@@ -46,7 +46,7 @@ run=$!
 work() {
     machine=$1
     shift
-    setsid "$@" "$python" -m dask worker "$address" --no-dashboard --death-timeout 60 --local-directory /tmp \
+    setsid "$@" env PYTHONSAFEPATH=1 "$python" -m dask worker "$address" --no-dashboard --death-timeout 60 --local-directory /tmp \
         > "$folder/$machine.log" 2>&1 || ! kill -0 "$run" 2> /dev/null ||
         tail -n 1 "$folder/$machine.log" | sed "s/^/cluster.sh: $machine: /" >&2
 }

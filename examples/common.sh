@@ -24,9 +24,19 @@ stem() {
     echo "${file%.*}"
 }
 
+# evaluate CODE ARGUMENTS...: runs Python code, which imports nothing from the current folder.
+evaluate() {
+    PYTHONSAFEPATH=1 "$python" -c "$@"
+}
+
+# lines PICTURE: prints its height.
+lines() {
+    evaluate 'import sys; from PIL import Image; print(Image.open(sys.argv[1]).height)' "$1"
+}
+
 # photograph FILE: prints the path of a picture that comes with scikit-image.
 photograph() {
-    "$python" -c 'import pathlib, sys, skimage.data as data; print(pathlib.Path(data.__file__).with_name(sys.argv[1]))' "$1"
+    evaluate 'import pathlib, sys, skimage.data as data; print(pathlib.Path(data.__file__).with_name(sys.argv[1]))' "$1"
 }
 
 # dream PICTURE.png OPTIONS...: makes a picture, unless it exists. It has a temporary name until it is complete, because

@@ -11,16 +11,33 @@ for file in "${1:--}" "${2:--}"; do
     case $file in -*) usage 'IN.mp4 OUT.mp4 [MORE OPTIONS]' ;; esac
 done
 command -v ffmpeg > /dev/null || { echo 'video.sh: ffmpeg is needed: apt-get install ffmpeg' >&2 && exit 1; }
-"$python" -c 'import cv2' 2> /dev/null \
+evaluate 'import cv2' 2> /dev/null \
     || { echo "video.sh: OpenCV is needed: $python -m pip install -r $root/examples/requirements.txt" >&2 && exit 1; }
 input=$1 output=$2 work=$2.frames
 shift 2
 
-rate=$(ffprobe -v error -select_streams v:0 -show_entries stream=avg_frame_rate -of default=nokey=1:noprint_wrappers=1 "$input")
+# probe NAME: prints a property of the input's first video stream.
+probe() {
+    ffprobe -v error -select_streams v:0 -show_entries "stream=$1" -of default=nokey=1:noprint_wrappers=1 "$input" |
+        head -n 1
+}
+
+rate=$(probe avg_frame_rate)
+case $rate in '' | 0/* | */0) rate=$(probe r_frame_rate) ;; esac
+matrix=$(probe color_space)
+case $matrix in # an untagged film of 720 lines or more is BT.709, as players assume
+    '' | unknown | reserved) if [ "$(probe height)" -ge 720 ]; then matrix=bt709; else matrix=smpte170m; fi ;;
+    *) matrix=auto ;;
+esac
+case $(probe color_transfer) in # frames have the colours of screens; only HDR's are left to cnn_vis.py
+    smpte2084 | arib-std-b67) as= ;;
+    *) as=,setparams=color_primaries=bt709:color_trc=iec61966-2-1 ;;
+esac
 if [ ! -e "$work/in" ]; then
     rm -rf "$work/in.part"
     mkdir -p "$work/in.part" "$work/out"
-    ffmpeg -nostdin -loglevel error -i "$input" -vf "fps=$rate" "$work/in.part/%06d.png"
+    ffmpeg -nostdin -loglevel error -i "$input" \
+        -vf "fps=$rate,scale=in_color_matrix=$matrix,format=rgb24|rgb48be$as" "$work/in.part/%06d.png"
     mv "$work/in.part" "$work/in"
 fi
 previous=
@@ -38,8 +55,15 @@ for frame in "$work"/in/*.png; do
     fi
     previous=$frame
 done
-# Players need even sides. The sound, if any, comes from the input.
-ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?' \
-    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$work/film.${output##*.}"
+# Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601. The
+# sound, if any, comes from the input.
+encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?')
+if [ "$(lines "$dreamed")" -ge 720 ]; then
+    "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p \
+        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$work/film.${output##*.}"
+else
+    "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=smpte170m:out_range=tv' -pix_fmt yuv420p \
+        -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m -color_range tv "$work/film.${output##*.}"
+fi
 mv "$work/film.${output##*.}" "$output"
 rm -r "$work"

@@ -28,8 +28,15 @@ for ((i = 1; i <= frames; i++)); do
     fi
     previous=$frame factor=${ZOOM:-1.04}
 done
-film=(ffmpeg -loglevel error -y -framerate "${FPS:-20}" -i "$name/%05d.png"
-    -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2' -pix_fmt yuv420p "$name.mp4") # players need even sides
+# Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601.
+film=(ffmpeg -loglevel error -y -framerate "${FPS:-20}" -i "$name/%05d.png")
+if [ "$(lines "$previous")" -ge 720 ]; then
+    film+=(-vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p
+        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$name.mp4")
+else
+    film+=(-vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=smpte170m:out_range=tv' -pix_fmt yuv420p
+        -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m -color_range tv "$name.mp4")
+fi
 if command -v ffmpeg > /dev/null; then
     "${film[@]}"
     echo "$name.mp4" >&2

@@ -192,7 +192,7 @@ def workers(pid):
     found = []
     for child in descendants(pid):
         with contextlib.suppress(OSError), open(f"/proc/{child}/cmdline") as file:
-            if "spawn_main" in file.read():
+            if re.search("cnn_vis|spawn_main", file.read().partition("\0-c")[2]):  # ours; Dask's
                 found.append(child)
     return found
 
@@ -239,11 +239,12 @@ def free_port():
 
 
 def shared_memory(pid):
-    """The paths of the named shared memory that the processes of a run have mapped."""
+    """The paths of the named shared memory that the processes of a run have mapped, which would be
+    left behind if they were killed."""
     paths = set()
     for one in (pid, *descendants(pid)):
         with contextlib.suppress(OSError), open(f"/proc/{one}/maps") as file:
-            paths.update(re.findall(r"/dev/shm/\S+", file.read()))
+            paths.update(re.findall(r"/dev/shm/\S+$", file.read(), re.MULTILINE))  # not "(deleted)"
     return paths
 
 

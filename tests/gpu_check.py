@@ -299,4 +299,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import gpu_check  # processes import the tasks by this name
+
+    gpu_check.main()

@@ -1,6 +1,7 @@
 """Files of a run: written completely or not at all, never over other files, and their record of how
 they were made."""
 
+import errno
 import io
 import json
 import os
@@ -634,3 +635,141 @@ def test_a_folder_in_place_of_the_checkpoint_stays(tmp_path):
     (tmp_path / "out.png.checkpoint").mkdir()
     assert_one_line(run_cli(*ONE, cwd=tmp_path), 2, "--output out.png", "out.png.checkpoint")
     assert os.listdir(tmp_path) == ["out.png.checkpoint"]
+
+
+# ---- File systems and folders that allow less ----------------------------------------------------
+
+
+def fails_with(folder, **errors):
+    """The environment of a run in which functions of `os` fail: {name: error number}."""
+    lines = ["import os"]
+    for name, number in errors.items():
+        lines += [f"def {name}(*_): raise OSError({number}, os.strerror({number}))"]
+        lines += [f"os.{name} = {name}"]
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text("\n".join(lines))
+    return {"PYTHONPATH": str(folder / "site")}
+
+
+REFUSED = {
+    "no modes": {"fchmod": errno.EPERM},
+    "modes unknown": {"fchmod": errno.ENOTSUP},
+    "no fsync": {"fsync": errno.EINVAL},
+    "fsync unknown": {"fsync": errno.ENOTSUP},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_file_system_cannot_do_is_no_hindrance(kind, tmp_path):
+    """Neither to later checkpoints nor to a second run to the same names, with all its files."""
+    environment = fails_with(tmp_path, **REFUSED[kind])
+    words = ["--sidecar", "--stats=stats.csv", "--checkpoint_iter=1", "--num_steps=3"]
+    for seed in (1, 2):
+        done = run_cli(*ONE, *words, f"--seed={seed}", cwd=tmp_path, **environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        record = json.loads((tmp_path / "out.png.json").read_text())
+        assert record["seed"] == seed
+    assert sorted(os.listdir(tmp_path)) == ["out.png", "out.png.json", "site", "stats.csv"]
+
+
+def test_a_disk_that_fails_is_not_ignored(tmp_path):
+    """Other than an fsync that does not exist."""
+    shutil.copy(GOLDEN / "input.png", tmp_path / "out.png")
+    done = run_cli(*ONE, cwd=tmp_path, **fails_with(tmp_path, fsync=errno.EIO))
+    assert_one_line(done, 1, "out.png", "Input/output error")
+    assert (tmp_path / "out.png").read_bytes() == (GOLDEN / "input.png").read_bytes()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="this takes root")
+MOUNTED = ["unshare", "-m", "--propagation", "private", "bash", "-c"]
+
+
+def run_mounted(mounts, *arguments, cwd):
+    """Runs the script after shell commands that mount something where only it sees that."""
+    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)])
+    return subprocess.run(
+        [*MOUNTED, f"{mounts} && {command}"], cwd=cwd, capture_output=True, text=True, timeout=100
+    )
+
+
+def check_written(folder, name="out.png"):
+    """Asserts that a run with seed 1 wrote the picture `name`, and left nothing else there."""
+    record = json.loads(Image.open(folder / name).info["cnn-vis"])
+    assert record["seed"] == 1
+    assert not [name for name in os.listdir(folder) if name.endswith(".part")]
+
+
+@needs_root
+def test_a_file_that_is_mounted_is_overwritten(tmp_path):
+    """As Docker mounts a single file: it can be written, but not replaced. Longer and shorter
+    files, statistics too."""
+    for name in ("out.png", "stats.csv"):
+        (tmp_path / name).touch()
+        (tmp_path / f"mounted_{name}").write_bytes(b"size," + bytes(100_000))
+    mounts = "mount --bind mounted_out.png out.png && mount --bind mounted_stats.csv stats.csv"
+    done = run_mounted(mounts, *ONE, "--stats=stats.csv", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_written(tmp_path, "mounted_out.png")
+    size, step = (tmp_path / "mounted_stats.csv").read_text().splitlines()
+    assert size.startswith("size,height")
+    assert step.startswith("1,32,32,1,")
+
+
+@needs_root
+def test_another_users_file_in_a_sticky_folder_is_overwritten(tmp_path):
+    (tmp_path / "sticky").mkdir()
+    out = tmp_path / "sticky" / "out.png"
+    out.write_bytes(b"")
+    for path, mode in ((out, 0o666), (tmp_path / "sticky", 0o1777)):
+        os.chown(path, 1000, 1000)
+        os.chmod(path, mode)
+    drop = ["setpriv", "--bounding-set=-fowner", "--inh-caps=-fowner"]
+    command = [*drop, sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--output=sticky/out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_written(tmp_path / "sticky")
+    assert (os.stat(out).st_uid, os.stat(out).st_mode & 0o777) == (1000, 0o666)
+
+
+@needs_root
+@pytest.mark.parametrize("more", [[], ["--checkpoint_iter=0"]])
+def test_a_file_in_a_folder_that_cannot_be_written(more, tmp_path):
+    """Is enough, if the run writes nothing else there; otherwise it is refused at the start."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "out.png").touch()
+    (tmp_path / "real.png").write_bytes(b"before")
+    mounts = "mount --bind folder folder && mount --bind real.png folder/out.png"
+    mounts += " && mount -o remount,bind,ro folder"
+    done = run_mounted(mounts, *ONE, *more, "--output=folder/out.png", cwd=tmp_path)
+    if more:
+        assert (done.returncode, done.stderr) == (0, "")
+        check_written(tmp_path, "real.png")
+    else:
+        assert_one_line(done, 2, "--output folder/out.png", "Read-only", "--checkpoint_iter 0")
+        assert (tmp_path / "real.png").read_bytes() == b"before"
+
+
+@needs_root
+def test_another_users_checkpoint_that_cannot_be_renamed_is_told_at_the_start(tmp_path):
+    (tmp_path / "sticky").mkdir()
+    (tmp_path / "sticky" / CHECKPOINT).write_bytes(b"")
+    for path, mode in ((tmp_path / "sticky" / CHECKPOINT, 0o666), (tmp_path / "sticky", 0o1777)):
+        os.chown(path, 1000, 1000)
+        os.chmod(path, mode)
+    drop = ["setpriv", "--bounding-set=-fowner", "--inh-caps=-fowner"]
+    command = [*drop, sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--output=sticky/out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert_one_line(done, 2, "--output sticky/out.png", "cannot be renamed", "another name")
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
+    words = [sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--initial_size=400x400"]
+    for blocks, name in ((2, "out.png"), (50, "shared with workers"), (200, "out.png")):
+        command = f"ulimit -f {blocks}; {shlex.join(words)}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode in (1, 2)
+        assert len(done.stderr.splitlines()) == 1
+        assert name in done.stderr
+        assert "File too large" in done.stderr
