@@ -912,41 +912,38 @@ def scaled(scan, limits, dtype):
 def value_limits(scan, is_declared, path, remarks):
     """(black, white) among the values of a Scan; None if it has none. A remark reports a guess.
 
-    What the file says counts. Otherwise integers of 16 bits have their type's range, and so have
-    all if the file declares their colours; without that they are taken for 10, 12 or 14 bits if
-    none is higher. All other numbers have the first of the ranges 0..1 (fractions only, of which a
-    few may overshoot it), 0..255 and 0..65535 that contains them, and that they make use of, or
-    else their own, from 0 if they are fractions up to 16.
+    What the file says counts, and if it declares its colours, integers have their type's range.
+    Otherwise integers of 16 bits are taken for 10, 12 or 14 bits if none is higher. All other
+    numbers have the first of the ranges 0..1 (fractions only, of which a few may overshoot it),
+    0..255, and 0..65535 if they reach its upper half, that contains them. If none does, they have
+    their own range, from 0 if they are fractions up to 16.
     """
     values = scan.values
     if values is None:
         return None
-    finite = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
+    is_integer = values.dtype.kind in "iu"
+    finite = values if is_integer else values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    is_16, is_float = (
-        values.dtype.kind in "iu" and values.dtype.itemsize == 2,
-        values.dtype.kind == "f",
-    )
-    is_fraction = is_float and (high <= 1 or bool((finite % 1).any()))
+    is_fraction = not is_integer and (high <= 1 or bool((finite % 1).any()))
+    is_small = is_fraction and low >= 0 and 1 < high <= 16
     if scan.white is not None and scan.white >= high:
         return scan.black, scan.white
     if is_fraction and (low >= 0 and high <= 1 or np.percentile(finite, 99) <= 1 and low > -1):
         return 0, 1
-    top = np.iinfo(values.dtype).max if not is_float else high
-    if low >= 0 and not is_fraction and not is_16 and high <= 255:
-        return 0, 255
-    if low >= 0 and (is_16 or is_declared and not is_float):
-        depths = (2**bits - 1 for bits in ((10, 12, 14) if high > 255 else ()))
-        depth = top if is_declared else next((depth for depth in depths if high <= depth), top)
-        if depth == top and high <= 255 and not is_declared:
-            remarks.append(f"{path}: this is very dark: its values reach only {high:g} of {top}")
-        if depth == top:
+    if is_integer and low >= 0 and (is_declared or values.dtype.itemsize == 2):
+        top = np.iinfo(values.dtype).max
+        depths = [2**bits - 1 for bits in (10, 12, 14)] if high > 255 and not is_declared else []
+        low, high = 0, next((depth for depth in depths if high <= depth), top)
+        if is_declared or high == 65535:
+            if finite.max() <= 255 and not is_declared:
+                dark = f"its values reach only {finite.max()} of {top}"
+                remarks.append(f"{path}: this is very dark: {dark}")
             return 0, top
-        low, high = 0, depth
+    elif low >= 0 and high <= 255 and not is_small:
+        return 0, 255
     elif low >= 0 and 32767 < high <= 65535:
         return 0, 65535
-    elif is_fraction and low >= 0 and high <= 16:
-        low = 0
+    low = 0 if is_small else low
     remarks.append(f"{path}: its values are taken as {low:g} (black) to {high:g} (white)")
     return low, high
 

@@ -1,8 +1,11 @@
 """Pictures as people have them, read as people see them; and broken ones."""
 
+import importlib.util
 import io
 import os
 import random
+import struct
+import sys
 import zlib
 
 import numpy as np
@@ -54,8 +57,21 @@ def test_the_background_shows_where_a_picture_is_transparent(tmp_path):
             1 if mode == "RGBA" else 20
         )
     grey = CARD.convert("L").convert("LA")
-    grey.putalpha(0)
-    assert (read(encoded(grey, "PNG"), tmp_path, background="black")[0] == 0).all()
+    grey.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 100)[None].repeat(160, 0)))
+    seen, _ = read(encoded(grey, "PNG"), tmp_path, background="black")
+    assert (seen[:, :100] == 0).all()
+    assert (seen[:, 100:, 0] == np.asarray(CARD.convert("L"))[:, 100:]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_picture_that_is_transparent_everywhere_is_shown(mode, tmp_path):
+    """And said so: its alpha channel is a mistake."""
+    picture = CARD.convert("L" if mode == "LA" else "RGB")
+    clear = picture.convert(mode)
+    clear.putalpha(0)
+    seen, (remark,) = read(encoded(clear, "PNG"), tmp_path)
+    assert np.array_equal(seen, picture.convert("RGB"))
+    assert "transparent everywhere" in remark
 
 
 def test_deeper_pictures_keep_their_range(tmp_path):
@@ -64,12 +80,15 @@ def test_deeper_pictures_keep_their_range(tmp_path):
         seen, _ = read(encoded(Image.fromarray(ramp), form), tmp_path, name)
         assert np.abs(seen[:, :, 1] - ramp / 257).max() <= 0.5
     dark = np.full((40, 40), 200, np.uint16)  # nearly black, and not to be stretched
-    assert (read(encoded(Image.fromarray(dark), "PNG"), tmp_path)[0] == 1).all()
-    for scale in (1.0, 255.0, 3000.0):
+    seen, (remark,) = read(encoded(Image.fromarray(dark), "PNG"), tmp_path)
+    assert (seen == 1).all()
+    assert "very dark: its values reach only 200 of 65535" in remark
+    for scale in (1.0, 255.0, 3000.0, 40000.0):
         fractions = np.linspace(0, scale, 160 * 200, dtype=np.float32).reshape(160, 200)
-        seen, _ = read(encoded(Image.fromarray(fractions), "TIFF"), tmp_path, "in.tif")
+        seen, remarks = read(encoded(Image.fromarray(fractions), "TIFF"), tmp_path, "in.tif")
         assert seen.min() == 0
-        assert seen.max() == (255 if scale != 3000 else 12)
+        assert seen.max() == (255 if scale != 40000 else 156)  # of 65535
+        assert ["0 (black) to 3000 (white)" in r for r in remarks] == [True] * (scale == 3000)
     assert (
         read(
             encoded(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"),
@@ -209,10 +228,33 @@ def test_grey_levels_that_are_transparent_count_at_16_bits(tmp_path):
     assert (seen[:, 20:] == 117).all()
 
 
-def test_heic_pictures_are_read_if_pillow_heif_is_there(tmp_path):
+@pytest.mark.parametrize("name", ["in.heic", "in.jpg", "in.PNG", "in.HIF", "in"])
+def test_heic_pictures_are_read_if_pillow_heif_is_there(name, tmp_path):
+    """Whatever they are called."""
     pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
     pillow_heif.register_heif_opener()
-    assert_looks_like(read(encoded(SMOOTH, "HEIF", quality=95), tmp_path, "in.heic")[0], SMOOTH, 4)
+    data = encoded(SMOOTH, "HEIF", quality=95)
+    assert_looks_like(read(data, tmp_path, name)[0], SMOOTH, 4)
+    with pytest.raises(cnn_vis.BadRequest) as raised:
+        read(data[: len(data) // 2], tmp_path, name)
+    assert "pip install" not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["HEIC", "JPEG XL"])
+def test_a_format_that_takes_a_package_is_told(form, tmp_path, monkeypatch):
+    """Which one, if it is not installed; by content."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name.startswith("pillow_") else found(name),
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+    data = {"HEIC": BROKEN["photo.heic"], "JPEG XL": b"\xff\x0a" + bytes(100)}[form]
+    package = {"HEIC": "pillow-heif", "JPEG XL": "pillow-jxl-plugin"}[form]
+    with pytest.raises(cnn_vis.BadRequest, match=f"it may be {form}.*pip install {package}"):
+        read(data, tmp_path, "in.jpg")
 
 
 def test_colour_profiles_are_applied_and_broken_ones_are_reported(tmp_path):
@@ -386,3 +428,352 @@ def test_tiffs_of_other_numbers_are_seen_as_they_are(kind, tmp_path):
     picture, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
     assert picture == pytest.approx(np.repeat(expected[..., None], 3, 2), abs=2)
     assert bool(remarks) == is_guess
+
+
+# ---- Declared colours ----------------------------------------------------------------------------
+
+PRIMARIES = {  # number in H.273: red, green, blue; white is D65
+    1: ((0.64, 0.33), (0.3, 0.6), (0.15, 0.06)),
+    9: ((0.708, 0.292), (0.17, 0.797), (0.131, 0.046)),
+    12: ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06)),
+    "Adobe RGB": ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
+}
+
+
+def linear_to_srgb(linear):
+    linear = np.clip(linear, 0, 1)
+    low = linear <= 0.0031308
+    return 255 * np.where(low, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def xyz_of(primaries):
+    columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in PRIMARIES[primaries]]).T
+    return columns * np.linalg.solve(columns, [0.3127 / 0.329, 1, (1 - 0.3127 - 0.329) / 0.329])
+
+
+def as_srgb(linear, primaries):
+    """Linear light (H, W, 3) with these primaries as people see it, 0..255."""
+    return linear_to_srgb(linear @ np.linalg.solve(xyz_of(1), xyz_of(primaries)).T)
+
+
+def deep_png(values, *chunks, colour=2):
+    """The bytes of a PNG of 16 bits: uint16 (H, W, C)."""
+    height, width = values.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    rows = values.astype(">u2").tobytes()
+    length = len(rows) // height
+    lines = b"".join(b"\0" + rows[i : i + length] for i in range(0, len(rows), length))
+    pixels = chunk(b"IDAT", zlib.compress(lines))
+    return cnn_vis.PNG + chunk(b"IHDR", header) + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def cicp(*numbers):
+    return chunk(b"cICP", bytes(numbers))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("primaries", [9, 12])
+def test_colours_declared_by_numbers_count_in_a_png(primaries, depth, tmp_path):
+    """Before a profile, and before a gamma."""
+    expected = as_srgb(srgb_to_linear(SMOOTH), primaries)
+    wrong = [
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(LINEAR)),
+        chunk(b"gAMA", struct.pack(">I", 10**5)),
+    ]
+    for others in ([], *([other] for other in wrong)):
+        chunks = (cicp(primaries, 13, 0, 1), *others)
+        deep = deep_png(np.asarray(SMOOTH).astype(np.uint16) * 257, *chunks)
+        seen, remarks = read(deep if depth == 16 else with_chunks(SMOOTH, *chunks), tmp_path)
+        assert np.abs(seen - expected).mean() < 0.6
+        assert remarks == []
+
+
+def test_numbers_that_mean_srgb_change_nothing(tmp_path):
+    """As those of films do, whose curve is meant for dim rooms. A range that leaves out the ends is
+    stretched; numbers that say nothing leave it to others; unknown ones are told."""
+    gamma = chunk(b"gAMA", (100000).to_bytes(4, "big"))
+    for numbers in ((1, 13, 0, 1), (1, 1, 0, 1), (1, 6, 0, 1), (2, 13, 0, 1)):
+        assert np.array_equal(read(with_chunks(CARD, cicp(*numbers), gamma), tmp_path)[0], CARD)
+    narrow = Image.fromarray((16 + np.asarray(CARD) * (219 / 255)).round().astype(np.uint8))
+    assert_looks_like(read(with_chunks(narrow, cicp(1, 13, 0, 0)), tmp_path)[0], CARD, 0.6)
+    linear = Image.fromarray((255 * srgb_to_linear(SMOOTH) + 0.5).astype(np.uint8))
+    assert_looks_like(read(with_chunks(linear, cicp(2, 2, 0, 1), gamma), tmp_path)[0], SMOOTH)
+    seen, (remark,) = read(with_chunks(CARD, cicp(200, 13, 0, 1)), tmp_path)
+    assert np.array_equal(seen, CARD)
+    assert "colour declaration is ignored (primaries 200" in remark
+
+
+@pytest.mark.parametrize(("curve", "number"), [("PQ", 16), ("HLG", 18)])
+def test_hdr_is_told_and_fits(curve, number, tmp_path):
+    """Grey levels keep their order, paper white (58 % of PQ, 75 % of HLG) is bright but not white,
+    and black is black."""
+    levels = np.repeat(np.linspace(0, 65535, 300).astype(np.uint16)[None, :, None], 40, 0)
+    data = deep_png(levels.repeat(3, 2), cicp(9, number, 0, 1))
+    seen, (remark,) = read(data, tmp_path)
+    assert f"HDR ({curve})" in remark
+    grey = seen[0, :, 1].astype(int)
+    assert (np.diff(grey) >= 0).all()
+    assert grey[0] == 0
+    assert grey[-1] >= 253
+    assert 215 < grey[round(300 * {"PQ": 0.58, "HLG": 0.75}[curve])] < 245
+    assert np.abs(seen.astype(int) - seen[..., :1]).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["AVIF", "HEIF"])
+@pytest.mark.parametrize("primaries", [9, 12])
+def test_colours_declared_by_numbers_count_in_avif_and_heic(form, primaries, tmp_path):
+    """But not before a profile."""
+    numbers = {"color_primaries": primaries, "transfer_characteristics": 13}
+    options = {"quality": 95, "chroma": 444, "matrix_coefficients": 6} | numbers
+    if form == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    else:
+        options = {"quality": 100, "subsampling": "4:4:4"}
+    data = bytearray(encoded(SMOOTH, form, **options))
+    place = data.find(b"nclx")
+    data[place + 4 : place + 8] = struct.pack(">HH", primaries, 13)
+    seen, remarks = read(bytes(data), tmp_path, "in.jpg")
+    assert np.abs(seen - as_srgb(srgb_to_linear(SMOOTH), primaries)).mean() < 2
+    assert remarks == []
+
+
+def test_adobe_rgb_that_only_exif_declares(tmp_path):
+    """As cameras do; a profile comes first."""
+    pixels = np.asarray(SMOOTH)
+    expected = as_srgb((pixels / 255) ** (563 / 256), "Adobe RGB")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for space, index, profile in ((0xFFFF, "R03", None), (2, None, None), (0xFFFF, "R03", srgb)):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0xA001] = space
+        if index:
+            exif.get_ifd(0x8769)[0xA005] = {1: index, 2: b"0100"}
+        options = {"exif": exif, "quality": 100, "subsampling": 0}
+        seen, remarks = read(encoded(SMOOTH, "JPEG", icc_profile=profile, **options), tmp_path)
+        assert np.abs(seen.astype(float) - (pixels if profile else expected)).mean() < 1.5
+        assert remarks == []
+
+
+def bmp_5(picture, profile):
+    """The bytes of a BMP with the fifth version of the header."""
+    rows = np.asarray(picture)[::-1, :, ::-1]
+    assert not rows.shape[1] % 4
+    form = struct.pack("<IiiHHIIiiII", 124, picture.width, picture.height, 1, 24, *[0] * 6)
+    form += (
+        bytes(16) + b"DEBM" + bytes(48) + struct.pack("<IIII", 4, 124 + rows.size, len(profile), 0)
+    )
+    start = struct.pack("<2sIHHI", b"BM", 14 + 124 + rows.size + len(profile), 0, 0, 138)
+    return start + form + rows.tobytes() + profile
+
+
+def jp2_with(picture, profile):
+    """The bytes of a JPEG 2000 with a profile."""
+    data = encoded(picture, "JPEG2000")
+    place = data.index(b"colr")
+    length = int.from_bytes(data[place - 4 : place], "big")
+    box = struct.pack(">I", 11 + len(profile)) + b"colr\2\0\0" + profile
+    whole = data.index(b"jp2h") - 4
+    size = int.from_bytes(data[whole : whole + 4], "big") + len(box) - length
+    data = data[: place - 4] + box + data[place - 4 + length :]
+    return data[:whole] + struct.pack(">I", size) + data[whole + 4 :]
+
+
+def psd(channels, layers=b"", resources=b""):
+    """The bytes of a PSD of uint8 channels (H, W)."""
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, len(channels), *channels[0].shape, 8, 3) + bytes(4)
+    parts = (struct.pack(">I", len(part)) + part for part in (resources, layers))
+    return head + b"".join(parts) + bytes(2) + b"".join(c.tobytes() for c in channels)
+
+
+def test_profiles_that_pillow_may_not_see_count(tmp_path):
+    """In JPEG 2000, in BMP, and in PSD."""
+    linear = Image.fromarray((255 * srgb_to_linear(SMOOTH) + 0.5).astype(np.uint8))
+    entry = b"8BIM" + struct.pack(">HHI", 1039, 0, len(LINEAR)) + LINEAR + bytes(len(LINEAR) % 2)
+    files = {
+        "in.bmp": bmp_5(linear, LINEAR),
+        "in.jp2": jp2_with(linear, LINEAR),
+        "in.psd": psd([*np.moveaxis(np.asarray(linear), -1, 0)], resources=entry),
+    }
+    for name, data in files.items():
+        seen, remarks = read(data, tmp_path, name)
+        assert_looks_like(seen, SMOOTH)
+        assert remarks == []
+
+
+# ---- Depths --------------------------------------------------------------------------------------
+
+LIGHT = srgb_to_linear(48 * np.asarray(SMOOTH) / 255)  # dark, in linear light
+DARK = Image.fromarray((48 * np.asarray(SMOOTH) / 255 + 0.5).astype(np.uint8))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("how", ["PNG, profile", "PNG, gamma", "PNG, numbers", "TIFF, profile"])
+def test_dark_linear_pictures_keep_their_depth(how, grey, tmp_path):
+    """The curve is applied before the reduction to 8 bits, and brightness is not guessed."""
+    light = LIGHT[..., :1] if grey else LIGHT
+    values = (light * 65535).round().astype(np.uint16)
+    declared = {
+        "PNG, profile": chunk(b"iCCP", b"x\0\0" + zlib.compress(LINEAR)),
+        "PNG, gamma": chunk(b"gAMA", (100000).to_bytes(4, "big")),
+        "PNG, numbers": cicp(1, 8, 0, 1),
+    }
+    if how == "TIFF, profile":
+        photometric = "minisblack" if grey else "rgb"
+        pixels = values[..., 0] if grey else values
+        tifffile.imwrite(tmp_path / "in", pixels, photometric=photometric, iccprofile=LINEAR)
+        data = (tmp_path / "in").read_bytes()
+    else:
+        data = deep_png(values, declared[how], colour=0 if grey else 2)
+    seen, remarks = read(data, tmp_path)
+    assert np.abs(seen.astype(int) - np.asarray(DARK)[..., : light.shape[-1]]).max() <= 1
+    assert remarks == []
+
+
+def packed_12_bits(top):
+    """The bytes of a grey TIFF of 12 bits, and the levels 0..255 that it shows."""
+    width, height = 300, 40
+    values = np.tile(np.linspace(0, top, width).round().astype(int), (height, 1))
+    a, b = values[:, ::2], values[:, 1::2]
+    strip = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 2).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = len(strip)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory, values * (255 / 4095)
+
+
+@pytest.mark.parametrize("top", [4095, 900, 100])
+def test_12_bits_have_their_range_however_dark_they_are(top, tmp_path):
+    data, expected = packed_12_bits(top)
+    seen, remarks = read(data, tmp_path, "in.tif")
+    assert np.abs(seen[..., 0] - expected).max() <= 0.6
+    assert remarks == []
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("form", ["grey PNG", "PNG", "grey TIFF", "TIFF"])
+def test_fewer_bits_in_16_are_told(form, bits, tmp_path):
+    """Unless the file says what is white."""
+    values = (np.linspace(0, 2**bits - 1, 300)[None, :, None] * np.ones((40, 1, 3))).round()
+    values = values.astype(np.uint16)[..., : 1 if "grey" in form else 3]
+    expected = np.linspace(0, 255, 300)
+    if "PNG" in form:
+        data = deep_png(values, colour=2 if values.shape[2] == 3 else 0)
+        seen, (remark,) = read(data, tmp_path)
+        assert f"taken as 0 (black) to {2**bits - 1} (white)" in remark
+        assert np.abs(seen[0, :, 1] - expected).max() <= 1
+        return
+    options = {"photometric": "rgb" if values.shape[2] == 3 else "minisblack"}
+    white = [(281, "H", 1, 2**bits - 1, True)]
+    for tags in ([], white, [(281, "H", 1, 65535, True)]):
+        tifffile.imwrite(tmp_path / "in.tif", values.squeeze(), extratags=tags, **options)
+        seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+        is_white = tags == white or not tags
+        assert np.abs(seen[0, :, 1] - expected * (1 if is_white else 2**bits / 65536)).max() <= 1
+        assert ["taken as" in remark for remark in remarks] == [True] * (not tags)
+
+
+@pytest.mark.parametrize("kind", ["<f4", "<f8", "<i2", "<i4"])
+@pytest.mark.parametrize("nothing", ["-9999", "nan", None])
+def test_heights_have_their_contrast_without_what_is_no_data(kind, nothing, tmp_path):
+    """Which is transparent."""
+    if nothing == "nan" and "f" not in kind:
+        nothing = "-32768"
+    heights = np.tile(np.linspace(100, 2900, 300), (40, 1)).astype(kind)
+    tags = []
+    if nothing:
+        heights[:10, :20] = float(nothing)
+        tags = [(42113, "s", 0, nothing, True)]
+    tifffile.imwrite(tmp_path / "in.tif", heights, extratags=tags, photometric="minisblack")
+    seen, (remark,) = cnn_vis.read_picture(str(tmp_path / "in.tif"), "red")
+    low, high = (0, 4095) if kind == "<i2" else (100, 2900)
+    assert f"taken as {low} (black) to {high} (white)" in remark
+    expected = (np.linspace(100, 2900, 300) - low) * (255 / (high - low))
+    assert np.abs(seen[20, :, 1] - expected).max() <= 1
+    assert (seen[5, 5] == (255, 0, 0)).all() == bool(nothing)
+
+
+# ---- Channels, palettes, pages, containers -------------------------------------------------------
+
+
+def test_a_channel_of_a_psd_is_opacity_only_with_layers_that_say_so(tmp_path):
+    """A saved selection is not; a negative number of layers means that it is."""
+    colours = [*np.moveaxis(np.asarray(CARD), -1, 0)]
+    half = np.zeros(colours[0].shape, np.uint8)
+    half[:, :100] = 255
+    for selection in (half, half * 0):
+        seen, remarks = read(psd([*colours, selection]), tmp_path, "in.psd")
+        assert np.array_equal(seen, CARD)
+        assert remarks == []
+    layer = struct.pack(">iiiiH4s4sBBBBI", 0, 0, 0, 0, 0, b"8BIM", b"norm", 255, 0, 0, 0, 0)
+    layers = struct.pack(">Ih", 2 + len(layer), -1) + layer
+    seen, _ = read(psd([*colours, half], layers), tmp_path, "in.psd", "lime")
+    assert (seen[:, 100:] == (0, 255, 0)).all()
+    assert np.array_equal(seen[:, :100], np.asarray(CARD)[:, :100])
+
+
+def test_a_colour_that_is_transparent_counts_at_16_bits(tmp_path):
+    """All 16 of them, in all three channels."""
+    values = COLOURS.copy()
+    values[:, :50] = (1000, 2000, 3000)
+    values[:, 50:100] = (1000, 2000, 3001)
+    data = deep_png(values, chunk(b"tRNS", struct.pack(">HHH", 1000, 2000, 3000)))
+    seen, remarks = read(data, tmp_path, background="lime")
+    assert (seen[:, :50] == (0, 255, 0)).all()
+    assert not (seen[:, 50:] == (0, 255, 0)).all(axis=-1).any()
+    assert remarks == []
+
+
+def test_palettes_of_8_bits_in_a_tiff_are_seen(tmp_path):
+    """The rule is 16 bits."""
+    for top in (255, 65535):
+        colours = (np.random.default_rng(1).random((3, 256)) * top).astype(np.uint16)
+        index = np.arange(200, dtype=np.uint8)[None].repeat(40, 0)
+        tifffile.imwrite(tmp_path / "in.tif", index, photometric="palette", colormap=colours)
+        seen, _ = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+        expected = colours.T[:200] if top == 255 else colours.T[:200] // 256
+        assert np.array_equal(seen[0], expected)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_first_full_page_of_a_tiff_is_taken(depth, tmp_path):
+    """Not a reduced copy before it."""
+    pixels = np.asarray(CARD) if depth == 8 else COLOURS
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        file.write(pixels[::4, ::4], photometric="rgb", subfiletype=1)
+        file.write(pixels, photometric="rgb")
+    seen, _ = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    assert np.array_equal(seen, CARD)
+
+
+def test_a_tiff_of_reduced_colours_is_not_called_cut_short(tmp_path):
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 6, 273: 8, 277: 3, 278: 16, 279: 384}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    entries += struct.pack("<HHIHH", 530, 3, 2, 2, 2)
+    directory = struct.pack("<H", len(tags) + 1) + entries + bytes(4)
+    data = b"II*\0" + struct.pack("<I", 8 + 384) + bytes(384) + directory
+    with pytest.raises(cnn_vis.BadRequest, match="YCbCr.*not supported"):
+        read(data, tmp_path, "in.tif")
+
+
+FITS = {  # BITPIX: (BSCALE, BZERO), the numbers meant
+    "unsigned": (16, 1, 32768, np.linspace(0, 65535, 300)),
+    "scaled": (16, 0.5, 100, np.linspace(-400, 600, 300)),
+    "floats": (-32, 2, 0, np.linspace(0, 255, 300)),
+    "plain": (8, 1, 0, np.linspace(0, 255, 300)),
+}
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_numbers_of_a_fits_are_scaled(kind, tmp_path):
+    bits, scale, zero, meant = FITS[kind]
+    dtype = {8: ">u1", 16: ">i2", -32: ">f4"}[bits]
+    stored = (meant - zero) / scale
+    stored = (stored if bits < 0 else stored.round()).astype(dtype)
+    cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": 300, "NAXIS2": 40}
+    cards |= {"BSCALE": scale, "BZERO": zero} if kind != "plain" else {}
+    text = "".join(f"{name:8}= {value!s:>20}".ljust(80) for name, value in cards.items())
+    header = (text + "END").ljust(2880).encode()
+    data = header + np.tile(stored, (40, 1)).tobytes()
+    seen, _ = read(data + bytes(-len(data) % 2880), tmp_path, "in.fits")
+    low, high = min(0, meant.min()), meant.max()
+    assert np.abs(seen[20, :, 1] - (meant - low) * (255 / (high - low))).max() <= 1
