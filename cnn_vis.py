@@ -3630,19 +3630,24 @@ def wire_layer(layer, name_number, blobs_number):
 
 def read_weights(path):
     """The layers of the caffemodel `path` as {name: shapes of its blobs}. Raises BadRequest."""
+    program = FOREIGN.get(extension_of(path))
+    problem = f"these are {program or 'another program'}'s weights, not Caffe's"
+    foreign = refusal("caffe_model", path, f"{problem}; use a .caffemodel")
     try:
         with open(path, "rb") as file:
             start = file.read(100).lstrip().lower()
             problem = next((NOT_WEIGHTS[key] for key in NOT_WEIGHTS if start.startswith(key)), None)
             if problem:
                 raise refusal("caffe_model", path, problem)
+            if start.startswith((b"pk\3\4", b"\x80\2", b"\x80\4")):  # archives and pickles
+                raise foreign
             if not start:
                 return {}
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             fields = wire_fields(data)
             layers = dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
-            if not layers and extension_of(path) in FOREIGN:
-                raise ValueError("it has no layers")
+            if program and not layers:
+                raise foreign
             return layers
     except OSError as error:
         problem = f"{error.strerror}; make it readable, or use another file"
@@ -3651,28 +3656,24 @@ def read_weights(path):
         reason = one_line(error) if isinstance(error, ValueError) else "it is in another format"
         problem = f"cannot be read as Caffe weights ({reason})"
         remedy = "use a complete .caffemodel; was the download cut short?"
-        if foreign := FOREIGN.get(extension_of(path)):
-            problem, remedy = f"these are {foreign}, not Caffe's", "use a .caffemodel"
-        raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
+        raise (
+            foreign if program else refusal("caffe_model", path, f"{problem}; {remedy}")
+        ) from None
 
 
 WEB_PAGE = "this is a web page, not weights; download the file itself"
-FOREIGN = {  # by the ending of a file that is not Caffe's
-    ".h5": "Keras weights",
-    ".keras": "Keras weights",
-    ".onnx": "ONNX weights",
-    ".pb": "TensorFlow weights",
-    ".pt": "PyTorch weights",
-    ".pth": "PyTorch weights",
-    ".safetensors": "safetensors weights",
-    ".t7": "Torch weights",
-    ".tflite": "TensorFlow Lite weights",
+FOREIGN = {  # other programs, by the endings of their files
+    ".h5": "Keras",
+    ".keras": "Keras",
+    ".onnx": "ONNX",
+    ".pb": "TensorFlow",
+    ".pt": "PyTorch",
+    ".pth": "PyTorch",
+    ".safetensors": "PyTorch",
+    ".t7": "Torch",
+    ".tflite": "TensorFlow",
 }
-ANOTHER_PROGRAM = "these are another program's weights; use a .caffemodel"
 NOT_WEIGHTS = {  # how a file starts, in lower case: what it is, and the remedy
-    b"pk\3\4": ANOTHER_PROGRAM,  # PyTorch, Keras
-    b"\x80\2": ANOTHER_PROGRAM,  # pickles, as of PyTorch
-    b"\x80\4": ANOTHER_PROGRAM,
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights; run: git lfs pull",
     b"\x89hdf": "these are HDF5 weights; save them as .caffemodel with a Caffe that has HDF5",
     **dict.fromkeys(HTML, WEB_PAGE),

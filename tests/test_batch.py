@@ -1,6 +1,7 @@
 """Several pictures in one run of the program."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -259,3 +260,33 @@ def test_noise_without_a_seed_goes_on_as_it_began(folder):
     more = ["--initial_size=60x60", "--num_steps=300", f"--seed={seed}"]
     expected = alone(folder, LAYERS[0], *more)
     assert np.array_equal(pixels(folder / "out/noise.png"), expected)
+
+
+@pytest.mark.parametrize("output", ["new/", "new/{name}_{layer}.png"])
+def test_names_that_differ_only_in_their_ending(output, folder):
+    """As in a camera's folder: the ending joins the names, but only where that is needed."""
+    CARD.save(folder / "in/a.JPG")
+    CARD.save(folder / "in/b.tif.png")
+    done = run_cli(*DREAM, "--image=in", LAYERS[0], f"--output={output}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    stems = ["a_JPG", "a_png", "b", "b.tif"]
+    assert sorted(os.listdir(folder / "new")) == [f"{s}_inception_a-output.png" for s in stems]
+    assert (
+        "4 of 4"
+        in run_cli(*DREAM, "--image=in", LAYERS[0], f"--output={output}", cwd=folder).stderr
+    )
+
+
+def test_what_a_folder_holds_goes_by_content(folder):
+    """A picture without an ending counts; what may be one, but cannot be read, is told."""
+    shutil.copy(folder / "in/a.png", folder / "in/IMG_1")
+    (folder / "in/notes").write_text("no picture")
+    (folder / "in/new.jxl").write_bytes(b"\xff\x0a" + bytes(50))
+    done = run_cli(*DREAM, "--image=in", LAYERS[0], "--output={name}.png", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "note: in: new.jxl, notes skipped; no picture that can be read here" in done.stderr
+    assert {"IMG_1.png", "a.png", "b.png"} <= set(os.listdir(folder))
+    for name in ("a.png", "b.png", "IMG_1"):
+        (folder / "in" / name).unlink()
+    done = run_cli(*DREAM, "--image=in", LAYERS[0], "--output=new/", cwd=folder)
+    assert_one_line(done, 2, "--image in", "no pictures in this folder, only new.jxl, notes")

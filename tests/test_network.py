@@ -1,5 +1,6 @@
 """Reading, judging, cutting and running a network."""
 
+import dataclasses
 import os
 import random
 import re
@@ -335,6 +336,8 @@ def test_prototxts_may_have_comments_in_any_encoding(comment, mark, tmp_path):
 
 
 FOREIGN = {
+    "PyTorch": (b"PK\3\4" + bytes(90), "another program's weights"),
+    "old PyTorch": (b"\x80\2\x8a\x0a" + bytes(90), "another program's weights"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
     "web page": (b"\n<!DOCTYPE html><html></html>", "web page"),
@@ -396,3 +399,40 @@ def test_weights_may_begin_as_markup_does(tmp_path):
     path.write_bytes(net.SerializeToString())
     assert path.read_bytes().startswith(b"\n<")
     assert run_cli(*ONE, option, cwd=tmp_path).returncode == 0
+
+
+OF_OTHER_PROGRAMS = {  # as these programs begin their files; a GraphDef begins as a caffemodel does
+    "net.pb": (b"\x0a\x14\x0a\x04data\x12\x0bPlaceholder1", "TensorFlow"),
+    "net.pth": (b"\x80\2\x8a\x0al\xfc\x9c\x46\xf9 j\xa8P\x19.", "PyTorch"),
+    "net.onnx": (b"\x08\x07\x12\x07pytorch\x1a\x051.7.1", "ONNX"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_PROGRAMS)
+def test_other_programs_weights_are_told_as_such(name, tmp_path):
+    data, program = OF_OTHER_PROGRAMS[name]
+    (tmp_path / name).write_bytes(data)
+    done = run_cli(*ONE, f"--caffe_model={name}", cwd=tmp_path)
+    assert_one_line(done, 2, "--caffe_model", name, program, ".caffemodel")
+    assert "cut short" not in done.stderr
+
+
+def test_the_gradient_of_a_scaled_input_is_the_slope():
+    """As without a scale, of the pixels: the network sees the tile times the scale."""
+    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    form = cnn_vis.AmplifyLayer(clip=1e9)
+    plain, scaled = (
+        cnn_vis.Network(
+            cnn_vis.NetworkSpec(
+                dataclasses.replace(files, scale=scale),
+                (cnn_vis.Target("inception_a/output", form),),
+            )
+        )
+        for scale in (1.0, 0.25)
+    )
+    batch = np.random.default_rng(5).normal(0, 60, (2, 3, 32, 32)).astype(np.float32)
+    expected, losses = plain.gradients(batch / 4)
+    expected = expected / 4
+    gradient, scaled_losses = scaled.gradients(batch)
+    assert gradient == pytest.approx(expected, rel=1e-6)
+    assert scaled_losses == pytest.approx(losses)

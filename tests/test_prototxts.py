@@ -398,6 +398,135 @@ def test_nonsense_for_a_prototxt_is_a_short_line(text, tmp_path):
     assert len(done.stderr) < 1500
 
 
+# ---- What other Caffes write ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["false", "true", "0"])
+def test_ceil_mode_is_round_mode(value, tmp_path):
+    """A 33x33 input pooled by 2: 16 if rounded down, 17 if up."""
+    more = f"pooling_param {{ pool: MAX kernel_size: 2 stride: 2 ceil_mode: {value} }}"
+    text = given_input("data", 1, 3, 33, 33) + conv("a", "data", "a")
+    text += layer("pool", "Pooling", "a", "pool", more)
+    done = run_cli("--list_layers", f"--deploy_txt={written(tmp_path, text)}", cwd=tmp_path)
+    side = 17 if value == "true" else 16
+    assert done.stdout.splitlines()[-1].split() == ["pool", f"8x{side}x{side}"], done.stderr
+
+
+@pytest.mark.parametrize("unknown_first", [False, True])
+def test_the_layer_with_an_unknown_field_is_named(unknown_first, tmp_path):
+    """With its line; not one that this Caffe lacks, whose fields do not matter."""
+    text = given_input("data", 1, 3, 32, 32) + conv("a", "data", "a")
+    bad = layer("culprit", "Pooling", "a", "culprit", "pooling_param {\n kernel_size: 2 odd: 1 }")
+    other = layer("harmless", "Foreign", "a", "harmless", "foreign_param { odd: 1 }")
+    text += other + bad if unknown_first else bad + other
+    line = text[: text.index("odd: 1 }" if not unknown_first else " kernel_size: 2 odd")].count(
+        "\n"
+    )
+    done = run_cli(*ONE, f"--deploy_txt={written(tmp_path, text)}", cwd=tmp_path)
+    assert_one_line(done, 2, "--deploy_txt", "layer culprit: ", f"{line + 1}:", '"odd"')
+    assert "harmless" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["Pooling", "SPP"])
+def test_a_layer_that_caffe_has_not_written_is_named(kind, tmp_path):
+    """Not the target behind it."""
+    text = given_input("data", 1, 3, 32, 32) + conv("a", "data", "a")
+    more = "pooling_param { pool: STOCHASTIC kernel_size: 2 stride: 2 }"
+    if kind == "SPP":
+        more = "spp_param { pool: STOCHASTIC pyramid_height: 2 }"
+    text += layer("culprit", kind, "a", "culprit", more) + flat("b", "culprit")
+    done = run_cli(*ONE, *random_weights(written(tmp_path, text)), "--layer=b", cwd=tmp_path)
+    assert_one_line(done, 2, "--layer b", "culprit", "another layer")
+
+
+PRELU = "prelu_param { channel_shared: true filler { value: 0.2 } }"
+WITHOUT_AXES = {
+    "PReLU": PRELU,
+    "Scale": "scale_param { num_axes: 0 filler { value: 0.5 } }",
+    "Bias": "bias_param { num_axes: 0 filler { value: 3 } }",
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_AXES)
+def test_weights_that_are_one_number_fit(kind, tmp_path):
+    """Their blob has no axes. They are used: other numbers make another picture."""
+    text = given_input("data", 1, 3, 32, 32) + conv("a", "data", "a")
+    text += layer("one", kind, "a", "one", WITHOUT_AXES[kind]) + conv("b", "one", "b")
+    files = random_weights(written(tmp_path, text))
+    seen = dreams(tmp_path, *files, "--layer=b")
+    net = cnn_vis.caffe_net(cnn_vis.Description(files[0][13:]).net)
+    net.copy_from(files[1][14:])
+    net.params["one"][0].data[...] *= 7
+    net.save(files[1][14:])
+    assert not np.array_equal(dreams(tmp_path, *files, "--layer=b"), seen)
+
+
+# ---- What a training prototxt does to pictures ------------------------------------------------
+
+
+def for_training(transform, kind="Data", own='source: "x" batch_size: 2'):
+    """The prototxts (for training, as a deploy.prototxt) of one network."""
+    rest = conv("a", "data", "a", "kernel_size: 3 stride: 2")
+    rest += layer("s", "Sigmoid", "a", "s") + conv("b", "s", "b")
+    param = {"Data": "data_param", "ImageData": "image_data_param"}[kind]
+    data = layer("data", kind, "", "data", f'top: "label" {transform} {param} {{ {own} }}')
+    return data + rest, given_input("data", 1, 3, 32, 32) + rest
+
+
+@pytest.mark.parametrize("place", ["transform_param", "older"])
+def test_scale_and_mean_of_a_training_prototxt_count(place, tmp_path):
+    """The picture is that of the deploy.prototxt with --input_scale and a mean image, and its
+    record says so, so that it can be made again, resumed, and found in a batch."""
+    if place == "older":
+        own = 'source: "x" batch_size: 2 scale: 0.017 crop_size: 32 mean_file: "mean.npy"'
+        train, deploy = for_training("", own=own)
+    else:
+        means = " ".join(f"mean_value: {mean}" for mean in (100, 110, 120))
+        train, deploy = for_training(f"transform_param {{ scale: 0.017 crop_size: 32 {means} }}")
+    np.save(tmp_path / "mean.npy", np.full((3, 4, 4), 110.0))
+    plain = random_weights(written(tmp_path, deploy, "deploy"))
+    written(tmp_path, train, "train")
+    same = [*plain[:2], "--mean_image=mean.npy", "--input_scale=0.017", "--layer=b"]
+    expected = dreams(tmp_path, *same)
+    assert not np.array_equal(dreams(tmp_path, *same, "--input_scale=1"), expected)
+    words = [*DREAM, "--initial_size=48x48", "--layer=b", plain[1], "--deploy_txt=train.prototxt"]
+    done = run_cli(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "scaled by 0.017, as train.prototxt says" in done.stderr
+    assert "110 is subtracted" in done.stderr
+    assert np.array_equal(pixels(tmp_path / "out.png"), expected)
+    command = Image.open(tmp_path / "out.png").info["Comment"]
+    assert "--input_scale=0.017" in command
+    batch = [*words, "--output={name}.png"]
+    assert run_cli(*batch, cwd=tmp_path).returncode == 0
+    assert "1 of 1 pictures are there already" in run_cli(*batch, cwd=tmp_path).stderr
+    other = run_cli(*words, "--input_scale=0.5", "--mean_image=mean.npy", cwd=tmp_path)
+    assert "scaled" not in other.stderr
+    assert "subtracted" not in other.stderr
+    assert not np.array_equal(pixels(tmp_path / "out.png"), expected)
+
+
+def test_a_resumed_run_keeps_its_scale(tmp_path):
+    running = under_way(*ONE, "--num_steps=100000", "--checkpoint_iter=1", "--input_scale=0.5",
+                        cwd=tmp_path)  # fmt: skip
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=30)
+    done = run_cli("--resume", CHECKPOINT, "--input_scale=0.6", cwd=tmp_path)
+    assert_one_line(done, 2, "--input_scale 0.6", "has 0.5")
+
+
+def test_a_mean_file_that_is_not_there_is_told(tmp_path):
+    train, deploy = for_training('transform_param { crop_size: 32 mean_file: "no.binaryproto" }')
+    files = random_weights(written(tmp_path, deploy, "deploy"))
+    written(tmp_path, train, "train")
+    words = [*DREAM, "--initial_size=48x48", "--layer=b", files[1], "--deploy_txt=train.prototxt"]
+    done = run_cli(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "no.binaryproto, named in train.prototxt, does not exist; see --mean_image" in done.stderr
+    )
+
+
 # ---- The networks that people know, by structure ----------------------------------------------
 # Their real prototxts' layers, names and connections; channels divided by `thin`, weights random.
 

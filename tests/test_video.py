@@ -3,10 +3,12 @@ gain, and so that the film flickers less. The clips are made here, of a photogra
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, run_cli
@@ -304,3 +306,109 @@ def test_without_opencv(programs):
     assert len(said.splitlines()) == 1
     assert said.endswith(f"{python} -m pip install -r {ROOT}/examples/requirements.txt\n")
     assert [path.name for path in programs.parent.iterdir()] == ["bin"]
+
+
+# ---- Colours ----------------------------------------------------------------------------------
+
+BARS = [
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (200, 60, 60),
+    (60, 160, 60),
+    (128,) * 3,
+    (220, 180, 150),
+]
+TAGS = "-colorspace {0} -color_primaries {0} -color_trc {0} -color_range tv"
+
+
+def bars(height):
+    """Vertical bars of plain colours, uint8 (height, 448, 3)."""
+    return np.repeat(np.uint8(BARS)[None], 64, axis=1).repeat(height, axis=0)
+
+
+def ffmpeg(*arguments):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-y"]
+    subprocess.run([*command, *map(str, arguments)], check=True)
+
+
+def as_played(film):
+    """(first frame of a film as players show it, uint8 (H, W, 3); the standard that it is tagged
+    with, or "")."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", film]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    tag = re.search(r"Video:.*\((?:tv|pc), *([a-z0-9]+)", said)
+    height = int(re.search(r"Video:.* \d+x(\d+)", said)[1])
+    matrix = tag[1] if tag else "bt709" if height >= 720 else "smpte170m"
+    convert = f"scale=in_color_matrix={matrix}:in_range=tv,format=rgb24"
+    frame = film.with_suffix(".png")
+    ffmpeg("-i", film, "-vf", convert, "-frames:v", 1, frame)
+    return np.asarray(Image.open(frame)), tag[1] if tag else ""
+
+
+@pytest.fixture
+def real_ffmpeg(tmp_path):
+    """The environment of a script with a real ffmpeg, an ffprobe that tells what the test writes
+    to probe.txt, and a dream that leaves pictures as they are."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    (folder / "ffprobe").write_text(
+        f"""#!/bin/sh
+for word; do
+    case $word in stream=*) sed -n "s/^${{word#*=}} //p" "{tmp_path}/probe.txt" ;; esac
+done
+"""
+    )
+    (folder / "dream.py").write_text(
+        "import sys, cnn_vis\n"
+        "options = cnn_vis.PARSER.parse_args(sys.argv[1:])\n"
+        "picture, _ = cnn_vis.read_picture(options.initial_image)\n"
+        "cnn_vis.write_picture(picture, options.output_file)\n"
+    )
+    (folder / "python").write_text(
+        f"""#!/bin/sh
+case $1 in */cnn_vis.py) shift; set -- "{folder}/dream.py" "$@" ;; esac
+exec "{sys.executable}" "$@"
+"""
+    )
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "CNN_VIS_PYTHON": str(folder / "python"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.mark.parametrize(
+    ("height", "tag"), [(720, "bt709"), (720, ""), (480, "smpte170m"), (480, "")]
+)
+def test_a_film_keeps_its_colours(height, tag, real_ffmpeg, tmp_path):
+    """Tagged or not; and its new film says what they are. A frame rate that the film does not tell
+    is taken from another field."""
+    Image.fromarray(bars(height)).save(tmp_path / "bars.png")
+    standard = "bt709" if height >= 720 else "smpte170m"
+    convert = ["-vf", f"scale=out_color_matrix={standard}:out_range=tv,format=yuv444p"]
+    tags = TAGS.format(tag).split() if tag else []
+    ffmpeg("-loop", 1, "-t", 0.2, "-i", tmp_path / "bars.png", *convert, *tags, tmp_path / "in.mp4")
+    told = {"avg_frame_rate": "0/0", "r_frame_rate": "10/1", "height": height}
+    told |= {"color_space": tag or "unknown", "color_transfer": tag or "unknown"}
+    lines = "".join(f"{name} {value}\n" for name, value in told.items())
+    (tmp_path / "probe.txt").write_text(lines)
+    run("video.sh", "in.mp4", "out.mp4", cwd=tmp_path, **real_ffmpeg)
+    seen, new_tag = as_played(tmp_path / "out.mp4")
+    assert new_tag == standard
+    middles = np.s_[10:-10, 32::64]
+    assert np.abs(seen[middles].astype(int) - bars(height)[middles]).mean() < 4
+
+
+@pytest.mark.parametrize("height", [720, 480])
+def test_a_zoom_keeps_its_colours(height, real_ffmpeg, tmp_path):
+    Image.fromarray(bars(height)).save(tmp_path / "bars.png")
+    side = str(min(height, 448))
+    run("zoom.sh", "bars.png", "2", cwd=tmp_path, SIDE=side, ZOOM="1", **real_ffmpeg)
+    seen, tag = as_played(tmp_path / "bars_zoom.mp4")
+    assert tag == ("bt709" if height >= 720 else "smpte170m")
+    middles = np.s_[10:-10, 32::64]
+    assert np.abs(seen[middles].astype(int) - bars(height)[middles]).mean() < 4
