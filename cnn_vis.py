@@ -274,11 +274,13 @@ def read_rgba(path, option="image"):
 class Scan:
     """A picture as its file has it: an open PIL picture, and what Pillow does not know of it.
 
-    `values` are the colours as numbers (H, W, C), unless they are 8 bits deep: grey, RGB or CMYK.
+    `values` are the colours as numbers (H, W, C), unless 8 bits hold them: grey, RGB or CMYK.
     `black` and `white` are the numbers that the file says are black and white; `white` is None if
-    it does not say. `alpha` is opacity, uint8 (H, W), or None if only Pillow may know it; has_alpha
-    is False if what Pillow takes for opacity is something else. `cicp` is (number of the primaries,
-    number of the curve, whether the values use their full range) as in ITU-T H.273, or None.
+    it does not say. `alpha` is opacity in numbers of the same kind, (H, W), and `holes` is where
+    the file has no data, bool (H, W); None: only Pillow knows. `has_alpha` is False if what Pillow
+    takes for opacity is something else. `cicp` is (number of the primaries, number of the curve,
+    whether values use their full range) as in ITU-T H.273, or None. `exif_space` is "Adobe RGB" if
+    EXIF data say so.
     """
 
     picture: object
@@ -287,9 +289,10 @@ class Scan:
     white: float | None = None
     is_inverted: bool = False  # black is the higher number
     alpha: np.ndarray | None = None
+    holes: np.ndarray | None = None
     has_alpha: bool = True
-    is_premultiplied: bool = False
     cicp: tuple | None = None
+    exif_space: str | None = None
 
     def __enter__(self):
         return self
@@ -302,33 +305,58 @@ def open_picture(data, path, remarks):
     """The Scan of `data`, the bytes of a picture file. Raises what Pillow and tifffile raise."""
     from PIL import Image
 
+    if data.startswith(POSTSCRIPT):
+        raise ValueError("PostScript is a program, not a picture")
     if data.startswith(PNG):
         data = without_damaged_chunks(data)
     import_plugins(data)
     if data[:4] in (*TIFF_MAGIC, *RAW_MAGIC):
-        picture = read_raw_preview(data, path, remarks)
-        if scan := Scan(picture) if picture else read_deep_tiff(data):
+        if picture := read_raw_preview(data, path, remarks):
+            return Scan(picture)
+        data = from_full_page(data)
+        if scan := read_deep_tiff(data, path, remarks):
             return scan
     picture = Image.open(io.BytesIO(data))
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
-    choose_frame(picture, path, remarks)
+    if picture.format != "MPO":  # a camera's JPEG: its other frames are previews
+        tell_frames(getattr(picture, "n_frames", 1), path, remarks)
     scan = Scan(picture)
     if picture.format in READERS:
-        READERS[picture.format](scan, data)
+        READERS[picture.format](scan, data, functools.partial(tell, path, remarks))
     picture.load()
     if scan.values is None and picture.mode.startswith(("I", "F")):
         scan.values = np.asarray(picture)[..., np.newaxis]
+    scan.exif_space = scan.exif_space or exif_space(picture)
     return scan
 
 
-# Formats that Pillow reads with another package: name, package to import, how they begin, and what
-# pip calls the package. A file in ISO's container may also be a film, or be read by Pillow itself.
+def tell(path, remarks, text):
+    """Adds a remark on the file `path`."""
+    remarks.append(f"{path}: {text}")
+
+
+def tell_frames(count, path, remarks):
+    """Adds the remark that a file has `count` frames, if it has several."""
+    if count > 1:
+        tell(path, remarks, f"the first of {count} frames is used")
+
+
+# Formats that Pillow reads with another package: name, package to import, how a file begins, and
+# what pip calls the package.
 PLUGINS = (
-    ("HEIC", "pillow_heif", re.compile(rb".{4}ftyp", re.DOTALL), "pillow-heif"),
+    (
+        "HEIC",
+        "pillow_heif",
+        re.compile(rb".{4}ftyp(he[iv][a-z]|mi[fa]1|msf1)", re.S),
+        "pillow-heif",
+    ),
     ("JPEG XL", "pillow_jxl", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "pillow-jxl-plugin"),
 )
 PNG = b"\x89PNG\r\n\x1a\n"
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs except for this
 
 
 def import_plugins(data):
@@ -341,10 +369,6 @@ def import_plugins(data):
                 getattr(plugin, "register_heif_opener", bool)()
 
 
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-RAW_MAGIC = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0")  # Olympus, Panasonic: TIFFs except for this
-
-
 def why_unreadable(error, data):
     """(why, what to do about it) for a picture file with the bytes `data` that failed with
     `error`."""
@@ -352,35 +376,47 @@ def why_unreadable(error, data):
 
     reason, remedy = one_line(error), "use a PNG or JPEG file"
     if isinstance(error, UnidentifiedImageError):
-        reason = "unknown format"
+        reason = "unsupported kind of TIFF" if data[:4] in TIFF_MAGIC else "unknown format"
+    if "imagecodecs" in reason:
+        return reason, f"pip install imagecodecs, or {remedy}"
     for name, package, signature, pip_name in PLUGINS:
         if signature.match(data) and importlib.util.find_spec(package) is None:
             return f"it may be {name}", f"pip install {pip_name}, or {remedy}"
     return reason, remedy
 
 
-def choose_frame(picture, path, remarks):
-    """Goes to the first frame of a PIL picture that is not a reduced copy or a mask of another."""
-    count = getattr(picture, "n_frames", 1)
-    if count <= 1 or picture.format == "MPO":  # a camera's JPEG: its other frames are previews
-        return
-    number = 0
-    if picture.format == "TIFF":
-        with contextlib.suppress(EOFError):
-            for number in range(count):
-                picture.seek(number)
-                if is_full_page(picture.tag_v2.get):
-                    break
-            else:
-                number = 0
-                picture.seek(0)
-    which = "first" if number == 0 else f"first full one, number {number + 1},"
-    remarks.append(f"{path}: the {which} of {count} frames is used")
+def from_full_page(data):
+    """The bytes of a TIFF, changed to begin with its first page that is neither a reduced copy nor
+    a mask of another, if it has one."""
+    import tifffile
+
+    try:
+        first, *others = itertools.islice(all_pages(tifffile.TiffFile(io.BytesIO(data)).pages), 32)
+        page = next(filter(is_full_page, (first, *others)), first)
+    except Exception:  # a damaged file, of which readers may still make something
+        return data
+    if page is first:
+        return data
+    order = "little" if data[:2] == b"II" else "big"
+    place = slice(8, 16) if 43 in data[2:4] else slice(4, 8)  # of the first page's address
+    changed = bytearray(data)
+    changed[place] = page.offset.to_bytes(place.stop - place.start, order)
+    return bytes(changed)
 
 
-def is_full_page(tag):
-    """Whether a page of a TIFF is neither a reduced copy nor a mask; `tag` gets a tag's value."""
-    return not tag(254, 0) & 5 and tag(255, 1) != 2
+def is_full_page(page):
+    """Whether a tifffile page is neither a reduced copy nor a mask."""
+    return not page.tags.valueof(254, default=0) & 5 and page.tags.valueof(255, default=1) != 2
+
+
+def exif_space(picture):
+    """The colour space that a PIL picture's EXIF data declare: "Adobe RGB", or None."""
+    with contextlib.suppress(Exception):  # they can be damaged in any way
+        exif = picture.getexif()
+        space = exif.get_ifd(0x8769).get(0xA001)
+        if space == 2 or space == 0xFFFF and exif.get_ifd(0xA005).get(1) == "R03":
+            return "Adobe RGB"
+    return None
 
 
 def read_raw_preview(data, path, remarks):
@@ -455,7 +491,7 @@ def without_damaged_chunks(data):
     return PNG + b"".join(whole for _, _, whole in png_chunks(data))
 
 
-def read_deep_tiff(data):
+def read_deep_tiff(data, path, remarks):
     """`data`, the bytes of a TIFF, as a Scan if it has several channels deeper than 8 bits, or a
     number type that Pillow misreads; None for any other TIFF, which Pillow reads. Raises ValueError
     if it cannot be shown correctly."""
@@ -464,8 +500,7 @@ def read_deep_tiff(data):
 
     try:
         pages = tifffile.TiffFile(io.BytesIO(data)).pages
-        full = (page for page in pages if is_full_page(page.aspage().tags.valueof))
-        page = next(full, pages.first)
+        page = pages.first
         is_plain = page.dtype in (bool, np.uint8, np.uint16, np.int32, np.float32)
         if page.samplesperpixel == 1 and is_plain or page.dtype == np.uint8:
             return None
@@ -474,24 +509,45 @@ def read_deep_tiff(data):
         return None
     if pixels > MAX_PIXELS:
         raise Image.DecompressionBombError
+    tell_frames(len(pages), path, remarks)
     values = page.asarray()
     values = values[..., np.newaxis] if page.samplesperpixel == 1 else values
     values = np.moveaxis(values, 0, -1) if page.planarconfig == 2 else values
-    colours = values.shape[-1] - len(page.extrasamples)
+    kinds = [int(kind) for kind in page.extrasamples]
+    colours = values.shape[-1] - len(kinds)
     if (int(page.photometric), colours) not in ((0, 1), (1, 1), (2, 3), (5, 4)) or values.ndim != 3:
         raise ValueError(f"unsupported deep TIFF: {page.photometric.name}")
     scan = Scan(Image.new("L", (1, 1)), values[..., :colours])
-    if page.extrasamples and page.extrasamples[0] in (1, 2):  # alpha: premultiplied, or not
-        scan.alpha = alpha_to_8_bits(values[..., colours])
-        scan.is_premultiplied = page.extrasamples[0] == 1
+    if {1, 2}.intersection(kinds):  # alpha: premultiplied, or not
+        number = next(i for i, kind in enumerate(kinds) if kind in (1, 2))
+        scan.alpha = values[..., colours + number]
+        if kinds[number] == 1:
+            scan.values = unmultiplied(scan.values, scan.alpha)
     if profile := page.tags.valueof(34675):
         scan.picture.info["icc_profile"] = profile
     scan.picture.getexif()[0x0112] = page.tags.valueof(0x0112, default=1)  # orientation
+    if (page.tags.valueof(34665) or {}).get("ColorSpace") == 2:
+        scan.exif_space = "Adobe RGB"
     read_tiff_numbers(scan, page.tags.valueof)
     return scan
 
 
-def read_tiff(scan, data):
+def unmultiplied(values, alpha):
+    """The colours `values` (H, W, C), of which those multiplied by `alpha` (H, W) are given."""
+    if not alpha.any():
+        return values
+    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    share = alpha[..., np.newaxis] / top
+    with np.errstate(all="ignore"):
+        found = np.where(share > 0, values / share, 0)
+    return (
+        found.astype(values.dtype)
+        if top == 1
+        else np.minimum(found + 0.5, top).astype(values.dtype)
+    )
+
+
+def read_tiff(scan, data, tell):
     """What Pillow leaves out of a TIFF. Raises ValueError if it would show it wrongly."""
     picture, tag = scan.picture, scan.picture.tag_v2.get
     if (tag(262), tag(259)) == (6, 1) and tuple(tag(530, (2, 2))) != (1, 1):
@@ -513,55 +569,84 @@ def read_tiff_numbers(scan, tag):
     scan.is_inverted = tag(262) == 0
     low, high = min(numbers(340, 280), default=0), max(numbers(341, 281), default=0)
     bits = int(max(numbers(258), default=1))
-    if high > low:
+    if low < high < 1e30:  # some writers state the limits of their type
         scan.black, scan.white = float(low), float(high)
     elif 8 < bits < 16:
         scan.white = 2.0**bits - 1
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        nothing = scan.values.dtype.type(float(str(tag(42113)).strip(" \0")))  # as GDAL writes it
+    with contextlib.suppress(TypeError, ValueError):
+        take_holes(scan, float(str(tag(42113)).strip(" \0")))  # as GDAL writes it
+
+
+def take_holes(scan, number):
+    """Makes the pixels of a Scan whose values are all `number` holes, if others are left."""
+    with contextlib.suppress(OverflowError):
+        kind = scan.values.dtype.type
+        nothing = kind(number) if kind(number) == kind(number) else number
+        is_exact = nothing != nothing or float(nothing) == number or scan.values.dtype.kind == "f"
         is_hole = np.isnan(scan.values) if nothing != nothing else scan.values == nothing
-        if is_hole.any() and not is_hole.all():
-            scan.alpha = np.uint8(255) * ~is_hole.all(axis=-1)
+        if is_exact and is_hole.any() and not is_hole.all():
+            scan.holes = is_hole.all(axis=-1)
             scan.values = np.where(is_hole, scan.values[~is_hole].min(), scan.values)
 
 
-def read_png(scan, data):
-    """What Pillow leaves out of a PNG: the cICP chunk, and the lower half of 16 bits."""
-    from PIL import Image
-
+def read_png(scan, data, tell):
+    """What Pillow leaves out of a PNG: the cICP chunk, a transparent level of less than 8 bits, and
+    the lower half of 16 bits, if that can be seen."""
     picture, depth, colour = scan.picture, data[24], data[25]
     for name, content, _ in png_chunks(data):
-        if name == b"cICP" and len(content) == 4 and content[2] == 0:
+        if name == b"cICP" and len(content) == 4 and content[2] == 0 and content[:2] != b"\2\2":
             scan.cicp = (content[0], content[1], bool(content[3]))
-    if depth != 16 or colour not in (2, 6):
+    key = picture.info.get("transparency")
+    if colour == 0 and depth in (2, 4) and key is not None:
+        picture.info["transparency"] = key * (255 // (2**depth - 1))  # as Pillow scales pixels
+    if depth != 16 or colour == 0:
         return
-    # Pillow keeps the upper byte of each number; asked for little-endian ones it keeps the lower.
+    declares = scan.cicp or {"icc_profile", "gamma", "transparency"}.intersection(picture.info)
+    highest = max(high for _, high in picture.getextrema()[:3])
+    if declares or highest < 64:  # a lower half of less than 1 % of 64 * 256 cannot be seen
+        values = both_halves(picture, data)
+        colours = values.shape[-1] - 1 + values.shape[-1] % 2  # 1 of 2, 3 of 3 or 4
+        scan.values = values[..., :colours]
+        scan.alpha = values[..., colours] if values.shape[-1] > colours else None
+        if key is not None:
+            scan.holes = (scan.values == key).all(axis=-1)
+
+
+def both_halves(picture, data):
+    """The numbers, uint16 (H, W, C), of a PNG of 16 bits with several channels. Pillow keeps only
+    the upper byte of each; it keeps the lower one of numbers that it takes for little-endian. Grey
+    and alpha are read as four channels of 8 bits."""
+    from PIL import Image
+
+    if data[25] == 4:
+        header = data[12:24] + bytes((8, 6)) + data[26:29]
+        header += zlib.crc32(header).to_bytes(4, "big")
+        with Image.open(io.BytesIO(data[:12] + header + data[33:])) as file:
+            return np.asarray(file).astype(">u1").view(">u2").astype(np.uint16)
     halves = []
     for order in "BL":
         with Image.open(io.BytesIO(data)) as half:
-            half.tile = [half.tile[0]._replace(args=f"{half.mode};16{order}")]
+            half.tile = [half.tile[0]._replace(args=f"{picture.mode};16{order}")]
             halves.append(np.asarray(half).astype(np.uint16))
-    values = halves[0] << 8 | halves[1]
-    key = picture.info.pop("transparency", None)
-    if key is not None:
-        scan.alpha = np.uint8(255) * (values[..., :3] != key).any(axis=-1)
-    scan.values = values[..., :3]
+    return halves[0] << 8 | halves[1]
 
 
-def read_psd(scan, data):
-    """What a fourth channel of a PSD is: opacity only if the number of layers is negative."""
+def read_psd(scan, data, tell):
+    """What a further channel of a PSD is: opacity only if the number of layers is negative."""
     place = 26
     for _ in range(2):  # past the palette and the resources
         place += 4 + int.from_bytes(data[place : place + 4], "big")
     layers = int.from_bytes(data[place + 8 : place + 10], "big", signed=True)
-    if not (int.from_bytes(data[place : place + 4], "big") and layers < 0):
-        scan.has_alpha = False
+    has_layers = int.from_bytes(data[place : place + 4], "big") > 0
+    scan.has_alpha = has_layers and layers < 0
+    if scan.has_alpha and scan.picture.mode != "RGBA":
+        tell("its transparency is not read")
     for number, _, content in getattr(scan.picture, "resources", ()):
         if number == 1039:
             scan.picture.info["icc_profile"] = content
 
 
-def read_bmp(scan, data):
+def read_bmp(scan, data, tell):
     """The profile in the fifth version of a BMP's header."""
     header = data[14:]
     if int.from_bytes(header[:4], "little") >= 124 and header[56:60] == b"DEBM":
@@ -569,22 +654,39 @@ def read_bmp(scan, data):
         scan.picture.info["icc_profile"] = header[start : start + length]
 
 
-def read_fits(scan, data):
+def read_tga(scan, data, tell):
+    """Whether the fourth channel of a TGA is opacity."""
+    scan.has_alpha = bool(data[17] & 15)
+
+
+def read_fits(scan, data, tell):
     """The numbers that a FITS file means, by its scale and offset."""
-    cards = re.findall(rb"(BZERO|BSCALE) *= *([-+.\deED]+)", data[: data.find(b"END     ") + 1])
-    found = {name: float(text.replace(b"D", b"E")) for name, text in cards}
+    found, place = {}, 0
+    while not int(found.get(b"NAXIS", 0)) and place < len(data):  # the first header of a picture
+        found = {}
+        while place < len(data) and data[place : place + 8].rstrip() != b"END":
+            name, _, value = data[place : place + 80].partition(b"=")
+            number = re.match(rb"\s*([-+.\deED]+)", value)
+            found |= {name.rstrip(): float(number[1].replace(b"D", b"E"))} if number else {}
+            place += 80
+        place += 2880 - place % 2880
+    if found.get(b"NAXIS3", 1) > 1:
+        tell(f"the first of {found[b'NAXIS3']:g} planes is used")
     scale, zero = found.get(b"BSCALE", 1.0), found.get(b"BZERO", 0.0)
     values = np.asarray(scan.picture)
     values = values.view(np.int16) if values.dtype == np.uint16 else values
+    scan.values = values[..., np.newaxis]
+    if b"BLANK" in found:
+        take_holes(scan, found[b"BLANK"])
     if (scale, zero) != (1, 0):
         is_unsigned = (scale, zero, values.dtype) == (1, 32768, np.int16)
-        values = (values * scale + zero).astype(np.uint16 if is_unsigned else np.float64)
-    if scan.picture.mode != "L" or (scale, zero) != (1, 0):
-        scan.values = values[..., np.newaxis]
+        scan.values = (scan.values * scale + zero).astype(np.uint16 if is_unsigned else np.float64)
+    elif scan.picture.mode == "L":
+        scan.values = None  # Pillow's are right
 
 
-def boxes(data, *path):
-    """Yields the contents of the boxes at a `path` of names in ISO's container or JPEG 2000's."""
+def boxes(data):
+    """Yields (name, content) of the boxes in ISO's container or JPEG 2000's."""
     place = 0
     while place + 8 <= len(data):
         size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -594,29 +696,56 @@ def boxes(data, *path):
         end = place + size if size else len(data)
         if end < start:
             return
-        if name == path[0]:
-            content = data[start + 4 * (name == b"meta") : end]  # this one begins with a version
-            yield from boxes(content, *path[1:]) if path[1:] else [content]
+        yield name, data[start:end]
         place = end
 
 
-def read_iso(scan, data):
-    """The colours that an AVIF or HEIC declares by numbers."""
-    for content in boxes(data, b"meta", b"iprp", b"ipco", b"colr"):
-        if content[:4] == b"nclx" and scan.cicp is None:
-            scan.cicp = (*(int.from_bytes(content[i : i + 2], "big") for i in (4, 6)), True)
-    if scan.picture.info.get("icc_profile"):
-        scan.cicp = None  # here the profile comes first
+def read_iso(scan, data, tell):
+    """The colours that an AVIF or HEIC declares by numbers for its main picture."""
+    if "icc_profile" in scan.picture.info:
+        return  # here the profile comes first
+    meta = dict(boxes(dict(boxes(data)).get(b"meta", b"")[4:]))  # after its version
+    properties = dict(boxes(meta.get(b"iprp", b"")))
+    found = [*boxes(properties.get(b"ipco", b""))]
+    for number in properties_of(meta.get(b"pitm", b""), properties.get(b"ipma", b"")):
+        name, content = found[number - 1] if 0 < number <= len(found) else (b"", b"")
+        if name == b"colr" and content[:4] == b"nclx":
+            primaries, curve = (int.from_bytes(content[i : i + 2], "big") for i in (4, 6))
+            scan.cicp = None if (primaries, curve) == (2, 2) else (primaries, curve, True)
 
 
-def read_jpeg_2000(scan, data):
-    """The profile of a JPEG 2000."""
-    for content in boxes(data, b"jp2h", b"colr"):
-        if content[:1] in (b"\2", b"\3"):
+def properties_of(pitm, ipma):
+    """The numbers, from 1, of the properties that the box `ipma` gives the item that `pitm`
+    names."""
+    stream = io.BytesIO(ipma)
+
+    def number(size):
+        return int.from_bytes(stream.read(size), "big")
+
+    main = int.from_bytes(pitm[4:8] if pitm[:1] != b"\0" else pitm[4:6], "big")
+    is_long, has_wide = number(1) > 0, number(3) & 1
+    for _ in range(min(number(4), 10_000)):
+        item = number(4 if is_long else 2)
+        numbers = [number(2 if has_wide else 1) for _ in range(number(1))]
+        if item == main:
+            return [n & (0x7FFF if has_wide else 0x7F) for n in numbers]  # without a flag
+    return []
+
+
+def read_jpeg_2000(scan, data, tell):
+    """The profile of a JPEG 2000. Raises ValueError for one that Pillow shows wrongly."""
+    header = [*boxes(dict(boxes(data)).get(b"jp2h", b""))]
+    depths = [content[10:11] for name, content in header if name == b"ihdr"] or [data[42:43]]
+    depths += [content for name, content in header if name == b"bpcc"] * (depths[0] == b"\xff")
+    deepest = max((depth & 127) + 1 for depth in b"".join(depths[-1:]))
+    if deepest > 8 and not scan.picture.mode.startswith("I"):  # its white would become black
+        raise ValueError(f"JPEG 2000 with colours of {deepest} bits is not supported")
+    for name, content in header:
+        if name == b"colr" and content[:1] in (b"\2", b"\3"):
             scan.picture.info.setdefault("icc_profile", content[3:])
 
 
-READERS = {  # by Pillow's names of formats
+READERS = {  # by Pillow's names of formats; they get the Scan, the file's bytes, and `tell`
     "AVIF": read_iso,
     "BMP": read_bmp,
     "FITS": read_fits,
@@ -624,6 +753,7 @@ READERS = {  # by Pillow's names of formats
     "JPEG2000": read_jpeg_2000,
     "PNG": read_png,
     "PSD": read_psd,
+    "TGA": read_tga,
     "TIFF": read_tiff,
 }
 
@@ -679,10 +809,11 @@ CURVES = dict.fromkeys((1, 6, 7, 11, 12, 13, 14, 15), from_srgb) | {
 
 @dataclasses.dataclass(frozen=True)
 class Colours:
-    """What a picture's values 0..1 mean: `curve` makes them linear light, of which `matrix` makes
-    that of sRGB. `hdr` is None, "PQ" or "HLG": such light goes beyond 1."""
+    """What a picture's values 0..1 mean: the `curves`, one each for red, green and blue, make them
+    linear light, of which `matrix` makes that of sRGB. `hdr` is None, "PQ" or "HLG": such light
+    goes beyond 1."""
 
-    curve: object
+    curves: tuple
     matrix: np.ndarray
     hdr: str | None = None
 
@@ -697,14 +828,16 @@ class Colours:
             shown = curve(np.linspace(0, 1, 256))
         if not (np.isfinite(matrix).all() and np.isfinite(shown).all()):
             raise ArithmeticError("its gAMA and cHRM chunks make no sense")
-        return cls(curve, matrix, hdr)
+        return cls((curve,) * 3, matrix, hdr)
 
     def shown(self, values):
         """The uint8 sRGB picture (H, W, 3) of `values`, uint16 (H, W, 3) or (H, W, 1)."""
-        light = self.curve(np.arange(65536) / 65535)
+        steps = np.arange(65536) / 65535
+        light = {curve: curve(steps) for curve in self.curves}
         made = np.empty((*values.shape[:2], 3), np.uint8)
         for rows in strips(len(values)):
-            linear = np.broadcast_to(light[values[rows]], made[rows].shape)
+            bands = np.broadcast_to(values[rows], made[rows].shape)
+            linear = np.stack([light[c][bands[..., i]] for i, c in enumerate(self.curves)], axis=-1)
             if self.hdr == "HLG":  # brighter parts are shown on a screen with more contrast
                 scene = linear @ (0.2627, 0.6780, 0.0593)
                 linear = linear * (1000 / REFERENCE_WHITE * scene**0.2)[..., np.newaxis]
@@ -733,73 +866,85 @@ def compressed(linear):
     return linear * (fitting / np.maximum(most, 1e-9))
 
 
-def declared_colours(scan):
-    """The Colours that a Scan's file declares by numbers, by a gamma, or by EXIF data; None for
-    those of sRGB, without a declaration, or if a profile counts. Of several declarations, the one
-    that comes first in the third edition of the PNG specification counts. Raises ArithmeticError if
-    they are unknown or impossible."""
+def declared_colours(scan, tell):
+    """(Colours, profile) that a Scan's file declares, either of them None; (None, None) stands for
+    sRGB. What comes first in the third edition of the PNG specification counts."""
     info = scan.picture.info
-    if scan.cicp is not None and scan.cicp[:2] != (2, 2):  # 2: not specified
-        return from_cicp(*scan.cicp)
-    if "icc_profile" in info or "srgb" in info:
-        return None
-    if "gamma" in info:
-        gamma, primaries = info["gamma"], info.get("chromaticity", SRGB)
-        if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(primaries, SRGB, atol=0.005):
-            return None  # this is how programs declare sRGB
-        return Colours.of(lambda t: t ** (1 / gamma) if gamma > 0 else t * np.nan, primaries)
-    with contextlib.suppress(Exception):  # EXIF data can be damaged in any way
-        exif = scan.picture.getexif()
-        space = exif.get_ifd(0x8769).get(0xA001)
-        if space == 2 or space == 0xFFFF and exif.get_ifd(0xA005).get(1) == "R03":
-            return Colours.of(lambda t: t ** (563 / 256), ADOBE)
-    return None
+    try:
+        if scan.cicp is not None:
+            return from_cicp(*scan.cicp), None
+    except ArithmeticError as error:
+        tell(f"its colour declaration is ignored ({error})")
+    if profile := info.get("icc_profile"):
+        channels = scan.values.shape[-1] if scan.values is not None else 0
+        with contextlib.suppress(ValueError, LookupError):  # LittleCMS tells what is wrong
+            return from_matrix_profile(profile, channels), profile
+        return None, profile
+    try:
+        if "gamma" in info and "srgb" not in info:
+            return from_gamma(info["gamma"], info.get("chromaticity", SRGB)), None
+    except ArithmeticError as error:
+        tell(f"its colour declaration is ignored ({error})")
+    if scan.exif_space == "Adobe RGB":
+        return Colours.of(lambda t: t ** (563 / 256), ADOBE), None
+    return None, None
+
+
+def from_gamma(gamma, primaries):
+    """The Colours of a PNG's gamma and chromaticities, or None for those of sRGB. Raises
+    ArithmeticError."""
+    if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(primaries, SRGB, atol=0.005):
+        return None  # this is how programs declare sRGB
+    return Colours.of(lambda t: t ** (1 / gamma) if gamma > 0 else t * np.nan, primaries)
 
 
 def from_cicp(primaries, transfer, is_full):
     """The Colours of these numbers of H.273, or None for those of sRGB. Raises ArithmeticError."""
     primaries, transfer = (1 if primaries == 2 else primaries), (13 if transfer == 2 else transfer)
     if primaries not in PRIMARIES or transfer not in CURVES:
-        raise ArithmeticError(f"primaries {primaries} and transfer {transfer} are not supported")
-    curve = CURVES[transfer]
+        raise ArithmeticError(f"primaries {primaries} and curve {transfer} are not supported")
+    curve, hdr = CURVES[transfer], {16: "PQ", 18: "HLG"}.get(transfer)
     if curve is from_srgb and primaries == 1 and is_full:
         return None
-    if not is_full:
-        return Colours.of(
-            lambda t: curve(np.clip((255 * t - 16) / 219, 0, 1)), PRIMARIES[primaries]
-        )
-    return Colours.of(curve, PRIMARIES[primaries], {16: "PQ", 18: "HLG"}.get(transfer))
+    if is_full:
+        return Colours.of(curve, PRIMARIES[primaries], hdr)
+    narrow = functools.partial(in_narrow_range, curve)
+    return Colours.of(narrow, PRIMARIES[primaries], hdr)
 
 
-def from_matrix_profile(profile):
-    """The Colours of an ICC profile (bytes) that consists of curves and a matrix, or of one curve
-    for grey; None for any other. LittleCMS, as Pillow offers it, knows only 8 bits."""
+def in_narrow_range(curve, t):
+    """A curve for values of which 16 of 255 are black and 235 are white."""
+    return curve(np.clip((255 * t - 16) / 219, 0, 1))
+
+
+# The matrix from sRGB to XYZ under D50, to which profiles refer (ICC.1:2022, Annex E).
+SRGB_UNDER_D50 = np.array(
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
+
+
+def from_matrix_profile(profile, channels):
+    """The Colours of an ICC profile (bytes) for values of 1 or 3 `channels` that consists of curves
+    and a matrix, or of one curve for grey; None for any other. LittleCMS, as Pillow offers it,
+    knows only 8 bits. Raises ValueError or LookupError if the profile is damaged."""
 
     def number(place):
         return int.from_bytes(profile[place : place + 4], "big", signed=True) / 65536
 
-    count = int.from_bytes(profile[128:132], "big")
+    space, count = profile[16:20], int.from_bytes(profile[128:132], "big")
     entries = (profile[132 + 12 * i : 144 + 12 * i] for i in range(min(count, 100)))
     place = {entry[:4]: int.from_bytes(entry[4:8], "big") for entry in entries}
-    if b"A2B0" in place or profile[20:24] != b"XYZ ":
+    if b"A2B0" in place or channels not in (1, 3):
         return None
-    if b"kTRC" in place:
-        return Colours(icc_curve(profile, place[b"kTRC"]), np.eye(3))
-    if not {b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"} <= place.keys():
+    if space == b"GRAY" and channels == 1 and b"kTRC" in place:
+        return Colours((icc_curve(profile, place[b"kTRC"]),) * 3, np.eye(3))
+    if space != b"RGB " or profile[20:24] != b"XYZ ":
         return None
-    curves = [icc_curve(profile, place[name]) for name in (b"rTRC", b"gTRC", b"bTRC")]
-    samples = np.linspace(0, 1, 64)
-    if not all(np.allclose(curve(samples), curves[0](samples), atol=1e-4) for curve in curves):
-        return None
+    curves = tuple(icc_curve(profile, place[name]) for name in (b"rTRC", b"gTRC", b"bTRC"))
     columns = [
         [number(place[name] + 8 + 4 * i) for i in range(3)] for name in (b"rXYZ", b"gXYZ", b"bXYZ")
     ]
-    srgb_in_d50 = [
-        [0.43607, 0.38515, 0.14307],
-        [0.22249, 0.71687, 0.06061],
-        [0.01392, 0.09708, 0.7141],
-    ]
-    return Colours(curves[0], np.linalg.solve(srgb_in_d50, np.transpose(columns)))
+    return Colours(curves, np.linalg.solve(SRGB_UNDER_D50, np.transpose(columns)))
 
 
 def icc_curve(profile, place):
@@ -826,18 +971,12 @@ def to_srgb(scan, path, remarks):
     """A Scan as an 8-bit sRGB PIL picture, mode RGB, or RGBA if parts are transparent."""
     from PIL import Image, ImageCms
 
-    alpha, colours = alpha_of(scan, path, remarks), None
-    profile = scan.picture.info.get("icc_profile")
-    try:
-        colours = declared_colours(scan)
-        if profile and scan.cicp is None and scan.values is not None:
-            colours = from_matrix_profile(profile)
-    except (ArithmeticError, ValueError, LookupError) as error:
-        remarks.append(f"{path}: its colour declaration is ignored ({one_line(error)})")
+    colours, profile = declared_colours(scan, functools.partial(tell, path, remarks))
     if colours and colours.hdr:
-        remarks.append(f"{path}: this is HDR ({colours.hdr}); its highlights are compressed")
+        tell(path, remarks, f"this is HDR ({colours.hdr}); its highlights are compressed")
     is_declared = colours or profile or scan.cicp or "srgb" in scan.picture.info
     limits = value_limits(scan, bool(is_declared), path, remarks)
+    alpha = alpha_of(scan, limits, path, remarks)
     if colours and limits and scan.values.shape[-1] != 4:
         picture = Image.fromarray(colours.shown(scaled(scan, limits, np.uint16)))
     elif colours:
@@ -845,37 +984,53 @@ def to_srgb(scan, path, remarks):
         picture = Image.fromarray(colours.shown(pixels.astype(np.uint16) * 257))
     else:
         picture = eight_bits(scan, limits)
-        if profile and scan.cicp is None:
+        if profile:
             try:
                 picture = from_profile(picture, profile)
             except (OSError, ImageCms.PyCMSError) as error:
-                remarks.append(f"{path}: its colour profile is ignored ({one_line(error)})")
+                tell(path, remarks, f"its colour profile is ignored ({one_line(error)})")
         picture = picture.convert("RGB")
     if alpha is not None:
         picture.putalpha(alpha)
     return picture
 
 
-def alpha_of(scan, path, remarks):
-    """The opacity of a Scan as a PIL picture of mode L, or None. One that hides everything is
-    taken for a mistake."""
+def alpha_of(scan, limits, path, remarks):
+    """The opacity of a Scan, whose values have these `limits`, as a PIL picture of mode L, or None.
+    One that hides everything is taken for a mistake."""
     from PIL import Image
 
     picture, key, alpha = scan.picture, scan.picture.info.get("transparency"), None
     if scan.alpha is not None:
-        alpha = Image.fromarray(scan.alpha)
+        alpha = Image.fromarray(alpha_to_8_bits(scan.alpha, limits))
     elif picture.mode.startswith(("I", "F")):
         if key is not None:
             alpha = Image.fromarray(np.uint8(255) * (np.asarray(picture) != key))
-    elif scan.has_alpha and (key is not None or picture.mode in WITH_ALPHA):
+    elif scan.holes is None and scan.has_alpha and (key is not None or picture.mode in WITH_ALPHA):
         alpha = picture.convert("RGBA").getchannel("A")
+    if scan.holes is not None:
+        levels = np.full(scan.holes.shape, 255, np.uint8) if alpha is None else np.asarray(alpha)
+        alpha = Image.fromarray(np.where(scan.holes, np.uint8(0), levels))
     if alpha is not None and alpha.getextrema()[1] == 0:
-        remarks.append(f"{path}: it is transparent everywhere; shown opaque")
+        tell(path, remarks, "it is transparent everywhere; shown opaque")
         return None
     return alpha
 
 
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of PIL pictures
+
+
+def alpha_to_8_bits(values, limits):
+    """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range, or
+    that of the colours beside it, 0..2^n-1, if that is smaller and contains them."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, posinf=1, neginf=0)
+        top = max(1, values.max())
+    else:
+        top = np.iinfo(values.dtype).max
+        if limits and values.max() <= limits[1] < top and math.log2(limits[1] + 1) % 1 == 0:
+            top = limits[1]
+    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def eight_bits(scan, limits):
@@ -889,10 +1044,6 @@ def eight_bits(scan, limits):
         seen = scaled(scan, limits, np.uint8)
         mode = {1: "L", 3: "RGB", 4: "CMYK"}[seen.shape[-1]]
         picture = Image.frombytes(mode, seen.shape[1::-1], seen.tobytes())
-        if scan.is_premultiplied:
-            picture = picture if mode == "L" else picture.convert("RGB")
-            bands = [*picture.split(), Image.fromarray(scan.alpha)]
-            picture = Image.merge(picture.mode + "a", bands)
     picture = picture.convert({"RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode))
     return picture.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB"))
 
@@ -936,26 +1087,15 @@ def value_limits(scan, is_declared, path, remarks):
         low, high = 0, next((depth for depth in depths if high <= depth), top)
         if is_declared or high == 65535:
             if finite.max() <= 255 and not is_declared:
-                dark = f"its values reach only {finite.max()} of {top}"
-                remarks.append(f"{path}: this is very dark: {dark}")
+                tell(path, remarks, f"very dark: its values reach only {finite.max()} of {top}")
             return 0, top
     elif low >= 0 and high <= 255 and not is_small:
         return 0, 255
     elif low >= 0 and 32767 < high <= 65535:
         return 0, 65535
     low = 0 if is_small else low
-    remarks.append(f"{path}: its values are taken as {low:g} (black) to {high:g} (white)")
+    tell(path, remarks, f"its values are taken as {low:g} (black) to {high:g} (white)")
     return low, high
-
-
-def alpha_to_8_bits(values):
-    """An alpha channel of any depth as uint8: floats span 0..1, integers their type's range."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, posinf=1, neginf=0)
-        top = max(1, values.max())
-    else:
-        top = np.iinfo(values.dtype).max
-    return np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)
 
 
 def from_profile(picture, profile):
@@ -963,6 +1103,8 @@ def from_profile(picture, profile):
     profile agrees with sRGB to within two levels, whatever its name."""
     from PIL import Image, ImageCms
 
+    if profile[16:20] == b"RGB " and picture.mode == "L":
+        picture = picture.convert("RGB")
     profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     transform = ImageCms.buildTransform(profile, srgb, picture.mode, "RGB")
     if picture.mode == "RGB":
@@ -3109,6 +3251,8 @@ def download(model, url, check_structure):
     or None, has found no fault. Raises RunFailed."""
     place = model.cache_place()
     folder = os.path.dirname(place)
+    if problem := unwritable(place):
+        raise RunFailed(f"{place} is {problem}; remove it, or set CNN_VIS_MODELS to another folder")
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
@@ -3125,10 +3269,12 @@ def download(model, url, check_structure):
                     unpack(fetched, model.member, weights)
                 except RunFailed as error:
                     raise RunFailed(f"{url}: {error}; try again, or use --model_url") from None
-            if not has_known_hash(weights, model):
+            is_known = has_known_hash(weights, model)
+            if not is_known:
                 check_unknown(model, url, weights, check_structure)
-                put_in_place(f"{weights}.checked", f"{place}.checked")
             put_in_place(weights, place)
+            if not is_known:
+                put_in_place(f"{weights}.checked", f"{place}.checked")
     except OSError as error:
         remedy = "free some space, or set CNN_VIS_MODELS to another folder"
         raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
@@ -3167,6 +3313,8 @@ def import_caffe():
         what = "pycaffe" if error.name == "caffe" else "requirements.txt"
         raise BadRequest(missing_package(error, what)) from None
     except Exception as error:  # the user's own Caffe may fail in any way
+        if re.search(NO_MEMORY, str(error)):
+            raise OutOfMemory from None
         extra = "[cuda]" if re.search("lib(cublas|curand|cudnn)", str(error)) else ""
         remedy = how_to_install(f"pycaffe{extra}")
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
@@ -4191,12 +4339,12 @@ def load_network(spec):
     return kept_network[spec]
 
 
-def map_memory(pid, descriptor, shape):
-    """The shared memory that process `pid` has open as `descriptor`, as a float32 array of `shape`
-    (slots, 2, batch, 3, H, W): each slot holds tiles and their gradients."""
-    with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
-        memory = mmap.mmap(file.fileno(), 4 * math.prod(shape))
-        return np.frombuffer(memory, np.float32).reshape(shape)
+def map_memory(descriptor, shape):
+    """The shared memory that is open as `descriptor`, here and in the worker processes, as a
+    float32 array of `shape` (slots, 2, batch, 3, H, W): each slot holds tiles and their gradients.
+    """
+    memory = mmap.mmap(descriptor, 4 * math.prod(shape))
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 attach = functools.cache(map_memory)  # a worker has only one shared memory
@@ -4360,27 +4508,27 @@ def signals_held_back():
 # the folders that the main process imports from: neither its main script nor, as "python -c"
 # otherwise would, files of the current folder that are named like modules.
 BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[5:]; import importlib.util as util, multiprocessing; "
-    "spec = util.spec_from_file_location(*sys.argv[3:5]); "
+    "import sys; sys.path[:] = sys.argv[6:]; import importlib.util as util, multiprocessing; "
+    "spec = util.spec_from_file_location(*sys.argv[4:6]); "
     "sys.modules[spec.name] = module = util.module_from_spec(spec); "
-    "spec.loader.exec_module(module); module.serve(*map(int, sys.argv[1:3]))"
+    "spec.loader.exec_module(module); module.serve(*map(int, sys.argv[1:4]))"
 )
 
 
-def serve(descriptor, memory):
-    """The life of a worker: runs tasks that come through a socket, until that is closed. A bad file
+def serve(descriptor, parent_pid, memory):
+    """The life of a worker: runs tasks that come through a socket, until None comes. A bad file
     cannot make it use more than `memory` bytes; 0: as many as it likes."""
     if __name__ == "__mp_main__":  # what pickles of the script itself call it
         sys.modules["__main__"] = sys.modules[__name__]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, args=[descriptor], daemon=True).start()
+    arguments = (descriptor, parent_pid)
+    threading.Thread(target=end_with_parent, args=arguments, daemon=True).start()
     if memory:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     parent = multiprocessing.connection.Connection(descriptor)
-    while True:
-        task, arguments = parent.recv()
+    for task, arguments in iter(parent.recv, None):
         try:
             answer = True, task(*arguments)
         except Exception as error:
@@ -4388,12 +4536,25 @@ def serve(descriptor, memory):
         parent.send(answer)
 
 
-def end_with_parent(descriptor):
-    """Ends this process as soon as the other end of its socket is closed, for whatever reason."""
+def end_with_parent(descriptor, parent_pid):
+    """Ends this process when the other end of its socket is closed or its parent is gone. A program
+    that uses this one as a library may fork, and then its child holds that end too."""
     poll = select.poll()
-    poll.register(descriptor, 0)  # reports only that
-    poll.poll()
+    poll.register(descriptor, 0)  # reports only that it is closed
+    while not poll.poll(1000) and os.getppid() == parent_pid:
+        pass
     os._exit(0)
+
+
+def python_command():
+    """The command that runs this Python, with the options that restrict what it imports."""
+    flags = {
+        "-I": sys.flags.isolated,
+        "-E": sys.flags.ignore_environment,
+        "-s": sys.flags.no_user_site,
+    }
+    python = os.fsdecode(multiprocessing.spawn.get_executable())
+    return [python, *(flag for flag, is_set in flags.items() if is_set)]
 
 
 class WorkerDied(Exception):
@@ -4402,21 +4563,24 @@ class WorkerDied(Exception):
 
 class Worker:
     """A process that runs tasks, one at a time; it sees one GPU, or none if `gpu` is None. Its
-    output goes to the descriptor `log`; `memory` is as for `serve`. Raises OSError."""
+    output goes to the file `log`, it inherits the `shared` files, and `memory` is as for `serve`.
+    Raises OSError."""
 
-    def __init__(self, log, gpu, memory):
+    def __init__(self, log, gpu, memory, shared=()):
         self._connection, there = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
         name = "__mp_main__" if __name__ == "__main__" else __name__
-        words = (str(there.fileno()), str(memory), name, os.path.abspath(__file__), *sys.path)
+        numbers = map(str, (there.fileno(), os.getpid(), memory))
+        places = (place for place in sys.path if isinstance(place, str) and "\0" not in place)
+        words = (*numbers, name, os.path.abspath(__file__), *places)
         with there:
             self._process = subprocess.Popen(
-                [multiprocessing.spawn.get_executable(), "-c", BOOTSTRAP, *words],
+                [*python_command(), "-c", BOOTSTRAP, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[there.fileno()],
+                pass_fds=[there.fileno(), *(file.fileno() for file in shared)],
                 env=os.environ | ONE_THREAD | visible,
             )
 
@@ -4427,12 +4591,16 @@ class Worker:
             is_done, answer = self._connection.recv()
         except (EOFError, OSError):
             raise WorkerDied from None
+        if isinstance(answer, MemoryError):
+            raise OutOfMemory
         if not is_done:
             raise answer
         return answer
 
     def end(self):
         """Ends the process, which must have no task."""
+        with contextlib.suppress(OSError):  # it may have died
+            self._connection.send(None)
         self._connection.close()
         self._process.wait()
 
@@ -4465,10 +4633,17 @@ GPU_ERRORS = {  # by CUDA error number
 }
 
 
+# What programs print when they get no memory: C++, Python, OpenBLAS, Caffe, the system's loader.
+NO_MEMORY = (
+    "std::bad_alloc|^MemoryError|OpenBLAS error: Memory alloc|host allocation of size|"
+    "failed to map segment|[Cc]annot allocate memory"
+)
+
+
 def check_log(text):
     """Raises CaffeStopped, GpuFailed or OutOfMemory if a worker's log shows that Caffe ended it."""
-    if "std::bad_alloc" in text or re.search("^MemoryError", text, re.MULTILINE):
-        raise OutOfMemory("Caffe stopped: ")
+    if re.search(NO_MEMORY, text, re.MULTILINE):
+        raise OutOfMemory
     fatal = re.search(r"^F\d{4,8} [^\]]*\] (.*)", text, re.MULTILINE)
     cuda = fatal and re.search(r"cudaSuccess \((\d+) vs\. 0\) (.*)|.*(CU\w+_STATUS_\w+)", fatal[1])
     if cuda:
@@ -4488,27 +4663,30 @@ def system_limits():
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
+        if program := getattr(error, "filename", None):
+            raise RunFailed(f"workers cannot be started: {program}: {reason}") from None
         limits = "see ulimit -n, for open files, and ulimit -u, for processes"
         raise RunFailed(f"workers cannot be started ({reason}); {limits}") from None
 
 
 class CaffeProcesses:
     """Processes that run tasks with Caffe; a context manager. There is one for each entry of
-    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. If one dies, all are
-    restarted."""
+    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. They inherit the
+    `shared` files. If one dies, all are restarted."""
 
     MAX_RESTARTS = 3
 
-    def __init__(self, number=1, gpus=()):
-        self.number, self.gpus, self.restarts = len(gpus) or number, gpus, 0
-        with system_limits():
-            self._log, self._log_end = os.pipe()
-        for end in (self._log, self._log_end):
-            os.set_blocking(end, False)  # a full log must not hold a worker up
-        # A thread for each process waits for it: that is all it takes to see it die.
-        self._threads = concurrent.futures.ThreadPoolExecutor(self.number)
+    def __init__(self, number=1, gpus=(), shared=()):
+        self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
         if not os.path.isdir("/proc/self/fd"):
             raise BadRequest("Caffe's processes need /proc; run: mount -t proc proc /proc")
+        with system_limits():
+            reading, writing = os.pipe()
+        self._log, self._log_end = os.fdopen(reading, "rb", 0), os.fdopen(writing, "wb", 0)
+        for end in (self._log, self._log_end):
+            os.set_blocking(end.fileno(), False)  # a full log must not hold a worker up
+        # A thread for each process waits for it: that is all it takes to see it die.
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.number)
         self.start()
 
     def start(self):
@@ -4519,7 +4697,7 @@ class CaffeProcesses:
                 free = free_memory()
                 memory = 0 if self.gpus or not math.isfinite(free) else max(1, int(free))
                 for gpu in self.gpus or [None] * self.number:
-                    self._workers.append(Worker(self._log_end, gpu, memory))
+                    self._workers.append(Worker(self._log_end, gpu, memory, self.shared))
         except BaseException:
             self._kill()
             raise
@@ -4535,8 +4713,8 @@ class CaffeProcesses:
         self._threads.shutdown(cancel_futures=True)  # waits for tasks that have started
         for worker in self._workers:
             worker.end()
-        os.close(self._log)
-        os.close(self._log_end)
+        self._log.close()
+        self._log_end.close()
 
     def _kill(self):
         """Kills the processes; returns their exit statuses."""
@@ -4569,10 +4747,9 @@ class CaffeProcesses:
         it, RunFailed if it could not even start, and RunFailed after too many deaths."""
         statuses, text = self._kill(), self._read_log()
         check_log(text)
-        if max(statuses) > 0:
-            python = os.fsdecode(multiprocessing.spawn.get_executable())
+        if max(statuses) >= 0:  # workers that could start end by signals only
             last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]
-            raise RunFailed(f"{python} cannot run the workers: {one_line(last)[:300]}")
+            raise RunFailed(f"{python_command()[0]} cannot run the workers: {one_line(last)[:300]}")
         self.restarts += 1
         if self.restarts > self.MAX_RESTARTS:
             remedy = "use smaller sizes" if self.gpus else "use fewer --workers, or smaller sizes"
@@ -4585,7 +4762,7 @@ class CaffeProcesses:
         """What the processes have printed since the last call."""
         text = b""
         with contextlib.suppress(BlockingIOError):
-            while block := os.read(self._log, 1 << 16):
+            while block := os.read(self._log.fileno(), 1 << 16):
                 text += block
         return text.decode(errors="replace")
 
@@ -4615,9 +4792,9 @@ class Workers(Engine):
     def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
         self.spec, self.notices = spec, []
         self._batch_size, self._cpu_number, self._or_cpu = batch_size, number, or_cpu
-        self._set_out(gpus, self.EACH, device)
         with system_limits():
-            self._memory_file = os.memfd_create("cnn_vis")
+            self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
+        self._set_out(gpus, self.EACH, device)
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     @property
@@ -4627,13 +4804,14 @@ class Workers(Engine):
     def _set_out(self, gpus, each, device):
         self.gpus, self._each = gpus, each
         self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
-        self.processes = CaffeProcesses(self._cpu_number, list(gpus) * each)
+        shared = [self._memory_file]
+        self.processes = CaffeProcesses(self._cpu_number, list(gpus) * each, shared)
         many = "s" * (self.number > 1)
         self.device = device if gpus else f"{device}, {self.number} worker{many}"
 
     def __exit__(self, kind, *_):
         self.processes.__exit__(kind)
-        os.close(self._memory_file)
+        self._memory_file.close()
 
     def describe(self):
         while True:
@@ -4712,10 +4890,10 @@ class Workers(Engine):
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
         try:
-            os.truncate(self._memory_file, 4 * math.prod(shape))
+            os.truncate(self._memory_file.fileno(), 4 * math.prod(shape))
         except OSError as error:
             raise RunFailed(f"memory shared with workers: {one_line(error)}") from None
-        self._memory = (os.getpid(), self._memory_file, shape)
+        self._memory = (self._memory_file.fileno(), shape)
         self._slots = map_memory(*self._memory)
         self._free = list(range(slots))
 
@@ -5383,14 +5561,19 @@ def whole_file(path, name=None):
     file `name`."""
     try:
         place = os.path.realpath(path)
+        if os.path.exists(place) and not os.path.isfile(place):
+            raise OSError("this is not a regular file")
         with open_part(place) as raw:
             try:
                 with Undescribed(raw) as file:
                     yield file
                 put_in_place(raw.name, place)
-            finally:
+            except HalfWritten:
+                raise
+            except BaseException:
                 with contextlib.suppress(OSError):
                     os.remove(raw.name)
+                raise
     except OSError as error:
         problem = f"cannot be written ({one_line(error)}); an existing file is unchanged"
         raise RunFailed(f"{name or path}: {problem}") from None
@@ -5404,16 +5587,15 @@ def open_part(place):
     except OSError:
         if not os.path.isfile(place):
             raise
-        descriptor, part = tempfile.mkstemp(suffix=".part")
-        os.close(descriptor)
-        return open(part, "w+b", buffering=0)
+        elsewhere = os.path.join(tempfile.gettempdir(), os.path.basename(place))
+        return open(part_name(elsewhere, os.getpid()), "x+b", buffering=0)
 
 
 def put_in_place(part, place):
     """Moves the complete file `part` to `place`, which it replaces as a whole once its content is
     on disk. Some files can be written but not replaced: one that is mounted into a container, or
-    another user's in a sticky folder. They are overwritten; if that is interrupted, they are
-    damaged. Raises OSError."""
+    another user's in a sticky folder. They are overwritten; if that fails halfway, HalfWritten
+    names the part, which is still there. Raises OSError if nothing has been changed."""
     with open(part, "r+b") as file:
         with contextlib.suppress(OSError):  # no file to replace, or a file system without modes
             os.fchmod(file.fileno(), stat.S_IMODE(os.stat(place).st_mode))
@@ -5424,11 +5606,26 @@ def put_in_place(part, place):
         if not os.path.isfile(place):
             raise
         with open(part, "rb") as source, open(place, "r+b") as target:
-            size = os.fstat(source.fileno()).st_size
-            os.posix_fallocate(target.fileno(), 0, max(1, size))  # fails before anything is lost
-            shutil.copyfileobj(source, target)
-            target.truncate()
-            to_disk(target)
+            sizes = [os.fstat(file.fileno()).st_size for file in (source, target)]
+            try:  # a full disk must be found before anything is lost
+                os.posix_fallocate(target.fileno(), 0, max(1, *sizes))
+            except OSError:
+                target.truncate(sizes[1])
+                raise
+            try:
+                shutil.copyfileobj(source, target)
+                target.truncate()
+                to_disk(target)
+            except OSError as error:
+                raise HalfWritten(place, part, error) from None
+        os.remove(part)
+
+
+class HalfWritten(RunFailed):
+    """A file that cannot be replaced was only partly overwritten."""
+
+    def __init__(self, place, part, error):
+        super().__init__(f"{place}: writing it failed halfway ({one_line(error)}); use {part}")
 
 
 def to_disk(file):
@@ -5544,8 +5741,10 @@ class Files:
 
 def remove_parts(path):
     """Removes the temporary files of runs to `path` that were killed while writing."""
-    stem = glob.escape(os.path.splitext(os.path.realpath(path))[0])
-    for part in glob.glob(part_name(f"{stem}*", "*")):
+    stem = os.path.splitext(os.path.realpath(path))[0]
+    elsewhere = os.path.join(tempfile.gettempdir(), os.path.basename(stem))
+    patterns = [part_name(f"{glob.escape(stem)}*", "*") for stem in (stem, elsewhere)]
+    for part in itertools.chain(*map(glob.glob, patterns)):
         pid = part.split(".")[-2]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
             with contextlib.suppress(OSError):
@@ -5602,11 +5801,10 @@ def check_output(option, path):
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name)  # fails if the name is too long, or links form a loop
-        if os.path.exists(path):
-            with open(path, "r+b"):
-                pass
-        else:
+        if not os.path.exists(path):
             try_folder(folder)
+        elif problem := unwritable(path):
+            raise refuse(f"this is {problem}; choose another name")
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror}); use another path") from None
     if option == "stats":
@@ -5617,6 +5815,24 @@ def try_folder(folder):
     """Raises OSError if no file can be written in the folder."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(4096))
+
+
+def unwritable(path):
+    """What keeps a run from writing the file `path`, as "..." in "it is ..."; None if nothing does,
+    or it does not exist."""
+    if os.path.isdir(path):
+        return "a folder"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "not a regular file"
+    if is_protected(path):
+        return "write-protected"
+    try:
+        with open(path, "r+b"):
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"not to be written ({error.strerror})"
 
 
 def check_table(path):
@@ -7078,10 +7294,10 @@ def plan_outputs(options, files, watchers):
     check_depth(files.picture, options.depth)
     if options.stats:
         check_output("stats", options.stats)
-    outputs = [files.picture, *([files.sidecar] if options.sidecar else []), *watchers.writes()]
+    writes_record = options.sidecar or is_record(files.sidecar)  # one that is out of date goes
+    outputs = [files.picture, *([files.sidecar] if writes_record else []), *watchers.writes()]
     for path in outputs:
-        problem = "a folder" if os.path.isdir(path) else is_protected(path) and "write-protected"
-        if problem:
+        if problem := unwritable(path):
             problem = f"the run needs to write {path}, but that is {problem}; choose another name"
             raise refusal("output", files.picture, problem)
     try:
@@ -7653,15 +7869,18 @@ def finish(run):
 def remove_record(path):
     """Removes the sidecar `path` of an earlier picture, unless it is some other kind of file;
     returns False if it cannot be removed."""
-    try:
-        if os.path.isfile(path):
-            read_record(path)
+    with contextlib.suppress(OSError):
+        if is_record(path):
             os.remove(path)
+    return not is_record(path)
+
+
+def is_record(path):
+    """Whether the file `path` is the sidecar of a picture."""
+    try:
+        return os.path.isfile(path) and bool(read_record(path))
     except BadRequest:
-        return True
-    except OSError:
         return False
-    return True
 
 
 def has_begun(run):
@@ -7696,12 +7915,11 @@ def rescue(run):
     with contextlib.suppress(RunFailed):
         run.checkpoint().write(files.checkpoint)
         return files.hint()
-    name = os.path.basename(files.checkpoint)
-    files.checkpoint = os.path.join(tempfile.gettempdir(), name)
     stats = run.options.stats
     is_gone = stats and not os.path.isdir(os.path.dirname(os.path.realpath(stats)))
-    with contextlib.suppress(BadRequest, RunFailed):
-        files.set_aside()
+    with contextlib.suppress(OSError, RunFailed):
+        folder = tempfile.mkdtemp(prefix="cnn-vis-")
+        files.checkpoint = os.path.join(folder, os.path.basename(files.checkpoint))
         run.checkpoint().write(files.checkpoint)
         more = " --stats ANOTHER.csv" if is_gone else ""
         return f"{files.hint()} --output ANOTHER.png{more}"

@@ -26,7 +26,7 @@ stem() {
 
 # evaluate CODE ARGUMENTS...: runs Python code, which imports nothing from the current folder.
 evaluate() {
-    PYTHONSAFEPATH=1 "$python" -c "$@"
+    "$python" -c 'import sys; sys.path[:] = filter(None, sys.path); exec(sys.argv.pop(1))' "$@"
 }
 
 # lines PICTURE: prints its height.

@@ -1,6 +1,7 @@
 """A run as a whole: what is said, killed and continued, from the command line and from Python."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -571,3 +572,42 @@ def test_a_scratch_folder_that_fills_up_later_loses_nothing(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert_one_line(done, 1, f"--scratch {tmp_path}", "File too large", "out.png")
     assert Image.open(tmp_path / "out.png").size == (40, 40)
+
+
+def test_a_library_user_may_fork(tmp_path):
+    """A child that is forked in the loop, and outlives the run, does not keep it from ending; nor
+    its workers, if the program is killed."""
+    code = """
+import os, sys, time, cnn_vis
+for progress in cnn_vis.dream(**OPTIONS):
+    if progress.step == 1 and not os.fork():
+        time.sleep(60)
+        os._exit(0)
+    if progress.step == 3 and len(sys.argv) > 1:
+        print("now", flush=True)
+        time.sleep(60)
+print(progress.step)
+"""
+    options = OPTIONS | {"num_steps": 4, "initial_size": "32x32"}
+    (tmp_path / "script.py").write_text(code.replace("OPTIONS", str(options)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for more in ([], ["die"]):
+        running = subprocess.Popen(
+            [sys.executable, "script.py", *more], cwd=tmp_path, env=environment,
+            stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        try:
+            if not more:
+                assert running.stdout.readline() == b"4\n"
+                running.wait(30)
+            else:
+                assert running.stdout.readline() == b"now\n"
+                there = workers(running.pid)
+                assert there
+                running.kill()
+                running.wait()
+                left = functools.partial(session, running.pid)
+                wait_for(lambda left=left, there=there: not set(left()).intersection(there))
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.stdout.close()

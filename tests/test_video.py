@@ -298,7 +298,7 @@ def test_without_opencv(programs):
     """What to install is told in one line, before anything is done."""
     python = programs / "python"
     python.write_text(
-        f'#!/bin/sh\ncase $2 in *cv2*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\ncase $* in *cv2*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
     )
     python.chmod(0o755)
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CNN_VIS_PYTHON": str(python)}
