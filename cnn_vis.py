@@ -1081,13 +1081,16 @@ def value_limits(scan, is_declared, path, remarks):
         return scan.black, scan.white
     if is_fraction and (low >= 0 and high <= 1 or np.percentile(finite, 99) <= 1 and low > -1):
         return 0, 1
-    if is_integer and low >= 0 and (is_declared or values.dtype.itemsize == 2):
-        top = np.iinfo(values.dtype).max
-        depths = [2**bits - 1 for bits in (10, 12, 14)] if high > 255 and not is_declared else []
+    top = np.iinfo(values.dtype).max if is_integer else None
+    if is_integer and is_declared and low >= 0:
+        return 0, top
+    if is_integer and values.dtype.itemsize == 2 and low >= 0:
+        if high <= 255:
+            tell(path, remarks, f"very dark: its values reach only {high:g} of {top}")
+            return 0, top
+        depths = (2**bits - 1 for bits in (10, 12, 14))
         low, high = 0, next((depth for depth in depths if high <= depth), top)
-        if is_declared or high == 65535:
-            if finite.max() <= 255 and not is_declared:
-                tell(path, remarks, f"very dark: its values reach only {finite.max()} of {top}")
+        if high == 65535:
             return 0, top
     elif low >= 0 and high <= 255 and not is_small:
         return 0, 255
@@ -4691,18 +4694,19 @@ class CaffeProcesses:
 
     def start(self):
         """Starts the processes. Raises RunFailed."""
-        self._workers, self._idle = [], queue.SimpleQueue()
+        free, started, idle = free_memory(), [], queue.SimpleQueue()
+        memory = 0 if self.gpus or not math.isfinite(free) else max(1, int(free))
         try:
             with system_limits(), signals_held_back():
-                free = free_memory()
-                memory = 0 if self.gpus or not math.isfinite(free) else max(1, int(free))
                 for gpu in self.gpus or [None] * self.number:
-                    self._workers.append(Worker(self._log_end, gpu, memory, self.shared))
+                    started.append(Worker(self._log_end, gpu, memory, self.shared))
         except BaseException:
-            self._kill()
+            for worker in started:
+                worker.kill()
             raise
-        for worker in self._workers:
-            self._idle.put(worker)
+        for worker in started:
+            idle.put(worker)
+        self._workers, self._idle = started, idle  # until now, tasks find the dead ones, and fail
 
     def __enter__(self):
         return self
@@ -4727,7 +4731,7 @@ class CaffeProcesses:
             return self._threads.submit(self._run, task, *arguments)
 
     def _run(self, task, *arguments):
-        idle = self._idle  # restart() makes another one
+        idle = self._idle  # start() makes another one
         worker = idle.get()
         try:
             return worker.run(task, *arguments)
