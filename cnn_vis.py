@@ -133,12 +133,16 @@ log = logging.getLogger("cnn_vis")
 
 class BadRequest(Exception):
     """The user asked for something impossible; the message names the option, the value and the
-    remedy. Exit status 2."""
+    remedy. Exit status 2. `option` and `value` are what is to blame, or None."""
+
+    def __init__(self, message, option=None, value=None):
+        super().__init__(message)
+        self.option, self.value = option, value
 
 
 def refusal(option, value, problem):
     """The BadRequest for an option's value."""
-    return BadRequest(f"--{option} {value}: {problem}")
+    return BadRequest(f"--{option} {value}: {problem}", option, value)
 
 
 class RunFailed(Exception):
@@ -166,9 +170,12 @@ class Stopped(KeyboardInterrupt):
 
 def one_line(error):
     """An exception's message on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    is_limit = isinstance(error, OSError) and error.errno == errno.EFBIG
-    return f"{text}; see ulimit -f" if is_limit else text
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def remedy_of(error):
+    """What to say after an OSError: "; see ulimit -f", or ""."""
+    return "; see ulimit -f" if getattr(error, "errno", None) == errno.EFBIG else ""
 
 
 # ---- Pictures ---------------------------------------------------------------------------------
@@ -533,18 +540,16 @@ def read_deep_tiff(data, path, remarks):
 
 
 def unmultiplied(values, alpha):
-    """The colours `values` (H, W, C), of which those multiplied by `alpha` (H, W) are given."""
+    """Divides the premultiplied colours `values` (H, W, C) by `alpha` (H, W)."""
     if not alpha.any():
         return values
     top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
     share = alpha[..., np.newaxis] / top
     with np.errstate(all="ignore"):
         found = np.where(share > 0, values / share, 0)
-    return (
-        found.astype(values.dtype)
-        if top == 1
-        else np.minimum(found + 0.5, top).astype(values.dtype)
-    )
+    if top > 1:
+        found = np.minimum(found + 0.5, top)
+    return found.astype(values.dtype)
 
 
 def read_tiff(scan, data, tell):
@@ -569,7 +574,8 @@ def read_tiff_numbers(scan, tag):
     scan.is_inverted = tag(262) == 0
     low, high = min(numbers(340, 280), default=0), max(numbers(341, 281), default=0)
     bits = int(max(numbers(258), default=1))
-    if low < high < 1e30:  # some writers state the limits of their type
+    is_limit_of_type = high >= 1e30  # as some writers state
+    if low < high and not is_limit_of_type and "icc_profile" not in scan.picture.info:
         scan.black, scan.white = float(low), float(high)
     elif 8 < bits < 16:
         scan.white = 2.0**bits - 1
@@ -599,6 +605,8 @@ def read_png(scan, data, tell):
     key = picture.info.get("transparency")
     if colour == 0 and depth in (2, 4) and key is not None:
         picture.info["transparency"] = key * (255 // (2**depth - 1))  # as Pillow scales pixels
+    if depth == 16 and colour == 0:  # which is of 32 bits in earlier versions of Pillow
+        scan.values = np.asarray(picture).astype(np.uint16)[..., np.newaxis]
     if depth != 16 or colour == 0:
         return
     declares = scan.cicp or {"icc_profile", "gamma", "transparency"}.intersection(picture.info)
@@ -629,6 +637,11 @@ def both_halves(picture, data):
             half.tile = [half.tile[0]._replace(args=f"{picture.mode};16{order}")]
             halves.append(np.asarray(half).astype(np.uint16))
     return halves[0] << 8 | halves[1]
+
+
+def read_ppm(scan, data, tell):
+    """Which number is white in a PGM of more than 8 bits: Pillow scales them."""
+    scan.white = 65535
 
 
 def read_psd(scan, data, tell):
@@ -665,9 +678,9 @@ def read_fits(scan, data, tell):
     while not int(found.get(b"NAXIS", 0)) and place < len(data):  # the first header of a picture
         found = {}
         while place < len(data) and data[place : place + 8].rstrip() != b"END":
-            name, _, value = data[place : place + 80].partition(b"=")
-            number = re.match(rb"\s*([-+.\deED]+)", value)
-            found |= {name.rstrip(): float(number[1].replace(b"D", b"E"))} if number else {}
+            card = data[place : place + 80]
+            if number := re.match(rb"(\w+) *= +([-+]?[\d.]+(?:[ED][-+]?\d+)?) *(/|$)", card):
+                found[number[1]] = float(number[2].replace(b"D", b"E"))
             place += 80
         place += 2880 - place % 2880
     if found.get(b"NAXIS3", 1) > 1:
@@ -752,6 +765,7 @@ READERS = {  # by Pillow's names of formats; they get the Scan, the file's bytes
     "HEIF": read_iso,
     "JPEG2000": read_jpeg_2000,
     "PNG": read_png,
+    "PPM": read_ppm,
     "PSD": read_psd,
     "TGA": read_tga,
     "TIFF": read_tiff,
@@ -859,8 +873,8 @@ def to_xyz(primaries):
 
 
 def compressed(linear):
-    """Linear light (H, W, 3) of any strength within 0..1: colours whose strongest channel is below
-    a half keep it, and brighter ones approach 1, with the same hue."""
+    """Compresses linear light (H, W, 3) of any strength to 0..1. Colours whose strongest channel is
+    at most 0.5 stay the same; brighter ones approach 1 and keep their hue."""
     most = linear.max(axis=-1, keepdims=True)
     fitting = np.where(most > 0.5, 1 - 0.5 * np.exp(-(most - 0.5) / 0.5), most)
     return linear * (fitting / np.maximum(most, 1e-9))
@@ -918,9 +932,11 @@ def in_narrow_range(curve, t):
 
 
 # The matrix from sRGB to XYZ under D50, to which profiles refer (ICC.1:2022, Annex E).
-SRGB_UNDER_D50 = np.array(
-    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
-)
+SRGB_UNDER_D50 = [
+    [0.43607, 0.38515, 0.14307],
+    [0.22249, 0.71687, 0.06061],
+    [0.01392, 0.09708, 0.71410],
+]
 
 
 def from_matrix_profile(profile, channels):
@@ -1064,10 +1080,6 @@ def value_limits(scan, is_declared, path, remarks):
     """(black, white) among the values of a Scan; None if it has none. A remark reports a guess.
 
     What the file says counts, and if it declares its colours, integers have their type's range.
-    Otherwise integers of 16 bits are taken for 10, 12 or 14 bits if none is higher. All other
-    numbers have the first of the ranges 0..1 (fractions only, of which a few may overshoot it),
-    0..255, and 0..65535 if they reach its upper half, that contains them. If none does, they have
-    their own range, from 0 if they are fractions up to 16.
     """
     values = scan.values
     if values is None:
@@ -1075,30 +1087,42 @@ def value_limits(scan, is_declared, path, remarks):
     is_integer = values.dtype.kind in "iu"
     finite = values if is_integer else values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    is_fraction = not is_integer and (high <= 1 or bool((finite % 1).any()))
-    is_small = is_fraction and low >= 0 and 1 < high <= 16
     if scan.white is not None and scan.white >= high:
         return scan.black, scan.white
+    if is_integer and is_declared and low >= 0:
+        return 0, np.iinfo(values.dtype).max
+    if is_integer and values.dtype.itemsize == 2 and low >= 0:
+        limits = sixteen_bit_limits(high, np.iinfo(values.dtype).max)
+    else:
+        limits = number_limits(finite, low, high)
+    if limits == (0, 65535) and high <= 255:
+        tell(path, remarks, f"very dark: its values reach only {high:g} of 65535")
+    elif limits not in ((0, 1), (0, 255), (0, 65535)):
+        tell(path, remarks, "its values are taken as {:g} (black) to {:g} (white)".format(*limits))
+    return limits
+
+
+def sixteen_bit_limits(high, top):
+    """(black, white) among integers up to `high`, of 16 bits, that their type limits to `top`: 10,
+    12 or 14 bits if none is higher, but the type's range if 8 bits would do."""
+    depths = (2**bits - 1 for bits in ((10, 12, 14) if high > 255 else ()))
+    return 0, next((depth for depth in depths if high <= depth), top)
+
+
+def number_limits(finite, low, high):
+    """(black, white) among the numbers `finite`, which lie between `low` and `high`: the first of
+    the ranges 0..1 (fractions only, of which a few may overshoot it), 0..255, and 0..65535 if they
+    reach its upper half, that contains them; otherwise their own, from 0 if they are fractions up
+    to 16."""
+    is_fraction = finite.dtype.kind == "f" and (high <= 1 or bool((finite % 1).any()))
+    is_small = is_fraction and low >= 0 and 1 < high <= 16
     if is_fraction and (low >= 0 and high <= 1 or np.percentile(finite, 99) <= 1 and low > -1):
         return 0, 1
-    top = np.iinfo(values.dtype).max if is_integer else None
-    if is_integer and is_declared and low >= 0:
-        return 0, top
-    if is_integer and values.dtype.itemsize == 2 and low >= 0:
-        if high <= 255:
-            tell(path, remarks, f"very dark: its values reach only {high:g} of {top}")
-            return 0, top
-        depths = (2**bits - 1 for bits in (10, 12, 14))
-        low, high = 0, next((depth for depth in depths if high <= depth), top)
-        if high == 65535:
-            return 0, top
-    elif low >= 0 and high <= 255 and not is_small:
+    if low >= 0 and high <= 255 and not is_small:
         return 0, 255
-    elif low >= 0 and 32767 < high <= 65535:
+    if low >= 0 and 32767 < high <= 65535:
         return 0, 65535
-    low = 0 if is_small else low
-    tell(path, remarks, f"its values are taken as {low:g} (black) to {high:g} (white)")
-    return low, high
+    return (0 if is_small else low), high
 
 
 def from_profile(picture, profile):
@@ -3074,9 +3098,10 @@ def as_in_training(files, options):
     training prototxt states them. Raises BadRequest."""
     scale, mean, notices = options.input_scale, files.mean, []
     found = {}
-    if options.deploy_txt and re.search(rb"\b(scale|mean_\w+)\s*:", read_bytes(files.deploy)):
-        found = in_a_worker(training_input, files.deploy)
-    if scale is None and "scale" in found:
+    content = read_bytes(files.deploy) if options.deploy_txt else b""
+    if re.search(rb"\b(scale|mean_\w+)\s*:", content):
+        found = known_training_input(files.deploy, content).copy()
+    if "scale" in found and scale in (None, found["scale"]):
         scale = found["scale"]
         notices.append(f"the network's input is scaled by {scale:g}, as {files.deploy} says")
     if not options.mean_image and (path := found.get("mean_file")):
@@ -3379,7 +3404,8 @@ def in_this_dialect(text):
     """The prototxt with the `ceil_mode` of other Caffes as this one's `round_mode`."""
     from caffe.proto import caffe_pb2
 
-    if "ceil_mode" in caffe_pb2.PoolingParameter.DESCRIPTOR.fields_by_name:
+    fields = caffe_pb2.PoolingParameter.DESCRIPTOR.fields_by_name
+    if "ceil_mode" in fields or "round_mode" not in fields:
         return text
 
     def translated(found):
@@ -3524,6 +3550,12 @@ def take_inputs(net):
     return inputs, reading, labels
 
 
+@functools.cache
+def known_training_input(path, content):
+    """training_input(path), found once for each `content` of the file."""
+    return in_a_worker(training_input, path)
+
+
 def training_input(path):
     """Task: what the data layer of the training prototxt `path` does to pictures, a dict with some
     of "scale", by which they are multiplied; "mean", the mean of what is subtracted from their
@@ -3580,6 +3612,7 @@ class Description:
             net.layer.insert(0, net.layer.pop())
         self.net, self.starts, self.problems = net, {}, {}
         self.aliases, self.holders = {}, {}
+        self._of_inputs = set()  # those problems that are about several inputs
         self._sort_out(labels)
 
     def _choose_pictures(self, input_size, reading):
@@ -3643,7 +3676,8 @@ class Description:
             names = " and ".join(blob for blob in self.inputs if blob in inputs)
             earlier = filter(None, map(self.problems.get, layer.bottom))
             problem = f"{layer.name} depends on {len(inputs)} inputs, {names}, not on one picture"
-            problem = next((text for text in earlier if " inputs, " in text), problem)
+            problem = next((text for text in earlier if text in self._of_inputs), problem)
+            self._of_inputs.add(problem)
         elif not inputs:
             problem = f"{layer.name} does not depend on the picture"
         elif inputs.isdisjoint(self.pictures):
@@ -3781,9 +3815,6 @@ def wire_layer(layer, name_number, blobs_number):
 
 def read_weights(path):
     """The layers of the caffemodel `path` as {name: shapes of its blobs}. Raises BadRequest."""
-    program = FOREIGN.get(extension_of(path))
-    problem = f"these are {program or 'another program'}'s weights, not Caffe's"
-    foreign = refusal("caffe_model", path, f"{problem}; use a .caffemodel")
     try:
         with open(path, "rb") as file:
             start = file.read(100).lstrip().lower()
@@ -3791,14 +3822,14 @@ def read_weights(path):
             if problem:
                 raise refusal("caffe_model", path, problem)
             if start.startswith((b"pk\3\4", b"\x80\2", b"\x80\4")):  # archives and pickles
-                raise foreign
+                raise foreign_weights(path)
             if not start:
                 return {}
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             fields = wire_fields(data)
             layers = dict(wire_layer(value, *LAYERS[n]) for n, value in fields if n in LAYERS)
-            if program and not layers:
-                raise foreign
+            if not layers and extension_of(path) in FOREIGN:
+                raise foreign_weights(path)
             return layers
     except OSError as error:
         problem = f"{error.strerror}; make it readable, or use another file"
@@ -3806,10 +3837,17 @@ def read_weights(path):
     except (ValueError, TypeError) as error:  # the file may contain anything
         reason = one_line(error) if isinstance(error, ValueError) else "it is in another format"
         problem = f"cannot be read as Caffe weights ({reason})"
+        if extension_of(path) in FOREIGN:
+            raise foreign_weights(path) from None
         remedy = "use a complete .caffemodel; was the download cut short?"
-        raise (
-            foreign if program else refusal("caffe_model", path, f"{problem}; {remedy}")
-        ) from None
+        raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
+
+
+def foreign_weights(path):
+    """The refusal of another program's weights."""
+    program = FOREIGN.get(extension_of(path), "another program")
+    problem = f"these are {program}'s weights, not Caffe's; use a .caffemodel"
+    return refusal("caffe_model", path, problem)
 
 
 WEB_PAGE = "this is a web page, not weights; download the file itself"
@@ -4084,7 +4122,7 @@ class Network:
         if spec.use_gpu:
             if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
                 remedy = f"drop the option, or rebuild Caffe: {how_to_install('pycaffe[cuda]')}"
-                raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}")
+                raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}", "tf32")
             caffe.set_mode_gpu()
             caffe.set_device(0)  # the only one that this worker sees
         else:
@@ -4194,14 +4232,13 @@ class Network:
         self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
         self._net.forward()
 
-    def run_by_layer(self):
-        """Runs each layer forward, then each backward, and prints its name before."""
-        layers = [*zip(itertools.count(), self._net._layer_names, self._net.layers)]
-        passes = {self._net._forward: layers, self._net._backward: layers[::-1]}
-        for run, order in passes.items():
-            for number, name, layer in order:
-                print(f"{THIS_LAYER}{name} ({layer.type})", flush=True)
-                run(number, number)
+    def layers(self):
+        """The names of its layers, in order."""
+        return list(self._net._layer_names)
+
+    def run_layer(self, number, backward):
+        """Runs one layer, forward or backward."""
+        (self._net._backward if backward else self._net._forward)(number, number)
 
 
 def find_channels(spec, settings, picture, mask, mean, scratch=None):
@@ -4367,17 +4404,9 @@ def try_batch(spec, count):
     network.gradients(np.zeros((count, 3, *network.tile_size), np.float32))
 
 
-def run_by_layer(spec):
-    """Task: Network.run_by_layer, to find the layer that ends the process."""
-    load_network(spec).run_by_layer()
-
-
-THIS_LAYER = "cnn_vis runs layer "  # what it prints, before the name
-
-
-def batch_for_memory(spec, share):
-    """Task: Network.batch_for_memory for the worker's network."""
-    return load_network(spec).batch_for_memory(share)
+def with_network(spec, method, *arguments):
+    """Task: calls a method of the worker's Network."""
+    return getattr(load_network(spec), method)(*arguments)
 
 
 def check_batch(batch_size, slots, tile_size):
@@ -4550,14 +4579,18 @@ def end_with_parent(descriptor, parent_pid):
 
 
 def python_command():
-    """The command that runs this Python, with the options that restrict what it imports."""
+    """The command that runs this Python, with the options that restrict what it imports. Raises
+    RunFailed."""
     flags = {
         "-I": sys.flags.isolated,
         "-E": sys.flags.ignore_environment,
         "-s": sys.flags.no_user_site,
     }
-    python = os.fsdecode(multiprocessing.spawn.get_executable())
-    return [python, *(flag for flag, is_set in flags.items() if is_set)]
+    python = multiprocessing.spawn.get_executable()
+    if not python:
+        problem = "this Python does not know its own program"
+        raise RunFailed(f"workers cannot be started: {problem}; see multiprocessing.set_executable")
+    return [os.fsdecode(python), *(flag for flag, is_set in flags.items() if is_set)]
 
 
 class WorkerDied(Exception):
@@ -4570,6 +4603,7 @@ class Worker:
     Raises OSError."""
 
     def __init__(self, log, gpu, memory, shared=()):
+        self._owner, self.has_answered = os.getpid(), False
         self._connection, there = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
@@ -4591,9 +4625,13 @@ class Worker:
         """Returns task(*arguments). Raises what the task raises, and WorkerDied."""
         try:
             self._connection.send((task, arguments))
+            while not self._connection.poll(1):
+                if self._process.poll() is not None:  # with another process holding its end
+                    raise EOFError
             is_done, answer = self._connection.recv()
         except (EOFError, OSError):
             raise WorkerDied from None
+        self.has_answered = True
         if isinstance(answer, MemoryError):
             raise OutOfMemory
         if not is_done:
@@ -4601,38 +4639,43 @@ class Worker:
         return answer
 
     def end(self):
-        """Ends the process, which must have no task."""
+        """Ends the process, which must have no task. Does nothing in a fork of its owner."""
+        if self._owner != os.getpid():
+            return
         with contextlib.suppress(OSError):  # it may have died
             self._connection.send(None)
         self._connection.close()
         self._process.wait()
 
     def kill(self):
-        """Kills the process; returns the exit status that it has, negative for a signal's."""
+        """Kills the process; returns the exit status that it has, negative for a signal's. Does
+        nothing in a fork of its owner."""
+        if self._owner != os.getpid():
+            return 0
         self._process.kill()
         return self._process.wait()
 
 
 class CaffeStopped(RunFailed):
-    """Caffe ended its process; the message says why. `layer` is the layer that run_by_layer had
-    reached, or None."""
-
-    def __init__(self, message, layer=None):
-        super().__init__(message)
-        self.layer = layer
+    """Caffe ended its process; the message says why."""
 
 
 class GpuFailed(RunFailed):
-    """A GPU or its driver failed; the message says what to do."""
+    """A GPU or its driver failed; the message says what to do about the `problem`."""
+
+    def __init__(self, problem, remedy):
+        super().__init__(f"{problem}; {remedy} --gpu -1 for the CPU")
+        self.problem = problem
 
 
-GPU_ERRORS = {  # by CUDA error number
-    2: "its memory is full; use a smaller --batch_size, another --gpu, or --gpu -1 for the CPU",
-    35: "its driver is older than Caffe's CUDA; update the driver, or use --gpu -1 for the CPU",
-    46: "another program has it in exclusive use; wait for that to end, or use another --gpu, or "
-    "--gpu -1 for the CPU",
-    209: "Caffe was built for other GPUs; rebuild it with PYCAFFE_CUDA_ARCH=native, or use --gpu "
-    "-1 for the CPU",
+GPU_ERRORS = {  # by CUDA error number: the problem, and what can be done besides using the CPU
+    2: ("its memory is full", "use a smaller --batch_size, another --gpu, or"),
+    35: ("its driver is older than Caffe's CUDA", "update the driver, or use"),
+    46: (
+        "another program has it in exclusive use",
+        "wait for that to end, or use another --gpu, or",
+    ),
+    209: ("Caffe was built for other GPUs", "rebuild it with PYCAFFE_CUDA_ARCH=native, or use"),
 }
 
 
@@ -4651,12 +4694,11 @@ def check_log(text):
     cuda = fatal and re.search(r"cudaSuccess \((\d+) vs\. 0\) (.*)|.*(CU\w+_STATUS_\w+)", fatal[1])
     if cuda:
         number = 2 if cuda[3] and "ALLOC" in cuda[3] else int(cuda[1] or 0)
-        other = f"{one_line(cuda[2] or cuda[3])}; if it happens again, use --gpu -1 for the CPU"
-        raise GpuFailed(f"the GPU failed: {GPU_ERRORS.get(number, other)}")
+        other = one_line(cuda[2] or cuda[3]), "if it happens again, use"
+        problem, remedy = GPU_ERRORS.get(number, other)
+        raise GpuFailed(f"the GPU failed: {problem}", remedy)
     if fatal:
-        layers = re.findall(f"^{THIS_LAYER}(.*)", text, re.MULTILINE)
-        layer = layers[-1] if layers else None
-        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}", layer)
+        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
 
 
 @contextlib.contextmanager
@@ -4751,7 +4793,7 @@ class CaffeProcesses:
         it, RunFailed if it could not even start, and RunFailed after too many deaths."""
         statuses, text = self._kill(), self._read_log()
         check_log(text)
-        if max(statuses) >= 0:  # workers that could start end by signals only
+        if max(statuses) >= 0 and not any(worker.has_answered for worker in self._workers):
             last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]
             raise RunFailed(f"{python_command()[0]} cannot run the workers: {one_line(last)[:300]}")
         self.restarts += 1
@@ -4773,9 +4815,13 @@ class CaffeProcesses:
     def call(self, task, *arguments):
         """Returns task(*arguments), run in one of the processes. Raises what the task and
         `restart` raise."""
+        return self.restarting(lambda: self.submit(task, *arguments).result())
+
+    def restarting(self, function):
+        """Returns function(), which is called again after a `restart` if it raises WorkerDied."""
         while True:
             try:
-                return self.submit(task, *arguments).result()
+                return function()
             except WorkerDied:
                 self.restart()
 
@@ -4826,7 +4872,7 @@ class Workers(Engine):
                 if self._each > 1:
                     instead = (self.gpus, 1, self.device)  # one process may fit
                 elif self._or_cpu:
-                    instead = ((), 1, f"CPU ({str(error).partition(';')[0]})")
+                    instead = ((), 1, f"CPU ({error.problem})")
                 else:
                     raise
                 self.processes.__exit__(None)
@@ -4845,12 +4891,7 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            while True:
-                try:
-                    found = self._described()
-                    break
-                except WorkerDied:
-                    self.processes.restart()
+            found = self.processes.restarting(self._described)
         except CaffeStopped as error:
             if "Not Implemented Yet" in str(error):
                 raise self._not_implemented() from None
@@ -4864,14 +4905,18 @@ class Workers(Engine):
 
     def _not_implemented(self):
         """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
-        layers, culprit = " + ".join(target.layer for target in self.spec.targets), "this layer"
-        try:
-            with CaffeProcesses(1, self.gpus[:1]) as processes:
-                processes.call(run_by_layer, self.spec)
-        except CaffeStopped as error:
-            culprit = error.layer or culprit
-        problem = f"Caffe cannot compute a gradient for {culprit}"
-        return refusal("layer", layers, f"{problem}; {ANOTHER_LAYER}")
+        targets, culprit = " + ".join(target.layer for target in self.spec.targets), "this layer"
+        with CaffeProcesses(1, self.gpus[:1]) as processes:
+            names = processes.call(with_network, self.spec, "layers")
+            passes = [(i, False) for i in range(len(names))]
+            passes += [(i, True) for i in reversed(range(len(names)))]
+            try:
+                for number, backward in passes:
+                    culprit = names[number]
+                    processes.call(with_network, self.spec, "run_layer", number, backward)
+            except CaffeStopped:
+                problem = f"Caffe cannot compute a gradient for {culprit}"
+        return refusal("layer", targets, f"{problem}; {ANOTHER_LAYER}")
 
     def _described(self):
         """What `describe` found. Finds the batch size. Raises what a task raises, WorkerDied."""
@@ -4882,7 +4927,8 @@ class Workers(Engine):
                 self.processes.submit(describe, self.spec)
             return self.processes.submit(describe, self.spec).result()
         found = self.processes.on_each(describe, self.spec)[0]
-        fitting = self.processes.on_each(batch_for_memory, self.spec, self._each)
+        arguments = (self.spec, "batch_for_memory", self._each)
+        fitting = self.processes.on_each(with_network, *arguments)
         self.batch_size = self._batch_size or min(fitting)
         check_batch(self.batch_size, 1, found[0])
         self.processes.on_each(try_batch, self.spec, self.batch_size)
@@ -4896,7 +4942,8 @@ class Workers(Engine):
         try:
             os.truncate(self._memory_file.fileno(), 4 * math.prod(shape))
         except OSError as error:
-            raise RunFailed(f"memory shared with workers: {one_line(error)}") from None
+            problem = f"{one_line(error)}{remedy_of(error)}"
+            raise RunFailed(f"memory shared with workers: {problem}") from None
         self._memory = (self._memory_file.fileno(), shape)
         self._slots = map_memory(*self._memory)
         self._free = list(range(slots))
@@ -5225,7 +5272,7 @@ def end_loan(run):
 
 def on_loan(run, task, spec, *arguments):
     """In a Dask worker: calls the method `task` of the run's Loan; returns (None, its result), or
-    (name of an exception of this script, message)."""
+    (name of an exception of this script, (message, option to blame or None))."""
     files = spec.files  # hashes instead of paths, see Crew
     there = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
     files = dataclasses.replace(files, **there)
@@ -5234,7 +5281,7 @@ def on_loan(run, task, spec, *arguments):
         with Loan.of(run, spec) as loan:
             return None, getattr(loan, task)(*arguments)
     except (BadRequest, RunFailed) as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, (str(error), getattr(error, "option", None))
 
 
 class Call:
@@ -5302,11 +5349,11 @@ class Crew:
         arguments = (pickle.loads, pickle.dumps(call))
         return self.client.submit(*arguments, workers=list(workers), pure=False)
 
-    def exception(self, name, message, address):
+    def exception(self, name, message, option, address):
         """The exception that a worker raised, with its address unless an option is to blame."""
         message = self.with_files_here(message)
-        message = message if message.startswith("--") else f"worker {address}: {message}"
-        return BadRequest(message) if name == "BadRequest" else RunFailed(message)
+        message = message if option else f"worker {address}: {message}"
+        return BadRequest(message, option) if name == "BadRequest" else RunFailed(message)
 
     def with_files_here(self, message):
         """A worker's message, with the names that its files have on this machine."""
@@ -5342,12 +5389,13 @@ class Crew:
             future = self.submit("examine", [address])
             self._trials.append(future)
             name, found = future.result()
-            problem = name and self.exception(name, found, address)
+            problem = name and self.exception(name, *found, address)
         except Exception as error:
             with contextlib.suppress(Exception):
                 if address not in self.client.nthreads():
                     return  # it is gone; if it comes back, it counts as new
-            name, problem = "RunFailed", self.exception("RunFailed", one_line(error), address)
+            name, text = "RunFailed", one_line(error)
+            problem = self.exception(name, text, None, address)
         with self._lock:
             if address not in self.known or self._closing.is_set():
                 return
@@ -5537,7 +5585,7 @@ class Cluster(Engine):
             pass
         name, found = self._jobs.pop(ticket).found
         if name:
-            raise self._crew.exception(name, found, f"of {self.address}")
+            raise self._crew.exception(name, *found, f"of {self.address}")
         return [found]
 
     def __exit__(self, kind, *_):
@@ -5572,15 +5620,13 @@ def whole_file(path, name=None):
                 with Undescribed(raw) as file:
                     yield file
                 put_in_place(raw.name, place)
-            except HalfWritten:
-                raise
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.remove(raw.name)
                 raise
     except OSError as error:
-        problem = f"cannot be written ({one_line(error)}); an existing file is unchanged"
-        raise RunFailed(f"{name or path}: {problem}") from None
+        problem = f"cannot be written ({one_line(error)}){remedy_of(error)}"
+        raise RunFailed(f"{name or path}: {problem}; an existing file is unchanged") from None
 
 
 def open_part(place):
@@ -5598,8 +5644,8 @@ def open_part(place):
 def put_in_place(part, place):
     """Moves the complete file `part` to `place`, which it replaces as a whole once its content is
     on disk. Some files can be written but not replaced: one that is mounted into a container, or
-    another user's in a sticky folder. They are overwritten; if that fails halfway, HalfWritten
-    names the part, which is still there. Raises OSError if nothing has been changed."""
+    another user's in a sticky folder. They are overwritten. Raises OSError if nothing has been
+    changed, and RunFailed, which names a complete copy, if that failed halfway."""
     with open(part, "r+b") as file:
         with contextlib.suppress(OSError):  # no file to replace, or a file system without modes
             os.fchmod(file.fileno(), stat.S_IMODE(os.stat(place).st_mode))
@@ -5621,15 +5667,10 @@ def put_in_place(part, place):
                 target.truncate()
                 to_disk(target)
             except OSError as error:
-                raise HalfWritten(place, part, error) from None
+                copy = shutil.move(part, os.path.join(tempfile.mkdtemp(), os.path.basename(place)))
+                problem = f"writing it failed halfway ({one_line(error)})"
+                raise RunFailed(f"{place}: {problem}; a complete copy is {copy}") from None
         os.remove(part)
-
-
-class HalfWritten(RunFailed):
-    """A file that cannot be replaced was only partly overwritten."""
-
-    def __init__(self, place, part, error):
-        super().__init__(f"{place}: writing it failed halfway ({one_line(error)}); use {part}")
 
 
 def to_disk(file):
@@ -5664,7 +5705,7 @@ def sole_writer(paths):
                 lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
             except OSError:
                 problem = f"another run is writing {path}; choose another name, or stop that run"
-                raise BadRequest(f"--output: {problem}") from None
+                raise BadRequest(f"--output: {problem}", "output", path) from None
         yield
 
 
@@ -5794,21 +5835,18 @@ def check_output(option, path):
     if os.path.isdir(path) or path.endswith("/"):
         remedy = f", or {path.rstrip('/')}/" if option == "output" else ""
         raise refuse(f"this is a folder; give a file name{remedy}")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise refuse("this is not a regular file; choose another name")
     files = Files(path)
     if os.path.isdir(files.checkpoint):
         raise refuse(f"its checkpoint would be {files.checkpoint}, a folder; choose another name")
-    if is_protected(path):
-        raise refuse("this file is write-protected; choose another name, or run chmod u+w on it")
     try:
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name)  # fails if the name is too long, or links form a loop
+        if problem := unwritable(path):
+            remedy = ", or run chmod u+w on it" if is_protected(path) else ""
+            raise refuse(f"this is {problem}; choose another name{remedy}")
         if not os.path.exists(path):
             try_folder(folder)
-        elif problem := unwritable(path):
-            raise refuse(f"this is {problem}; choose another name")
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror}); use another path") from None
     if option == "stats":
@@ -5833,10 +5871,10 @@ def unwritable(path):
     try:
         with open(path, "r+b"):
             return None
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        return f"not to be written ({error.strerror})"
+        if not os.path.lexists(path) or error.errno == errno.ENOENT:
+            return None
+        return f"not writable ({error.strerror})"
 
 
 def check_table(path):
@@ -7305,11 +7343,13 @@ def plan_outputs(options, files, watchers):
             problem = f"the run needs to write {path}, but that is {problem}; choose another name"
             raise refusal("output", files.picture, problem)
     try:
-        others = [path for path in outputs[1:] if not os.path.exists(path)]
-        if others or options.checkpoint_iter != 0 or "save" in options.iter_behavior:
-            try_folder(os.path.dirname(os.path.realpath(files.picture)))
+        folder = os.path.dirname(os.path.realpath(files.picture))
+        others = {*outputs} - {options.stats}  # whose folder has been tried
+        is_new = not all(map(os.path.exists, others))
+        if is_new or options.checkpoint_iter != 0 or "save" in options.iter_behavior:
+            try_folder(folder)
     except OSError as error:
-        problem = f"its folder, where the run saves more, cannot be written ({error.strerror})"
+        problem = f"{folder}, where the run saves more, cannot be written ({error.strerror})"
         remedy = "add --checkpoint_iter 0 --iter_behavior none, or choose another name"
         raise refusal("output", files.picture, f"{problem}; {remedy}") from None
     return outputs
@@ -7552,7 +7592,8 @@ def plan_batch(options):
         found, skipped = pictures_in(path) if is_folder else ([path], [])
         images += found
         if skipped:
-            notices.append(f"{path}: {some(skipped)} skipped; no picture that can be read here")
+            why = "not a picture, or its reader is not installed"
+            notices.append(f"{path}: skipped {some(skipped)}: {why}")
     images, layers = list(dict.fromkeys(images)), list(dict.fromkeys(layers))  # each once
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     unknown = set(re.findall(r"\{\w*\}", template)) - {"{name}", "{layer}"}
@@ -7702,15 +7743,19 @@ def make_pictures(jobs, notices, signals, engines):
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
         except (BadRequest, RunFailed, MemoryError) as error:
             engines.close()
-            of_one = ("--image", "--initial_size", "--final_size", "--mask alpha", "--output")
-            is_of_all = isinstance(error, BadRequest) and not str(error).startswith(of_one)
-            if is_of_all and batch.number == 1:
+            if batch.number == 1 and isinstance(error, BadRequest) and not is_of_one(error):
                 raise
             failed += 1
             error = OutOfMemory() if isinstance(error, MemoryError) else error
             log.error(f"error: {job.output_file}: {one_line(error)}")
     if failed:
         raise RunFailed(f"{failed} of {len(left)} pictures could not be made; see above")
+
+
+def is_of_one(error):
+    """Whether a BadRequest is about one picture; others of a batch can be made nevertheless."""
+    options = {"image", "initial_size", "final_size", "output"}
+    return error.option in options or (error.option, error.value) == ("mask", "alpha")
 
 
 def make_folder_of(path):
@@ -8196,7 +8241,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             error = BadRequest(missing_package(error))
         error = OutOfMemory() if isinstance(error, MemoryError) else error
-        log.error(f"error: {one_line(error)}")
+        log.error(f"error: {one_line(error)}{remedy_of(error)}")
         return 2 if isinstance(error, BadRequest) else 1
     except Stopped as stop:
         log.error(str(stop))

@@ -29,8 +29,8 @@ evaluate() {
     "$python" -c 'import sys; sys.path[:] = filter(None, sys.path); exec(sys.argv.pop(1))' "$@"
 }
 
-# lines PICTURE: prints its height.
-lines() {
+# height PICTURE: prints its height in pixels.
+height() {
     evaluate 'import sys; from PIL import Image; print(Image.open(sys.argv[1]).height)' "$1"
 }
 

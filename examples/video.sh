@@ -29,8 +29,8 @@ case $matrix in # an untagged film of 720 lines or more is BT.709, as players as
     '' | unknown | reserved) if [ "$(probe height)" -ge 720 ]; then matrix=bt709; else matrix=smpte170m; fi ;;
     *) matrix=auto ;;
 esac
-case $(probe color_transfer) in # frames have the colours of screens; only HDR's are left to cnn_vis.py
-    smpte2084 | arib-std-b67) as= ;;
+case $(probe color_transfer)/$(probe color_primaries) in # frames have the colours of screens, or say otherwise
+    smpte2084/* | arib-std-b67/* | */bt2020 | */smpte43?) as= ;;
     *) as=,setparams=color_primaries=bt709:color_trc=iec61966-2-1 ;;
 esac
 if [ ! -e "$work/in" ]; then
@@ -58,7 +58,7 @@ done
 # Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601. The
 # sound, if any, comes from the input.
 encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?')
-if [ "$(lines "$dreamed")" -ge 720 ]; then
+if [ "$(height "$dreamed")" -ge 720 ]; then
     "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p \
         -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$work/film.${output##*.}"
 else

@@ -30,7 +30,7 @@ for ((i = 1; i <= frames; i++)); do
 done
 # Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601.
 film=(ffmpeg -loglevel error -y -framerate "${FPS:-20}" -i "$name/%05d.png")
-if [ "$(lines "$previous")" -ge 720 ]; then
+if [ "$(height "$previous")" -ge 720 ]; then
     film+=(-vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p
         -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$name.mp4")
 else

@@ -274,3 +274,23 @@ def test_a_batch_beyond_all_memory_is_a_bad_request():
         engine.batch_size = 10**13
         with pytest.raises(cnn_vis.BadRequest, match="--batch_size 10000000000000: needs"):
             engine._map_slots()
+
+
+def test_killed_workers_are_replaced_where_nobody_may_wait_for_them(tmp_path):
+    """In a program that ignores the end of its children, and so does not learn their status."""
+    code = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import cnn_vis, conftest, test_engines
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with cnn_vis.Workers(test_engines.SPEC, 2) as engine:
+    engine.describe()
+    conftest.kill_workers(os.getpid())
+    (tile,) = test_engines.some_tiles(1)
+    ((gradient, loss),) = engine.receive(engine.send([tile]))
+    print(gradient.any())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -10,6 +10,7 @@ import random
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -773,3 +774,48 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
         assert len(done.stderr.splitlines()) == 1
         assert name in done.stderr
         assert "File too large" in done.stderr
+
+
+def test_a_file_that_cannot_be_replaced_survives_a_full_disk(small_disk, monkeypatch):
+    """It is overwritten only if there is room for what replaces it."""
+    monkeypatch.setattr(os, "replace", refuse_to_replace)
+    path = small_disk / "out.bin"
+    path.write_bytes(b"before")
+    (small_disk / "filler").write_bytes(bytes(40_000))
+    with pytest.raises(cnn_vis.RunFailed, match="No space left"), cnn_vis.whole_file(path) as file:
+        file.write(bytes(15_000))
+    assert path.read_bytes() == b"before"
+    assert sorted(os.listdir(small_disk)) == ["filler", "out.bin"]
+
+
+def refuse_to_replace(*_):
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def test_a_file_that_is_half_overwritten_is_told_with_its_copy(tmp_path, monkeypatch):
+    def fail(source, target):
+        target.write(source.read(3))
+        target.flush()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", refuse_to_replace)
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(cnn_vis.RunFailed) as raised, cnn_vis.whole_file(path) as file:
+        file.write(b"content")
+    assert "halfway" in str(raised.value)
+    copy = pathlib.Path(str(raised.value).rpartition(" ")[2])
+    assert copy.read_bytes() == b"content"
+    shutil.rmtree(copy.parent)
+    assert os.listdir(tmp_path) == ["out.bin"]
+
+
+def test_devices_are_never_replaced(tmp_path):
+    """Not even by a record or an animation whose name is a link to one."""
+    for name, word in {"out.png.json": "--sidecar", "out_run.gif": "--iter_behavior=gif"}.items():
+        (tmp_path / name).symlink_to("/dev/null")
+        assert_one_line(run_cli(*ONE, word, cwd=tmp_path), 2, name, "not a regular file")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(cnn_vis.RunFailed, match="regular file"), cnn_vis.whole_file("/dev/null"):
+        pass

@@ -772,8 +772,99 @@ def test_numbers_of_a_fits_are_scaled(kind, tmp_path):
     cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": 300, "NAXIS2": 40}
     cards |= {"BSCALE": scale, "BZERO": zero} if kind != "plain" else {}
     text = "".join(f"{name:8}= {value!s:>20}".ljust(80) for name, value in cards.items())
+    text += "HISTORY old BZERO = 100000".ljust(80) + "COMMENT level = -".ljust(80)
     header = (text + "END").ljust(2880).encode()
     data = header + np.tile(stored, (40, 1)).tobytes()
     seen, _ = read(data + bytes(-len(data) % 2880), tmp_path, "in.fits")
     low, high = min(0, meant.min()), meant.max()
     assert np.abs(seen[20, :, 1] - (meant - low) * (255 / (high - low))).max() <= 1
+
+
+def test_statistics_of_a_tiff_do_not_count_above_its_profile(tmp_path):
+    """MaxSampleValue may only say which value occurs."""
+    values = (np.linspace(0, 9000, 300)[None, :, None] * np.ones((40, 1, 3))).astype(np.uint16)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = [(281, "H", 1, 9000, True)]
+    tifffile.imwrite(
+        tmp_path / "in.tif", values, photometric="rgb", iccprofile=profile, extratags=tags
+    )
+    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    assert seen.max() == 35
+    assert remarks == []
+
+
+@pytest.mark.parametrize("top", [200, 20000, 65535])
+def test_a_deep_pgm_is_as_bright_as_it_says(top, tmp_path):
+    values = np.tile(np.linspace(0, top, 300).astype(">u2"), (40, 1))
+    seen, remarks = read(b"P5 300 40 65535\n" + values.tobytes(), tmp_path, "in.pgm")
+    assert np.abs(seen[20, :, 1] - np.linspace(0, top, 300) / 257).max() <= 1
+    assert remarks == []
+
+
+def test_a_tiff_whose_first_page_is_a_copy_of_one_below_it(tmp_path):
+    """The full page, in a sub-IFD, is read."""
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        file.write(np.asarray(CARD)[::4, ::4], photometric="rgb", subfiletype=1, subifds=1)
+        file.write(np.asarray(CARD), photometric="rgb")
+    assert np.array_equal(cnn_vis.read_picture(str(tmp_path / "in.tif"))[0], CARD)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_profile_counts_where_colours_are_premultiplied(depth, tmp_path):
+    share = np.linspace(0.2, 1, 200)[None, :, None] * np.ones((160, 1, 1))
+    top = 2**depth - 1
+    colours = np.dstack([np.asarray(CARD) / 255 * share, share]) * top
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tifffile.imwrite(
+        tmp_path / "in.tif",
+        colours.round().astype(f"u{depth // 8}"),
+        photometric="rgb",
+        extrasamples=["assocalpha"],
+        iccprofile=srgb,
+    )
+    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"), "black")
+    assert np.abs(seen - np.asarray(CARD) * share).max() <= (4 if depth == 8 else 1.1)
+    assert remarks == []
+
+
+def test_a_16_bit_png_of_grey_and_alpha_keeps_its_depth(tmp_path):
+    """In linear light, and of 12 bits, which are those of its alpha channel too."""
+    alpha = np.full(LIGHT.shape[:2], 65535)
+    dark = np.dstack([LIGHT[..., 0] * 65535, alpha]).round().astype(np.uint16)
+    gamma = chunk(b"gAMA", (100000).to_bytes(4, "big"))
+    seen, remarks = read(deep_png(dark, gamma, colour=4), tmp_path)
+    assert np.abs(seen[..., 0].astype(int) - np.asarray(DARK)[..., 0]).max() <= 1
+    assert remarks == []
+    ramp = np.tile(np.linspace(0, 4095, 300), (40, 1))
+    twelve = np.dstack([ramp, np.full(ramp.shape, 4095)]).round().astype(np.uint16)
+    seen, (remark,) = read(deep_png(twelve, colour=4), tmp_path, background="red")
+    assert "to 4095 (white)" in remark
+    assert np.abs(seen[20, :, 1] - np.linspace(0, 255, 300)).max() <= 1
+
+
+def test_the_junk_in_a_tga_is_not_opacity(tmp_path):
+    """Unless its header says so."""
+    clear = CARD.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 100)[None].repeat(160, 0)))
+    data = bytearray(encoded(clear, "TGA"))
+    seen, _ = read(bytes(data), tmp_path, "in.tga", "lime")
+    assert (seen[:, :100] == (0, 255, 0)).all()
+    data[17] &= 0xF0
+    seen, _ = read(bytes(data), tmp_path, "in.tga", "lime")
+    assert np.array_equal(seen, CARD)
+
+
+def test_postscript_is_not_run(tmp_path):
+    """It is a program, which might never end."""
+    loop = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\nshowpage"
+    with pytest.raises(cnn_vis.BadRequest, match="PostScript"):
+        read(loop, tmp_path, "in.png")
+
+
+def test_colours_of_more_than_8_bits_in_a_jpeg_2000_are_refused(tmp_path):
+    """Pillow would make their white black."""
+    data = bytearray(encoded(CARD, "JPEG2000"))
+    place = data.index(b"ihdr")
+    data[place + 4 + 10] = 15
+    with pytest.raises(cnn_vis.BadRequest, match="JPEG 2000 with colours of 16 bits"):
+        read(bytes(data), tmp_path, "in.jp2")

@@ -576,13 +576,15 @@ def test_a_scratch_folder_that_fills_up_later_loses_nothing(tmp_path):
 
 def test_a_library_user_may_fork(tmp_path):
     """A child that is forked in the loop, and outlives the run, does not keep it from ending; nor
-    its workers, if the program is killed."""
+    its workers, if the program is killed. A child that leaves the loop does not end them."""
     code = """
 import os, sys, time, cnn_vis
 for progress in cnn_vis.dream(**OPTIONS):
     if progress.step == 1 and not os.fork():
         time.sleep(60)
         os._exit(0)
+    if progress.step == 2 and not os.fork():
+        sys.exit()
     if progress.step == 3 and len(sys.argv) > 1:
         print("now", flush=True)
         time.sleep(60)
