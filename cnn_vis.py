@@ -286,8 +286,8 @@ class Scan:
     it does not say. `alpha` is opacity in numbers of the same kind, (H, W), and `holes` is where
     the file has no data, bool (H, W); None: only Pillow knows. `has_alpha` is False if what Pillow
     takes for opacity is something else. `cicp` is (number of the primaries, number of the curve,
-    whether values use their full range) as in ITU-T H.273, or None. `exif_space` is "Adobe RGB" if
-    EXIF data say so.
+    whether values use their full range) as in ITU-T H.273, or None. `exif_space` is what exif_space
+    would return, if the PIL picture does not have the EXIF data.
     """
 
     picture: object
@@ -334,7 +334,6 @@ def open_picture(data, path, remarks):
     picture.load()
     if scan.values is None and picture.mode.startswith(("I", "F")):
         scan.values = np.asarray(picture)[..., np.newaxis]
-    scan.exif_space = scan.exif_space or exif_space(picture)
     return scan
 
 
@@ -899,7 +898,7 @@ def declared_colours(scan, tell):
             return from_gamma(info["gamma"], info.get("chromaticity", SRGB)), None
     except ArithmeticError as error:
         tell(f"its colour declaration is ignored ({error})")
-    if scan.exif_space == "Adobe RGB":
+    if (scan.exif_space or exif_space(scan.picture)) == "Adobe RGB":
         return Colours.of(lambda t: t ** (563 / 256), ADOBE), None
     return None, None
 
