@@ -2,10 +2,10 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,14 +17,20 @@ import cnn_vis
 
 
 def test_help_is_instant():
-    """It takes little longer than importing NumPy, whatever the machine."""
+    """It takes little longer than importing NumPy, whatever the machine, and however busy it is:
+    compared is the work, not the time."""
+
+    def work():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     commands = {"help": [ROOT / "cnn_vis.py", "--help"], "numpy": ["-c", "import numpy"]}
     seconds = dict.fromkeys(commands, np.inf)
     for name, words in 10 * list(commands.items()):
-        start = time.perf_counter()
+        before = work()
         subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
-        seconds[name] = min(seconds[name], time.perf_counter() - start)
-    assert seconds["help"] < 2.5 * seconds["numpy"]
+        seconds[name] = min(seconds[name], work() - before)
+    assert seconds["help"] < 2 * seconds["numpy"]
 
 
 def test_help_does_not_wait_for_numpy():
