@@ -1873,13 +1873,15 @@ class TileQueue:
 
     def _add_turn(self, batch):
         """Adds the tiles of the next turn to the unsent ones; returns whether there were any."""
-        turn, (regions, measure) = next(self._turns, (None, ((), False)))
-        self.unsent += [Tile(turn, region, measure) for region in regions]
-        if regions:
+        for turn, (regions, measure) in self._turns:
+            if not regions:
+                continue
+            self.unsent += [Tile(turn, region, measure) for region in regions]
             # Four batches a turn for each device, so that none waits while one has all tiles.
             share = math.ceil(len(regions) / (4 * self.engine.number))
             self._most = min(self.engine.batch_size, max(share, self._most if batch else 1))
-        return bool(regions)
+            return True
+        return False
 
     def keep_before(self, tile):
         """Keeps the pixels that the step of `tile`, the first unstepped one, is about to change in
@@ -2081,6 +2083,7 @@ class Dream:
                     self.tile += 1
             steps.wait()
             if self.tile < count:
+                assert is_stopping(), "tiles are missing"
                 return
             self._advance_schedules()
             is_last = self.size == len(self.sizes)  # the gradient may be nonzero at a larger size
@@ -2233,8 +2236,7 @@ class Dream:
 def after_tiles(done, turns):
     """Yields what is left of `turns`, as in tile_gradients, after the first `done` tiles."""
     for regions, measure in turns:
-        if regions[done:]:
-            yield regions[done:], measure
+        yield regions[done:], measure
         done = max(0, done - len(regions))
 
 
@@ -3144,7 +3146,7 @@ def read_mean(path):
     BadRequest."""
     try:
         if path.lower().endswith(".binaryproto"):
-            array = in_a_worker(read_binaryproto, path)
+            array = read_binaryproto(path)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about headers that Python 2 wrote
@@ -3748,7 +3750,7 @@ def varint(data, start):
 
 def wire_fields(data):
     """Yields (number, value) for each field of a message in wire format, a memoryview. Values are
-    integers, or memoryviews if they have a length. Skips fixed-size fields. Raises ValueError."""
+    integers, or memoryviews if they have a length or a fixed size. Raises ValueError."""
     place = 0
     try:
         while place < len(data):
@@ -3761,8 +3763,7 @@ def wire_fields(data):
             length, place = varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
             if place + length > len(data):
                 raise IndexError
-            if kind == 2:
-                yield number, data[place : place + length]
+            yield number, data[place : place + length]
             place += length
     except IndexError:
         raise ValueError("it ends too early") from None
@@ -3869,13 +3870,13 @@ NOT_WEIGHTS = {  # how a file starts, in lower case: what it is, and the remedy
 
 
 def read_binaryproto(path):
-    """Task: the array in the BlobProto `path`."""
-    import_caffe()
-    from caffe.proto import caffe_pb2
-
-    with open(path, "rb") as file:
-        blob = caffe_pb2.BlobProto.FromString(file.read())
-    return np.array(blob.data or blob.double_data, np.float32)
+    """The numbers in the BlobProto `path`, float32 (N,). Raises ValueError."""
+    found = {5: [], 8: []}  # single and double precision
+    for number, value in wire_fields(memoryview(read_bytes(path))):
+        if number in found and isinstance(value, memoryview):
+            found[number].append(value)
+    single, double = (b"".join(parts) for parts in found.values())
+    return np.frombuffer(single, "<f4") if single else np.frombuffer(double, "<f8").astype("f4")
 
 
 def without_leading_ones(shape):
@@ -7393,7 +7394,8 @@ def resume(path, argv, scratch=None):
     checkpoint = Checkpoint.read(existing_file("resume", path), scratch)
     saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
-    check_unchanged(path, checkpoint, saved, options)
+    options.target_layer = repeated_layer(options, saved, checkpoint)
+    check_unchanged(path, saved, options)
     if options.output_file is None:
         raise refusal("resume", path, "its name does not show which picture to write; use --output")
     if names_several(options.output_file):
@@ -7402,16 +7404,20 @@ def resume(path, argv, scratch=None):
     return options, checkpoint
 
 
-def check_unchanged(path, checkpoint, saved, options):
+def repeated_layer(options, saved, checkpoint):
+    """The options' --layer; if it repeats the words for channels of the run that wrote the
+    Checkpoint, with the numbers that this run found for them, which are in its `saved` options."""
+    asked = options.target_layer
+    return saved.target_layer if asked == checkpoint.record.get("layer") else asked
+
+
+def check_unchanged(path, saved, options):
     """Raises BadRequest if one of the `options` that must stay the same differs from `saved`, the
-    options of the run that wrote the Checkpoint `path`. If --layer repeats that run's words for
-    channels, the numbers that it found for them are put into the options."""
+    options of the run that wrote the checkpoint `path`."""
     for action in PARSER.options:
         old, new = (getattr(choice, action.dest) for choice in (saved, options))
         if names_file(action, new) and not isinstance(new, list):
             new = os.path.abspath(new)
-        if action.dest == "target_layer" and new == checkpoint.record.get("layer"):
-            new = options.target_layer = old  # the numbers found for its words
         if not action.free and new != old:
             old, new = (
                 v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new)
@@ -7806,7 +7812,8 @@ def under_way(options):
         checkpoint = Checkpoint.read(path, options.scratch)
         saved = saved_options(path, checkpoint)
         begun.seed = saved.seed if begun.seed is None else begun.seed
-        check_unchanged(path, checkpoint, saved, begun)
+        begun.target_layer = repeated_layer(begun, saved, checkpoint)
+        check_unchanged(path, saved, begun)
         begun.resume = path
         return begun, checkpoint
     except BadRequest:
