@@ -5614,7 +5614,7 @@ def whole_file(path, name=None):
     try:
         place = os.path.realpath(path)
         if os.path.exists(place) and not os.path.isfile(place):
-            raise OSError("this is not a regular file")
+            raise OSError("it is not a regular file")
         with open_part(place) as raw:
             try:
                 with Undescribed(raw) as file:
@@ -7972,10 +7972,14 @@ def rescue(run):
         return files.hint()
     stats = run.options.stats
     is_gone = stats and not os.path.isdir(os.path.dirname(os.path.realpath(stats)))
-    with contextlib.suppress(OSError, RunFailed):
+    with contextlib.suppress(OSError):
         folder = tempfile.mkdtemp(prefix="cnn-vis-")
         files.checkpoint = os.path.join(folder, os.path.basename(files.checkpoint))
-        run.checkpoint().write(files.checkpoint)
+        try:
+            run.checkpoint().write(files.checkpoint)
+        except RunFailed:
+            os.rmdir(folder)
+            return ""
         more = " --stats ANOTHER.csv" if is_gone else ""
         return f"{files.hint()} --output ANOTHER.png{more}"
     return ""

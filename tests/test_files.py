@@ -676,9 +676,11 @@ def test_what_a_file_system_cannot_do_is_no_hindrance(kind, tmp_path):
 def test_a_disk_that_fails_is_not_ignored(tmp_path):
     """Other than an fsync that does not exist."""
     shutil.copy(GOLDEN / "input.png", tmp_path / "out.png")
-    done = run_cli(*ONE, cwd=tmp_path, **fails_with(tmp_path, fsync=errno.EIO))
+    environment = fails_with(tmp_path, fsync=errno.EIO) | {"TMPDIR": str(tmp_path)}
+    done = run_cli(*ONE, cwd=tmp_path, **environment)
     assert_one_line(done, 1, "out.png", "Input/output error")
     assert (tmp_path / "out.png").read_bytes() == (GOLDEN / "input.png").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["out.png", "site"]
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="this takes root")
@@ -766,7 +768,7 @@ def test_another_users_checkpoint_that_cannot_be_renamed_is_told_at_the_start(tm
 def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     words = [sys.executable, str(ROOT / "cnn_vis.py"), *ONE, "--initial_size=400x400"]
     for blocks, name in ((2, "out.png"), (50, "shared with workers"), (200, "out.png")):
-        command = f"ulimit -f {blocks}; {shlex.join(words)}"
+        command = f"export TMPDIR=$PWD; ulimit -f {blocks}; {shlex.join(words)}"
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
