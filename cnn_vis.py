@@ -908,6 +908,8 @@ def from_gamma(gamma, primaries):
     ArithmeticError."""
     if abs(gamma - 1 / 2.2) < 0.01 and np.allclose(primaries, SRGB, atol=0.005):
         return None  # this is how programs declare sRGB
+    if abs(gamma - 1 / 1.961) < 0.0001:  # and this is how ffmpeg declares the curves of films
+        return Colours.of(from_srgb, primaries)
     return Colours.of(lambda t: t ** (1 / gamma) if gamma > 0 else t * np.nan, primaries)
 
 
@@ -3104,6 +3106,8 @@ def as_in_training(files, options):
         found = known_training_input(files.deploy, content).copy()
     if "scale" in found and scale in (None, found["scale"]):
         scale = found["scale"]
+        if not 0 < scale < math.inf:
+            raise refusal("deploy_txt", files.deploy, f"its scale is {scale:g}; set --input_scale")
         notices.append(f"the network's input is scaled by {scale:g}, as {files.deploy} says")
     if not options.mean_image and (path := found.get("mean_file")):
         if os.path.isfile(path):
@@ -3112,6 +3116,9 @@ def as_in_training(files, options):
             notices.append(f"{path}, named in {files.deploy}, does not exist; see --mean_image")
     if not options.mean_image and "mean" in found:
         mean = found["mean"]
+        if not 0 <= mean <= 255:
+            problem = f"its mean_value is {mean:g}, but pixels range from 0 to 255"
+            raise refusal("deploy_txt", files.deploy, f"{problem}; name a --mean_image")
         notices.append(f"{mean:g} is subtracted from pixels, as {files.deploy} says")
     return dataclasses.replace(files, mean=mean, scale=scale or 1.0, notices=tuple(notices))
 
@@ -3145,7 +3152,7 @@ def read_mean(path):
     """The mean of the mean image (.npy or .binaryproto), computed in the file's dtype. Raises
     BadRequest."""
     try:
-        if path.lower().endswith(".binaryproto"):
+        if not read_bytes(path).startswith((b"\x93NUMPY", b"PK", b"\x80")):
             array = read_binaryproto(path)
         else:
             with warnings.catch_warnings():
@@ -3229,7 +3236,7 @@ def standing(path, model):
 
 
 TIMEOUT = 30  # seconds to wait for the server to respond
-HTML = (b"<!doctype", b"<html", b"<?xml")  # how a web page starts, in lower case
+HTML = (b"<!doctype", b"<html", b"<head", b"<!--", b"<?xml")  # how a web page starts, in lower case
 
 
 def fetch(url, path):
@@ -3410,16 +3417,22 @@ def in_this_dialect(text):
         return text
 
     def translated(found):
+        if found[1] is None:  # a string or a comment
+            return found[0]
         return f"round_mode: {'CEIL' if found[1].lower() in ('true', 't', '1') else 'FLOOR'}"
 
-    return re.sub(r"\bceil_mode\s*:\s*(\w+)", translated, text)
+    truth = r"\bceil_mode\s*:\s*([Tt]rue|[Ff]alse|[tf]|[01])\b"
+    return re.sub(f"{UNSPOKEN}|{truth}", translated, text)
+
+
+UNSPOKEN = r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|#[^\n]*"  # strings and comments of a prototxt
 
 
 def blocks(text):
     """Cuts a prototxt after every brace that closes an outermost block; yields the pieces, each
     after as many empty lines as there are lines before it, so that errors have the right line."""
     depth, begun = 0, 0
-    for token in re.finditer(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|#[^\n]*|[{}]", text):
+    for token in re.finditer(rf"{UNSPOKEN}|[{{}}]", text):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if token[0] == "}" and depth == 0:
             yield "\n" * text.count("\n", 0, begun) + text[begun : token.end()]
@@ -3565,10 +3578,12 @@ def training_input(path):
     net = upgraded(net) if net.layers else net
     keep_test_layers(net)
     found = {}
-    for layer in data_layers(net)[:1]:
+    layers = data_layers(net)
+    sized = [layer for layer in layers if min(picture_shape(layer)[1:], default=0)]
+    for layer in (sized or layers)[:1]:
         own, new = data_param(layer), layer.transform_param  # the older place, and today's
         scale = new.scale if new.HasField("scale") else getattr(own, "scale", 1)
-        if scale > 0 and scale != 1:
+        if scale != 1:
             found["scale"] = float(f"{scale:.7g}")  # a float32, as it was written
         if new.mean_value:
             found["mean"] = sum(new.mean_value) / len(new.mean_value)
@@ -3821,7 +3836,7 @@ def read_weights(path):
             problem = next((NOT_WEIGHTS[key] for key in NOT_WEIGHTS if start.startswith(key)), None)
             if problem:
                 raise refusal("caffe_model", path, problem)
-            if start.startswith((b"pk\3\4", b"\x80\2", b"\x80\4")):  # archives and pickles
+            if re.match(rb"pk\x03\x04|\x80[\x02-\x05]", start):  # archives and pickles
                 raise foreign_weights(path)
             if not start:
                 return {}
@@ -3983,7 +3998,9 @@ def check_fit(spec, net, weights):
         problem = f"this has no weights for {some(missing)} in {deploy}; use a complete file"
         raise refusal("caffe_model", path, problem)
     for name, shapes in wrong.items():
-        given, taken = (" and ".join("x".join(map(str, s)) for s in shape) for shape in shapes)
+        given, taken = (
+            " and ".join("x".join(map(str, s)) or "one number" for s in shape) for shape in shapes
+        )
         if spec.input_size and net.layer_dict[name].type == "InnerProduct":
             problem = f"{name} works only at the prototxt's size"
             raise input_size_refusal(spec.input_size, f"{problem}; choose an earlier layer")
@@ -4660,6 +4677,10 @@ class CaffeStopped(RunFailed):
     """Caffe ended its process; the message says why."""
 
 
+class LayerFailed(CaffeStopped):
+    """Caffe ended its process in a layer that it cannot run."""
+
+
 class GpuFailed(RunFailed):
     """A GPU or its driver failed; the message says what to do about the `problem`."""
 
@@ -4698,7 +4719,8 @@ def check_log(text):
         problem, remedy = GPU_ERRORS.get(number, other)
         raise GpuFailed(f"the GPU failed: {problem}", remedy)
     if fatal:
-        raise CaffeStopped(f"Caffe stopped: {one_line(fatal[1])[:300]}")
+        kind = LayerFailed if "Not Implemented Yet" in fatal[1] else CaffeStopped
+        raise kind(f"Caffe stopped: {one_line(fatal[1])[:300]}")
 
 
 @contextlib.contextmanager
@@ -4712,6 +4734,9 @@ def system_limits():
             raise RunFailed(f"workers cannot be started: {program}: {reason}") from None
         limits = "see ulimit -n, for open files, and ulimit -u, for processes"
         raise RunFailed(f"workers cannot be started ({reason}); {limits}") from None
+
+
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 class CaffeProcesses:
@@ -4797,6 +4822,9 @@ class CaffeProcesses:
             last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]
             raise RunFailed(f"{python_command()[0]} cannot run the workers: {one_line(last)[:300]}")
         self.restarts += 1
+        crash = next((signal.Signals(-s).name for s in statuses if -s in CRASHES), None)
+        if self.restarts > self.MAX_RESTARTS and crash:
+            raise LayerFailed(f"Caffe stopped: it crashed {self.restarts} times ({crash})")
         if self.restarts > self.MAX_RESTARTS:
             remedy = "use smaller sizes" if self.gpus else "use fewer --workers, or smaller sizes"
             raise RunFailed(
@@ -4892,9 +4920,9 @@ class Workers(Engine):
     def _try_network(self):
         try:
             found = self.processes.restarting(self._described)
+        except LayerFailed:
+            raise self._bad_layer() from None
         except CaffeStopped as error:
-            if "Not Implemented Yet" in str(error):
-                raise self._not_implemented() from None
             if self.spec.input_size:
                 problem = f"the network cannot use this size ({error}); drop the option"
                 raise input_size_refusal(self.spec.input_size, problem) from None
@@ -4903,7 +4931,7 @@ class Workers(Engine):
         self.tile_size, self.target_shapes, notices = found
         self.notices += notices
 
-    def _not_implemented(self):
+    def _bad_layer(self):
         """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
         targets, culprit = " + ".join(target.layer for target in self.spec.targets), "this layer"
         with CaffeProcesses(1, self.gpus[:1]) as processes:
@@ -4912,10 +4940,11 @@ class Workers(Engine):
             passes += [(i, True) for i in reversed(range(len(names)))]
             try:
                 for number, backward in passes:
-                    culprit = names[number]
-                    processes.call(with_network, self.spec, "run_layer", number, backward)
-            except CaffeStopped:
-                problem = f"Caffe cannot compute a gradient for {culprit}"
+                    arguments = (self.spec, "run_layer", number, backward)
+                    processes.submit(with_network, *arguments).result()
+            except WorkerDied:
+                culprit = names[number]
+        problem = f"Caffe cannot compute a gradient for {culprit}"
         return refusal("layer", targets, f"{problem}; {ANOTHER_LAYER}")
 
     def _described(self):
@@ -7687,9 +7716,9 @@ def pictures_in(folder):
         path, ending = os.path.join(folder, name), extension_of(name)
         if not os.path.isfile(path):
             continue
-        if ending in known or ending == "" and is_picture(path):
+        if ending in known or ending in ("", ".") and is_picture(path):
             paths.append(path)
-        elif ending in ("", ".jxl"):
+        elif ending in ("", ".", ".jxl"):
             skipped.append(name)
     if not paths:
         also = f", only {some(skipped)}" if skipped else ""

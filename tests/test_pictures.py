@@ -145,6 +145,8 @@ def test_gamma_and_chromaticities_of_a_png_count(tmp_path):
     gamma = chunk(b"gAMA", (100000).to_bytes(4, "big"))
     assert_looks_like(read(with_chunks(linear, gamma), tmp_path)[0], SMOOTH)
     assert np.array_equal(read(with_chunks(CARD, gamma, chunk(b"sRGB", b"\0")), tmp_path)[0], CARD)
+    film = chunk(b"gAMA", (50994).to_bytes(4, "big"))  # ffmpeg's
+    assert np.array_equal(read(with_chunks(CARD, film), tmp_path)[0], CARD)
     usual = chunk(b"gAMA", (45455).to_bytes(4, "big"))
     assert np.array_equal(read(with_chunks(CARD, usual), tmp_path)[0], CARD)
     white_first = (31270, 32900, 60000, 30000, 30000, 60000, 15000, 6000)  # red and green swapped

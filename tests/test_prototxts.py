@@ -412,6 +412,19 @@ def test_ceil_mode_is_round_mode(value, tmp_path):
     assert done.stdout.splitlines()[-1].split() == ["pool", f"8x{side}x{side}"], done.stderr
 
 
+def test_ceil_mode_elsewhere_stays(tmp_path):
+    """In names and comments; and a value that is none is told as it was written."""
+    more = "pooling_param { kernel_size: 2 stride: 2 ceil_mode: false } # ceil_mode: true\n"
+    text = given_input("data", 1, 3, 33, 33) + conv("a", "data", "a")
+    text += layer("ceil_mode: true", "Pooling", "a", "ceil_mode: true", more)
+    done = run_cli("--list_layers", f"--deploy_txt={written(tmp_path, text)}", cwd=tmp_path)
+    assert "ceil_mode: true" in done.stdout.splitlines()[-1], done.stderr
+    assert "8x16x16" in done.stdout.splitlines()[-1]
+    path = written(tmp_path, text.replace("ceil_mode: false", "ceil_mode: maybe"))
+    done = run_cli("--list_layers", f"--deploy_txt={path}", cwd=tmp_path)
+    assert_one_line(done, 2, 'no field named "ceil_mode"')
+
+
 @pytest.mark.parametrize("unknown_first", [False, True])
 def test_the_layer_with_an_unknown_field_is_named(unknown_first, tmp_path):
     """With its line; not one that this Caffe lacks, whose fields do not matter."""
@@ -437,6 +450,17 @@ def test_a_layer_that_caffe_has_not_written_is_named(kind, tmp_path):
     text += layer("culprit", kind, "a", "culprit", more) + flat("b", "culprit")
     done = run_cli(*ONE, *random_weights(written(tmp_path, text)), "--layer=b", cwd=tmp_path)
     assert_one_line(done, 2, "--layer b", "culprit", "another layer")
+
+
+def test_a_layer_in_which_caffe_crashes_is_named(tmp_path):
+    """Not memory: a Filter that lets nothing through."""
+    text = given_input("data", 1, 3, 32, 32) + conv("a", "data", "a")
+    text += (
+        'layer { name: "sel" type: "Parameter" top: "sel" parameter_param { shape { dim: 1 } } }'
+    )
+    text += layer("culprit", "Filter", "a sel", "culprit") + conv("b", "culprit", "b")
+    done = run_cli(*ONE, *random_weights(written(tmp_path, text)), "--layer=b", cwd=tmp_path)
+    assert_one_line(done, 2, "--layer b", "culprit")
 
 
 PRELU = "prelu_param { channel_shared: true filler { value: 0.2 } }"
@@ -504,6 +528,40 @@ def test_scale_and_mean_of_a_training_prototxt_count(place, tmp_path):
     assert "scaled" not in other.stderr
     assert "subtracted" not in other.stderr
     assert not np.array_equal(pixels(tmp_path / "out.png"), expected)
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        ("scale: 0", ("its scale is 0", "--input_scale")),
+        ("scale: nan", ("its scale is nan", "--input_scale")),
+        ("mean_value: 300", ("its mean_value is 300", "--mean_image")),
+        ("mean_value: nan", ("its mean_value is nan", "--mean_image")),
+    ],
+)
+def test_impossible_transforms_are_refused(transform, words, tmp_path):
+    train, deploy = for_training(f"transform_param {{ crop_size: 32 {transform} }}")
+    files = random_weights(written(tmp_path, deploy, "deploy"))
+    written(tmp_path, train, "train")
+    done = run_cli(*DREAM, "--layer=b", files[1], "--deploy_txt=train.prototxt", cwd=tmp_path)
+    assert_one_line(done, 2, "--deploy_txt train.prototxt", *words)
+
+
+def test_a_transform_is_that_of_the_layer_that_reads_pictures(tmp_path):
+    """Not of one that reads labels. A mean file counts whatever its name."""
+    train, deploy = for_training('transform_param { crop_size: 32 scale: 0.2 mean_file: "m" }')
+    labels = layer(
+        "l", "Data", "", "l", "transform_param { scale: 0.5 } data_param { source: 'y' }"
+    )
+    files = random_weights(written(tmp_path, deploy, "deploy"))
+    written(tmp_path, labels + train.replace('top: "label"', ""), "train")
+    with open(tmp_path / "m", "wb") as file:
+        np.save(file, np.full(3, 100.0))
+    words = [*DREAM, "--initial_size=48x48", "--layer=b", files[1], "--deploy_txt=train.prototxt"]
+    done = run_cli(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "scaled by 0.2" in done.stderr
+    assert "100 is subtracted" in done.stderr
 
 
 def test_a_resumed_run_keeps_its_scale(tmp_path):
