@@ -156,8 +156,8 @@ class NotFinite(RunFailed):
 class OutOfMemory(RunFailed):
     """The machine does not have enough memory."""
 
-    def __init__(self, who=""):
-        super().__init__(f"{who}not enough memory; use smaller sizes or fewer --workers")
+    def __init__(self, message="not enough memory; use smaller sizes or fewer --workers"):
+        super().__init__(message)
 
 
 class Stopped(KeyboardInterrupt):
