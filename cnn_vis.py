@@ -445,7 +445,7 @@ def read_raw_preview(data, path, remarks):
             exif = picture.getexif()
             exif.setdefault(0x0112, pages[0].tags.valueof(0x0112, default=1))
             size = "x".join(map(str, picture.size[::-1]))
-            remarks.append(f"{path}: camera raw; the largest picture in it, {size}, is used")
+            tell(path, remarks, f"camera raw; the largest picture in it, {size}, is used")
             return picture
     raise ValueError("camera raw without an embedded picture; develop it first")
 
