@@ -28,18 +28,17 @@ the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3)
 
 from __future__ import annotations  # np.ndarray in them would load NumPy
 
-import os
-import re
 import signal
 import sys
 
-if IS_COMMAND := __name__ == "__main__" or re.fullmatch(
-    r"(.*/)?cnn-vis[^/.]*",  # the name that pip and pipx give it
-    str(getattr(sys.modules.get("__main__"), "__file__", "")),
-):
-    # Until main(): no traceback on Ctrl-C. In the background of a script it stays ignored.
-    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+if __name__ == "__main__":
+    # The program is the module of this name, in which workers find its classes. Until main(),
+    # Ctrl-C ends it without a traceback; in the background of a script that stays ignored.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import cnn_vis
+
+    sys.exit(cnn_vis.main())
 
 import argparse
 import collections
@@ -64,8 +63,10 @@ import mmap
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.spawn
+import os
 import pickle
 import queue
+import re
 import resource
 import select
 import shlex
@@ -102,47 +103,40 @@ def missing_package(error, what="requirements.txt"):
     return f"this Python ({sys.executable}) lacks {error.name}; {remedy}"
 
 
-def lazily(name):
-    """The module `name`, which is loaded when it is first used. Raises ModuleNotFoundError."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ModuleNotFoundError(name=name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import numpy as np  # noqa: E402
+
+VERSION = __version__ = "1.1.0"
 
 
-try:
-    if IS_COMMAND:
-        np = lazily("numpy")  # --help does not wait for it
-    else:
-        import numpy as np
-except ModuleNotFoundError as error:
-    if not IS_COMMAND:
-        raise
-    print(f"{PROGRAM}: error: {missing_package(error)}", file=sys.stderr)
-    sys.exit(2)
+@functools.cache
+def fingerprint():
+    """(version of this program, SHA-256 of its code): other code may give other pixels."""
+    digest = hashlib.sha256()
+    for path in [os.path.join(HERE, "cnn_vis.py"), *sorted(glob.glob(f"{HERE}/cnn_vis_lib/*.py"))]:
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return VERSION, digest.hexdigest()
 
-__version__ = "1.1.0"
 
 log = logging.getLogger("cnn_vis")
 
 
 class BadRequest(Exception):
-    """The user asked for something impossible; the message names the option, the value and the
-    remedy. Exit status 2. `option` and `value` are what is to blame, or None."""
+    """The user asked for something impossible. Exit status 2. The message is the `problem` and the
+    `remedy`, after the `option` and `value` that are to blame; those can be None."""
 
-    def __init__(self, message, option=None, value=None):
-        super().__init__(message)
-        self.option, self.value = option, value
+    def __init__(self, problem, remedy=None, option=None, value=None):
+        self.option, self.value, self.problem, self.remedy = option, value, problem, remedy
+        where = f"{f'--{option} {value}'.rstrip()}: " if option else ""
+        super().__init__(where + "; ".join(filter(None, (str(problem), remedy))))
+
+    def __reduce__(self):
+        return type(self), (self.problem, self.remedy, self.option, self.value)
 
 
-def refusal(option, value, problem):
+def refusal(option, value, problem, remedy=None):
     """The BadRequest for an option's value."""
-    return BadRequest(f"--{option} {value}: {problem}", option, value)
+    return BadRequest(problem, remedy, option, value)
 
 
 class RunFailed(Exception):
@@ -228,7 +222,7 @@ def read_mask(name, picture, alpha=None, path="the array"):
     if name is None:
         return None, []
     if picture is None:
-        raise refusal("mask", name, "noise has nothing to keep; add --image or drop --mask")
+        raise refusal("mask", name, "noise has nothing to keep", "add --image or drop --mask")
     size, remarks = picture.shape[:2], []
     if name == "alpha" and os.path.exists(name):
         remarks.append("--mask alpha is the alpha channel; for the file of that name use ./alpha")
@@ -237,15 +231,15 @@ def read_mask(name, picture, alpha=None, path="the array"):
         mask = np.asarray(Image.fromarray(brightness).convert("L"))
     else:
         if alpha is None:
-            problem = f"{path} has no transparent parts; use a mask file instead"
-            raise refusal("mask", name, problem)
+            problem = f"{path} has no transparent parts"
+            raise refusal("mask", name, problem, "use a mask file instead")
         mask = alpha
     if mask.shape != size:
         shapes = ["{}x{}".format(*shape) for shape in (mask.shape, size)]
         remarks.append(f"{name}: the mask, {shapes[0]}, is stretched to the picture's {shapes[1]}")
         mask = resize(mask, size, bilinear=True)
     if not mask.any():
-        raise refusal("mask", name, "the mask is black everywhere; paint white where to dream")
+        raise refusal("mask", name, "the mask is black everywhere", "paint white where to dream")
     return mask, remarks
 
 
@@ -271,10 +265,10 @@ def read_rgba(path, option="image"):
                 seen = ImageOps.exif_transpose(seen)
             return seen, remarks
     except Image.DecompressionBombError:
-        raise refusal(option, path, "the picture is too large; make it smaller first") from None
+        raise refusal(option, path, "the picture is too large", "make it smaller first") from None
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
         reason, remedy = why_unreadable(error, data)
-        raise refusal(option, path, f"cannot be read as a picture ({reason}); {remedy}") from None
+        raise refusal(option, path, f"cannot be read as a picture ({reason})", remedy) from None
 
 
 @dataclasses.dataclass
@@ -1213,6 +1207,17 @@ def with_colors_of(start, picture):
     return made
 
 
+def start_image(settings, picture, size, mean, scratch=None):
+    """The image at the first size, from the start picture or, if that is None, from noise; its
+    array in the folder `scratch` if there is one."""
+    image = zeros((1, 3, *size), scratch)
+    if picture is not None:
+        return from_uint8(resize(picture, size, bilinear=True), mean, image)
+    scale, blur = settings.initialization_scale, settings.initialization_blur
+    noise(image, scale, blur, mean, settings.seed)
+    return image
+
+
 def noise(image, scale, blur, mean, seed=None):
     """Fills `image` with noise to start from. The blur is the original's: on 8-bit pixels, and
     across channels too."""
@@ -1223,6 +1228,25 @@ def noise(image, scale, blur, mean, seed=None):
         for rows in strips(len(plane)):
             plane[rows] = scale * random.randn(*plane[rows].shape)
     from_uint8(gaussian_filter(to_picture(image, mean), sigma=blur), mean, image)
+
+
+def lacking(arrays, besides, scratch=None, held=0):
+    """(what is lacking, remedy) if a run needs more bytes than are free: those of its `arrays`,
+    which are in the folder `scratch` if there is one, and those `besides`; otherwise None. `held`
+    bytes of the arrays are allocated already."""
+    checks = [
+        (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
+    ]
+    if scratch:
+        free = shutil.disk_usage(scratch).free + held
+        checks = [(besides, free_memory(), "memory", "use a smaller size")]
+        remedy = "use another folder, or a smaller size"
+        checks += [(arrays, free, f"disk space in --scratch {scratch}", remedy)]
+    for needed, free, what, remedy in checks:
+        if needed > free:
+            amounts = f"{needed / 1e9:.2f} GB of {what}, but only {free / 1e9:.2f} GB is free"
+            return amounts, remedy
+    return None
 
 
 def zeros(shape, folder=None, dtype="float64"):
@@ -1307,6 +1331,15 @@ def tiles(size, tile_size):
     return colours
 
 
+def dreaming_tiles(size, tile_size, mask=None):
+    """What `tiles` returns, without the tiles that are all black in the mask, uint8 of any size."""
+    colours = tiles(size, tile_size)
+    if mask is not None:
+        dreams = resize(mask, size, bilinear=True) > 0
+        colours = [[r for r in c if dreams[r[0] : r[1], r[2] : r[3]].any()] for c in colours]
+    return colours
+
+
 def all_tiles(size, tile_size):
     """The regions of both colours in one list, the even ones first."""
     even, odd = tiles(size, tile_size)
@@ -1337,9 +1370,9 @@ def plan_sizes(settings, base, tile_size):
     the other would be below the network's input is raised. Raises BadRequest if a size is below
     that input for other reasons."""
 
-    def refuse(name, problem):
+    def refuse(name, *why):
         value = getattr(settings, name)
-        return refusal(name, "unset" if value is None else value or "''", problem)
+        return refusal(name, "unset" if value is None else value or "''", *why)
 
     ends, remarks = [], []
     enough = max(t / b for t, b in zip(tile_size, base))
@@ -1349,7 +1382,7 @@ def plan_sizes(settings, base, tile_size):
             size = parse_size(text, base)
         except ValueError as error:
             remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
-            raise refuse(name, f"{error}; {remedy}") from None
+            raise refuse(name, error, remedy) from None
         if text and text.strip().isdigit() and any(a < t for a, t in zip(size, tile_size)):
             least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
             problem = "{}x{} is smaller than the network's input, so it is {}x{}"
@@ -1361,8 +1394,9 @@ def plan_sizes(settings, base, tile_size):
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
             name = "initial_size" if size == sizes[0] else "final_size"
             factor = math.ceil(100 * enough) / 100
-            least = f"{tile_size[0]}x{tile_size[1]}; use x{factor:g} or more"
-            raise refuse(name, f"{size[0]}x{size[1]} is smaller than the network's input, {least}")
+            least = f"{tile_size[0]}x{tile_size[1]}"
+            problem = f"{size[0]}x{size[1]} is smaller than the network's input, {least}"
+            raise refuse(name, problem, f"use x{factor:g} or more")
     return sizes, remarks
 
 
@@ -1375,20 +1409,10 @@ def check_room(settings, sizes, tile_size, scratch=None, held=0):
     extra = {"use_pixel_learning_rates": 8, "mask": 20, "keep_colors": 14}  # bytes a pixel
     extra = sum(size for name, size in extra.items() if getattr(settings, name))
     besides += extra * math.prod(sizes[largest])
-    checks = [
-        (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
-    ]
-    if scratch:
-        room = shutil.disk_usage(scratch).free + held
-        checks = [(besides, free_memory(), "memory", "use a smaller size")]
-        remedy = "use another folder, or a smaller size"
-        checks += [(arrays, room, f"disk space in --scratch {scratch}", remedy)]
-    for needed, free, what, remedy in checks:
-        if needed > free:
-            name = "final_size" if largest else "initial_size"
-            amounts = f"{needed / 1e9:.2f} GB of {what}, but only {free / 1e9:.2f} GB is free"
-            problem = f"{'x'.join(map(str, sizes[largest]))} needs {amounts}; {remedy}"
-            raise refusal(name, getattr(settings, name) or "unset", problem)
+    if lack := lacking(arrays, besides, scratch, held):
+        name = "final_size" if largest else "initial_size"
+        problem = f"{'x'.join(map(str, sizes[largest]))} needs {lack[0]}"
+        raise refusal(name, getattr(settings, name) or "unset", problem, lack[1])
 
 
 def memory_needed(size, smaller, tile_size):
@@ -1488,7 +1512,7 @@ class Resemble:
 @dataclasses.dataclass(frozen=True)
 class Target:
     """One term of the objective: `form` on the `channels` of a layer. These are numbers, or words
-    from --layer until find_channels has replaced them by numbers; None: all channels."""
+    from --layer until `numbered` has replaced them by numbers; None: all channels."""
 
     layer: str
     form: object = AmplifyLayer()
@@ -1498,9 +1522,8 @@ class Target:
     def __str__(self):
         """The term as --layer takes it."""
         weight = "" if self.weight == 1 else f"{self.weight:.12g}*"
-        layer = f'"{self.layer}"' if re.search(r"[+*:\s]", self.layer) else self.layer
         channels = "" if self.channels is None else f":{','.join(map(str, self.channels))}"
-        return f"{weight}{layer}{channels}"
+        return f"{weight}{quoted(self.layer)}{channels}"
 
     def check(self, channels):
         """Raises BadRequest if the layer, which has `channels` channels, lacks any of the
@@ -1527,26 +1550,82 @@ class Target:
         return gradient
 
 
-def descents(targets, activations):
-    """The gradient of the sum of the Targets with respect to each one's activations (N, C, ...), a
-    list of arrays of their shapes and dtypes. In each of the N tiles a target's gradient is scaled
-    to the L2 norm of the first target's (the first that is not zero there) and then weighted. If
-    there is only one target, only the sign of its weight counts."""
-    gradients = [target.gradient(a) for target, a in zip(targets, activations)]
-    if len(targets) == 1:
-        return gradients if targets[0].weight > 0 else [-gradients[0]]
-    norms = [np.sqrt(np.square(rows(g), dtype=np.float64).sum(axis=1)) for g in gradients]
-    scale = functools.reduce(lambda first, norm: np.where(first > 0, first, norm), norms)
-    for target, gradient, norm in zip(targets, gradients, norms):
-        rows(gradient)[...] *= (target.weight * scale / (norm + EPSILON))[:, np.newaxis]
-    return gradients
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A sum of Targets, to be minimized."""
+
+    targets: tuple
+
+    def __str__(self):
+        """The terms as --layer takes them."""
+        return " + ".join(map(str, self.targets))
+
+    def layers(self):
+        """The names of the targets' layers, each once."""
+        return tuple(dict.fromkeys(target.layer for target in self.targets))
+
+    def check(self, shapes):
+        """Raises BadRequest if a layer lacks a channel of a target. `shapes`, {layer: (C, ...)},
+        are those of one tile's activations."""
+        for target in self.targets:
+            target.check(shapes[target.layer][0])
+
+    def caffe_layer(self):
+        """(type, parameters) of the layer in this program's build of Caffe that computes gradients,
+        so that on a GPU activations need not leave it; None if there is none."""
+        first = self.targets[0]
+        is_plain = len(self.targets) == 1 and first.channels is None and first.weight > 0
+        if not is_plain or not isinstance(first.form, (AmplifyLayer, AmplifyNeuron)):
+            return None
+        return type(first.form).__name__, " ".join(map(str, dataclasses.astuple(first.form)))
+
+    def gradients(self, activations):
+        """[(layer, gradient of the loss with respect to its activations), ...] for each target, in
+        order. `activations` are {layer: float32 (N, C, ...)}. In each of the N tiles a target's
+        gradient is scaled to the L2 norm of the first target's (the first that is not zero there)
+        and then weighted. If there is only one target, only the sign of its weight counts."""
+        gradients = [target.gradient(activations[target.layer]) for target in self.targets]
+        if len(gradients) == 1:
+            gradients = gradients if self.targets[0].weight > 0 else [-gradients[0]]
+        else:
+            norms = [np.sqrt(np.square(rows(g), dtype=np.float64).sum(axis=1)) for g in gradients]
+            scale = functools.reduce(lambda first, norm: np.where(first > 0, first, norm), norms)
+            for target, gradient, norm in zip(self.targets, gradients, norms):
+                rows(gradient)[...] *= (target.weight * scale / (norm + EPSILON))[:, np.newaxis]
+        return [(target.layer, g) for target, g in zip(self.targets, gradients)]
+
+    def loss(self, activations):
+        """The weighted sum of the targets' losses for the activations {layer: (N, C, ...)}. If
+        there is only one target, only the sign of its weight counts."""
+        weights = [t.weight if len(self.targets) > 1 else np.sign(t.weight) for t in self.targets]
+        losses = (target.loss(activations[target.layer]) for target in self.targets)
+        return sum(weight * loss for weight, loss in zip(weights, losses))
+
+    def prepared(self, network):
+        """The same objective with what it has to know of the Network: a guide's features."""
+        guide = network.guide()
+        if guide is None:
+            return self
+        features = guide_features(network, guide)
+        forms = (Resemble(features[target.layer]).on(target.channels) for target in self.targets)
+        pairs = zip(self.targets, forms)
+        return Objective(tuple(dataclasses.replace(target, form=form) for target, form in pairs))
 
 
-def loss(targets, activations):
-    """The weighted sum of the Targets' losses, each of its own activations. If there is only one
-    target, only the sign of its weight counts."""
-    weights = [t.weight if len(targets) > 1 else np.sign(t.weight) for t in targets]
-    return sum(w * t.loss(a) for w, t, a in zip(weights, targets, activations))
+def guide_features(network, guide):
+    """The activations of each layer, {layer: float32 (C, Q)}, at the Q places of the picture
+    `guide`, uint8 (H, W, 3). It is scaled to just cover a tile of the Network; its longer side may
+    take several tiles."""
+    scale = max(n / side for n, side in zip(network.tile_size, guide.shape))
+    sides = zip(network.tile_size, guide.shape)
+    size = tuple(max(n, round(scale * side)) for n, side in sides)
+    image = from_uint8(resize(guide, size, bilinear=True), network.mean())
+    seen = collections.defaultdict(list)
+    for region in all_tiles(size, network.tile_size):
+        network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
+        for layer, a in network.activations().items():
+            seen[layer].append(a[0].reshape(a.shape[1], -1).copy())
+    return {layer: np.concatenate(parts, axis=1) for layer, parts in seen.items()}
 
 
 def rows(a):
@@ -1561,24 +1640,24 @@ TERM = re.compile(  # weight, layer with or without quotes, channels, "+" or the
 )
 
 
-def parse_targets(text):
-    """The Targets that --layer names, "[WEIGHT*]LAYER[:CHANNELS] + ...", with the default form.
-    Raises BadRequest, pointing at the mistake."""
-    targets, place, joint = [], 0, "+"
+def parse_terms(text):
+    """The terms that --layer names, "[WEIGHT*]LAYER[:CHANNELS] + ...", a list of (weight, layer,
+    channels or None). Raises BadRequest, pointing at the mistake."""
+    terms, place, joint = [], 0, "+"
     while joint:
         term = TERM.match(text, place)
         if term is None:
-            here = f"character {place + 1}, {text[place:].strip()[:40] or 'the end'}"
+            where = f"character {place + 1}, {text[place:].strip()[:40] or 'the end'}"
             form = "[WEIGHT*]LAYER[:CHANNELS], with quotes around names that contain +, * or :"
-            raise refusal("layer", text, f"at {here}: a term is {form}")
+            raise refusal("layer", text, f"at {where}: a term is {form}")
         weight, quoted, plain, channels, joint = term.groups()
         weight, channels = float(weight or 1), channels and parse_channels(channels, term[0])
         if not 1e-6 <= abs(weight) <= 1e6:
             problem = "a weight must be between 1e-6 and 1e6, or between -1e6 and -1e-6"
             raise refusal("layer", term[0].strip(" +"), problem)
-        targets.append(Target(quoted or plain, channels=channels, weight=weight))
+        terms.append((weight, quoted or plain, channels))
         place = term.end()
-    return tuple(targets)
+    return terms
 
 
 def parse_channels(text, term):
@@ -1604,15 +1683,6 @@ IMAGE_TYPES = {  # --image_type: the form that the settings ask for, on all chan
     ),
     "guide": lambda settings, channels: Resemble(),  # for --guide
 }
-
-
-def choose_targets(settings):
-    """The Targets that the settings ask for. Raises BadRequest."""
-    form = IMAGE_TYPES["guide" if settings.guide else settings.image_type]
-    return tuple(
-        dataclasses.replace(target, form=form(settings, target.channels))
-        for target in parse_targets(settings.target_layer)
-    )
 
 
 def power(x, exponent):
@@ -1786,6 +1856,18 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
             return None
         x[channel] += step[0, 0]
     return total / x.size
+
+
+def compiled_step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
+    """What step_tile does, by compiled_step."""
+    p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
+    tv = terms.get("tv", TotalVariation(0, 2))
+    difference = TV_OPERATORS[tv.operator][0]
+    norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
+    numbers = [*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate]
+    places = (difference.index(1), difference.index(-1), len(difference))
+    step_size = compiled_step()(x, start, descent, cache, divisors, numbers, places)
+    return None if step_size < 0 else step_size
 
 
 def argument(name, x, start):
@@ -1989,7 +2071,7 @@ class Dream:
         self.learning_rate, self.tv_reg = settings.learning_rate, float(settings.tv_reg)
         self.image, self.caches, self.before = None, None, {}
         self.gauge, self.is_silent = None, False
-        self.step_tile = compiled_step_tile() or step_tile
+        self.step_tile = compiled_step_tile if compiled_step() else step_tile
 
     def run(self, wants_stats=lambda step: False, is_stopping=lambda: False):
         """Does the run, or the rest of it, yielding a Progress after every step. wants_stats(step)
@@ -2009,19 +2091,14 @@ class Dream:
                 self.size, self.step, is_begun = self.size + 1, 0, False
 
     def tiles(self, size):
-        """The regions at a size, as the function `tiles` returns them, without those that are all
-        black in the mask. Raises BadRequest if none is left."""
+        """The regions at a size, as dreaming_tiles returns them. Raises BadRequest if there are
+        none."""
         size = tuple(size)
         if size not in self._tiles:
-            colours = tiles(size, self.engine.tile_size)
-            if self.mask is not None:
-                dreams = resize(self.mask, size, bilinear=True) > 0
-                colours = [
-                    [r for r in c if dreams[r[0] : r[1], r[2] : r[3]].any()] for c in colours
-                ]
+            colours = dreaming_tiles(size, self.engine.tile_size, self.mask)
             if not any(colours):
-                problem = f"it is all black when resized to {size[0]}x{size[1]}; use larger sizes"
-                raise refusal("mask", self.settings.mask, problem)
+                problem = f"it is all black when resized to {size[0]}x{size[1]}"
+                raise refusal("mask", self.settings.mask, problem, "use larger sizes")
             self._tiles[size] = colours
         return self._tiles[size]
 
@@ -2047,20 +2124,18 @@ class Dream:
     def begin_size(self):
         """Brings the image to the size that lay_out prepared; caches and schedules start over."""
         s, size = self.settings, self.sizes[self.size - 1]
-        start = None if self.start is None else self.start[0, ::-1].transpose(1, 2, 0)
-        if self.image is None:
-            picture = start
-        else:
+        picture = None
+        if self.image is not None:
             picture = resize(to_picture(self.image, self.mean), size)
             if self.mask is not None:
+                start = resize(self.picture, size, bilinear=True)
                 picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
         self.caches = None  # frees memory; the image stays until the next one is complete
         caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
-        image = zeros((1, 3, *size), self.scratch)
         if picture is None:
-            noise(image, s.initialization_scale, s.initialization_blur, self.mean, s.seed)
+            image = start_image(s, self.picture, size, self.mean, self.scratch)
         else:
-            from_uint8(picture, self.mean, image)
+            image = from_uint8(picture, self.mean, zeros((1, 3, *size), self.scratch))
         self.image, self.caches = image, caches
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
@@ -2104,7 +2179,8 @@ class Dream:
         else:
             steps.wait()
             x, start = cut_tile(self.image, region), self._start_of(region, terms)
-            self.gauge.add_tile(loss, x, start, descent, terms)
+            pairs = {n: (t, argument(n, x, start)[np.newaxis]) for n, t in terms.items()}
+            self.gauge.add_tile(loss, x, descent, pairs)
             self.gauge.add(step_size=self._take_step(region, descent, terms))
 
     def _start_of(self, region, terms):
@@ -2221,13 +2297,10 @@ class Dream:
         }
         if places:
             shapes["before"] = (np.float32, len(places), 3, *tile_size)
-        for name, (dtype, *shape) in shapes.items():
-            array = arrays[name]
-            is_right = array.shape == tuple(shape) and array.dtype == dtype
-            with np.errstate(all="ignore"):
-                is_right = is_right and np.isfinite(array.sum())
-            if not is_right:
-                raise ValueError(f"its {name} array does not fit the run")
+        check_arrays({name: arrays[name] for name in shapes}, shapes)
+        with np.errstate(all="ignore"):
+            if not all(np.isfinite(arrays[name].sum()) for name in shapes):
+                raise ValueError("its numbers are not finite")
         for name in NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
         self.image, self.caches = arrays["image"], arrays["caches"]
@@ -2248,9 +2321,12 @@ STATS = (
 )  # fmt: skip
 
 
+COLUMNS = ("size", "height", "width", "step", *STATS)  # of the table that --stats writes
+
+
 class Gauge:
     """Measures one step over all its tiles; the original printed the statistics of the last tile
-    only. Given the `state` of an earlier Gauge, it continues from there."""
+    only. Inputs the `state` of an earlier Gauge, it continues from there."""
 
     def __init__(self, state=()):
         self._sums = collections.Counter({name: float(n) for name, n in dict(state).items()})
@@ -2259,14 +2335,13 @@ class Gauge:
         """Everything measured so far, {name: number}."""
         return dict(self._sums)
 
-    def add_tile(self, loss, x, start, descent, terms):
-        """Adds a tile, before its step is taken; `loss` is the objective's, all other arguments
-        are as for step_tile."""
+    def add_tile(self, loss, x, descent, terms):
+        """Adds a tile, before its step is taken: the objective's loss; x, float64 (3, H, W); the
+        network's gradient; and {name of a regularizer: (the term, its argument)}."""
         self.add(tiles=1, objective=-loss, cnn_gradient=mean_size(descent), value=mean_size(x))
-        for name, term in terms.items():
-            of = argument(name, x, start)[np.newaxis]
-            self.add(**{f"{name}_loss": term.loss(of)})
-            self.add(**{f"{name}_gradient": mean_size(term.gradient(of))})
+        for name, (term, argument) in terms.items():
+            self.add(**{f"{name}_loss": term.loss(argument)})
+            self.add(**{f"{name}_gradient": mean_size(term.gradient(argument))})
 
     def add(self, **numbers):
         """Adds the numbers to the sums of the same names."""
@@ -2327,32 +2402,45 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-        self.options = []
+        self.options, self._args = [], []
 
-    def group(self, title, description=None):
-        """Starts a group in the help; returns a function that adds an option to it."""
+    def group(self, title, description=None, settings=None):
+        """Starts a group in the help; returns a function that adds an option to it. An option that
+        is a field of the dataclass `settings` has its default, and is fixed: a resumed run cannot
+        change it."""
         group = self.add_argument_group(title, description)
+        fields = {field.name: field.default for field in dataclasses.fields(settings)}
 
-        def add(*names, free=False, idle=None, file=None, words=(), text=str, **arguments):
+        def add(*names, idle=None, file=None, words=(), text=str, **arguments):
+            dest = names[0].removeprefix("--")
+            if dest in fields and arguments.get("action") != "store_true":
+                arguments["default"] = fields[dest]
             action = group.add_argument(*names, **arguments)
-            action.free, action.idle, action.file, action.text = free, idle, file, text
+            action.free, action.idle, action.file, action.text = (
+                dest not in fields,
+                idle,
+                file,
+                text,
+            )
             action.words = words
             self.options.append(action)
 
         return add
 
+    @functools.cached_property
+    def defaults(self):
+        """The options of an empty command line."""
+        return self.parse_args([])
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         self._args = self._read_files(args)  # once, because a pipe can be read only once
-        self.given = collections.defaultdict(list)  # {name: values at each use}, Several only
-        found, rest = super().parse_known_args(self._args, copy.copy(namespace))
-        if found.preset:  # is applied first, so that all other options override it
-            found, _ = super().parse_known_args(PRESETS[found.preset].split(), namespace)
-            self.given.clear()
-            found, rest = super().parse_known_args(self._args, found)
-        for name, times in self.given.items() if names_several(found.output_file) else ():
-            if len(times) > 1:
-                setattr(found, name, [value for each in times for value in listed(each)])
+        preset, _ = PRESET.parse_known_args(self._args)
+        if preset.preset in PRESETS:  # is applied first, so that all other options override it
+            namespace, _ = super().parse_known_args(PRESETS[preset.preset].split(), namespace)
+            settle(namespace)
+        found, rest = super().parse_known_args(self._args, namespace)
+        settle(found)
         return found, rest
 
     def _underscored(self, arg):
@@ -2365,8 +2453,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             name = action.option_strings[0].removeprefix("--")
-            problem = f"there is no such value; {suggestion(value, action.choices)}"
-            raise refusal(name, value, problem)
+            problem = "there is no such value"
+            raise refusal(name, value, problem, suggestion(value, action.choices))
 
     def _read_files(self, words, outer=()):
         """The words, with each @FILE replaced by the words in that file."""
@@ -2386,7 +2474,7 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(error, UnicodeDecodeError):
                     problem = "this is not a text file in UTF-8"
                 remedy = f"an argument that starts with @ names a file of options (use ./{word})"
-                raise BadRequest(f"{word}: {problem}; {remedy}") from None
+                raise BadRequest(f"{word}: {problem}", remedy) from None
             found += self._read_files(inner, (*outer, path))
         return found
 
@@ -2403,7 +2491,68 @@ class Parser(argparse.ArgumentParser):
             values = (value for name, value in pairs if name in names)
             value = next((v for v in values if re.match("-(?!-)", v)), None)
             remedy = f"write {names[-1]}={value}" if value else remedy
-        raise BadRequest(f"{message.removeprefix('argument ')}; {remedy}")
+        raise BadRequest(f"{message.removeprefix('argument ')}", remedy)
+
+    def several(self, options):
+        """The options that have several values, by name."""
+        actions = (action for action in self.options if isinstance(action, Several))
+        return [a.dest for a in actions if isinstance(getattr(options, a.dest), list)]
+
+    def files_read(self, options, free=True):
+        """The files that the options name for reading, {option: path}; unless `free`, only those
+        that a resumed run may not change."""
+        actions = [a for a in self.options if a.file == "read" and (free or not a.free)]
+        named = [(a.option_strings[-1][2:], a, getattr(options, a.dest)) for a in actions]
+        return {name: path for name, a, path in named if names_file(a, path)}
+
+    def make_absolute(self, options, folder):
+        """Makes the names of files in the options absolute; they are relative to `folder`."""
+        for action in self.options:
+            name = getattr(options, action.dest)
+            if names_file(action, name):
+                setattr(options, action.dest, os.path.abspath(os.path.join(folder, name)))
+
+    def without_effect(self, options):
+        """Yields a notice for each option that was set but has no effect, in the order of
+        --help."""
+        for action in self.options:
+            changed = getattr(options, action.dest) != getattr(self.defaults, action.dest)
+            reason = changed and action.idle and action.idle(options)
+            if reason:
+                with_reason = reason if reason.startswith("without ") else f"with {reason}"
+                yield f"--{action.dest} has no effect {with_reason}"
+
+    def words(self, options, **found):
+        """The options that differ from their defaults, as words of a command line; `found` has the
+        values that the run chose for options left open."""
+        words = []
+        for action in self.options:
+            value = found.get(action.dest, getattr(options, action.dest))
+            if action.text is None or value in (None, getattr(self.defaults, action.dest)):
+                continue
+            name = action.option_strings[0]
+            words.append(name if action.nargs == 0 else f"{name}={action.text(value)}")
+        return words
+
+    def fixed_differences(self, old, new):
+        """Yields (action, old value, new value) for the fixed options that differ."""
+        for action in self.options:
+            values = getattr(old, action.dest), getattr(new, action.dest)
+            if not action.free and values[0] != values[1]:
+                yield action, *values
+
+
+PRESET = argparse.ArgumentParser(add_help=False)
+PRESET.add_argument("--preset", nargs="?")
+
+
+def names_file(action, value):
+    """Whether the value of an option is the name of a file."""
+    return bool(action.file) and value is not None and value not in action.words
+
+
+class Uses(list):
+    """The values of an option that can have several, at each of its uses so far."""
 
 
 class Several(argparse.Action):
@@ -2412,9 +2561,18 @@ class Several(argparse.Action):
     value is stored as it is, several as a list. They replace those of a preset or checkpoint."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        values = values[0] if isinstance(values, list) and len(values) == 1 else values
-        parser.given[self.dest].append(values)
-        setattr(namespace, self.dest, values)
+        earlier = getattr(namespace, self.dest)
+        earlier = earlier if isinstance(earlier, Uses) else ()
+        setattr(namespace, self.dest, Uses([*earlier, listed(values)]))
+
+
+def settle(options):
+    """Replaces the Uses in the options by the values that count."""
+    for name, uses in vars(options).items():
+        if isinstance(uses, Uses):
+            uses = uses if names_several(options.output_file) else uses[-1:]
+            values = [*itertools.chain(*uses)]
+            setattr(options, name, values if len(values) > 1 else values[0])
 
 
 def suggestion(word, known):
@@ -2422,11 +2580,6 @@ def suggestion(word, known):
     known = [str(other) for other in known]
     close = difflib.get_close_matches(str(word), known, n=2)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-
-
-def several_options():
-    """The actions of options that can have several values."""
-    return [action for action in PARSER.options if isinstance(action, Several)]
 
 
 def names_several(output):
@@ -2471,7 +2624,7 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
-def given(text):
+def not_empty(text):
     """A type for argparse: text that is not empty, as that of an unset shell variable would be."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} must not be empty or contain a null character")
@@ -2490,17 +2643,17 @@ def mask_name(text):
 
 def file_name(text):
     """A type for argparse: a file to read. The name is taken literally if the file exists."""
-    return expanded(text, os.path.exists(given(text)))
+    return expanded(text, os.path.exists(not_empty(text)))
 
 
 def output_name(text):
     """A type for argparse: a file to write. The name is taken literally if its folder exists."""
-    return expanded(text, os.path.isdir(os.path.dirname(given(text)) or "."))
+    return expanded(text, os.path.isdir(os.path.dirname(not_empty(text)) or "."))
 
 
 def scratch_folder(text):
     """A type for argparse: a folder in which files can be created."""
-    path = os.path.abspath(expanded(text, os.path.isdir(given(text))))
+    path = os.path.abspath(expanded(text, os.path.isdir(not_empty(text))))
     if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
         kind = "cannot be written to" if os.path.isdir(path) else "is not a folder"
         raise argparse.ArgumentTypeError(f"{path} {kind}; use a folder with enough disk space")
@@ -2529,10 +2682,12 @@ def input_size(text):
     return size
 
 
-def terms(text):
-    """A type for argparse: targets that parse_targets can read."""
-    parse_targets(given(text))
-    return text
+def objective(text):
+    """A type for argparse: the Objective that --layer names, of targets in the default form."""
+    terms = parse_terms(not_empty(text))
+    return Objective(
+        tuple(Target(layer, channels=channels, weight=weight) for weight, layer, channels in terms)
+    )
 
 
 def behaviors(text):
@@ -2620,34 +2775,109 @@ PRESETS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options, by name, that determine the picture, apart from the network. A resumed run
+    cannot change them."""
+
+    input_size: tuple | None = None  # (height, width)
+    input_scale: float | None = None
+    tf32: bool = False
+    image_type: str = "amplify_layer"
+    target_layer: Objective = Objective((Target("inception_4d/3x3_reduce"),))
+    target_neuron: int = 0
+    guide: str | None = None
+    amplify_l1_weight: float = 1.0
+    amplify_l2_weight: float = 1.0
+    amplify_grad_clip: float = 5.0
+    initial_image: str | None = None
+    background: str = "white"
+    mask: str | None = None
+    keep_colors: bool = False
+    initialization_scale: float = 1.0
+    initialization_blur: float = 0.0
+    seed: int | None = None
+    initial_size: str | None = None
+    final_size: str | None = None
+    num_sizes: int = 1
+    resize_type: str = "geometric"
+    num_steps: int = 1000
+    learning_rate: float = 1.0
+    decay_rate: float = 0.95
+    learning_rate_decay_iter: int = 100
+    learning_rate_decay_fraction: float = 1.0
+    use_pixel_learning_rates: bool = False
+    alpha: float = 6.0
+    p_scale: float = 1.0
+    p_reg: float = 1e-4
+    alpha_aux: float = 6.0
+    p_scale_aux: float = 1.0
+    p_reg_aux: float = 0.0
+    beta: float = 2.0
+    tv_reg: float = 0.5
+    tv_reg_scale: float = 1.0
+    tv_reg_step: float = 0.0
+    tv_reg_step_iter: int = 50
+    tv_grad_operator: str = "naive"
+    depth: int = 8
+    rescale_image: bool = False
+
+    @classmethod
+    def of(cls, options):
+        """The Settings among the options; draws a random seed if noise needs one."""
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
+        if values["initial_image"] is None and values["seed"] is None:
+            values["seed"] = np.random.SeedSequence().entropy % 2**32
+        return cls(**values)
+
+    def objective(self):
+        """The Objective, with its targets in the form that the settings ask for."""
+        form = IMAGE_TYPES["guide" if self.guide else self.image_type]
+        targets = self.target_layer.targets
+        return Objective(
+            tuple(dataclasses.replace(t, form=form(self, t.channels)) for t in targets)
+        )
+
+
 # fmt: off
+PARSER = Parser(
+    prog=PROGRAM,
+    description="Makes DeepDream pictures with Caffe, by amplifying what a layer of a network "
+    "responds to in a picture or in noise.",
+    epilog="Option names can be written with dashes. A size is HxW, height x width in pixels; "
+    "or the longer side alone; or xF, F times the base size, which is the start picture's size "
+    "or, for noise, the network's input size. No side may be smaller than the network's input. "
+    "@FILE reads options from a file.",
+)
+
+
 def network_options(add):
-    add("--preset", metavar="NAME", choices=tuple(PRESETS), free=True, text=None,
+    add("--preset", metavar="NAME", choices=tuple(PRESETS), text=None,
         help="use a named set of options: for photographs animals, strokes or soft, for all others "
         "see --list_presets; options that you add override it")
-    add("--list_presets", action="store_true", free=True,
+    add("--list_presets", action="store_true",
         help="print the presets and their options, and exit")
-    add("--model", choices=tuple(MODELS), free=True,
+    add("--model", choices=tuple(MODELS),
         idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
         help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
         "or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
-    add("--list_models", action="store_true", free=True,
+    add("--list_models", action="store_true",
         help="list these networks and whether they are installed, and exit")
-    add("--list_layers", action="store_true", free=True,
+    add("--list_layers", action="store_true",
         help="list the network's layers that can be amplified, and exit")
-    add("--list_classes", action="store_true", free=True,
+    add("--list_classes", action="store_true",
         help="list the classes of the network's classifier, and exit")
-    add("--download_model", metavar="NAME", free=True,
+    add("--download_model", metavar="NAME",
         choices=tuple(model.name for model in MODELS.values() if model.url),
         help="download a network (%(choices)s), check it, and exit")
-    add("--model_url", metavar="URL", type=given, free=True,
+    add("--model_url", metavar="URL", type=not_empty,
         idle=lambda o: not o.download_model and "without --download_model",
         help="address to download the network from (default: the official one)")
-    add("--deploy_txt", metavar="FILE", type=file_name, free=True, file="read",
+    add("--deploy_txt", metavar="FILE", type=file_name, file="read",
         help="the network's description, a prototxt (default: the model's)")
-    add("--caffe_model", metavar="FILE", type=file_name, free=True, file="read",
+    add("--caffe_model", metavar="FILE", type=file_name, file="read",
         help="the network's weights (default: the model's)")
-    add("--mean_image", metavar="FILE", type=file_name, free=True, file="read",
+    add("--mean_image", metavar="FILE", type=file_name, file="read",
         help="mean image (.npy, .binaryproto); its mean is subtracted from every pixel "
         "(default: the model's)")
     add("--input_size", metavar="SIZE", type=input_size,
@@ -2657,12 +2887,12 @@ def network_options(add):
     add("--input_scale", metavar="S", type=number(float, above=0),
         help="number by which the network's input is multiplied after the mean is subtracted, for "
         "networks trained on scaled pictures (default: 1, or what a training prototxt says)")
-    add("--gpu", metavar="N", type=gpu_numbers, free=True,
+    add("--gpu", metavar="N", type=gpu_numbers,
         idle=lambda o: o.gpu and o.scheduler and "--scheduler",
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
         help="GPU to use, numbered from 0, or several, such as 0,1,2; -1 for the CPU "
         "(default: GPU 0 if Caffe can use it, else the CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1), free=True,
+    add("--batch_size", metavar="N", type=number(int, 1),
         idle=lambda o: o.scheduler and "--scheduler",
         help="maximum number of tiles that each of a GPU's two processes computes at once; always "
         "1 on the CPU (default: as many as fit in GPU memory, up to 32)")
@@ -2670,10 +2900,10 @@ def network_options(add):
         idle=lambda o: o.scheduler and "--scheduler",
         help="let cuDNN multiply in TF32, with 10 bits of each factor: faster on recent GPUs, but "
         "a slightly different picture")
-    add("--workers", metavar="N", type=number(int, 1, 1024), free=True,
+    add("--workers", metavar="N", type=number(int, 1, 1024),
         idle=lambda o: o.scheduler and "--scheduler",
         help="number of processes that compute on the CPU (default: one per core)")
-    add("--scheduler", metavar="ADDRESS", type=given, free=True, text=None,
+    add("--scheduler", metavar="ADDRESS", type=not_empty, text=None,
         help="compute on the workers of the Dask cluster whose scheduler has this address, such "
         "as tcp://HOST:8786 (default: compute on this machine)")
 
@@ -2681,36 +2911,35 @@ def network_options(add):
 def target_options(add):
     def names_all_channels(options):
         layers = listed(options.target_layer)
-        return all(target.channels for text in layers for target in parse_targets(text))
+        return all(target.channels for layer in layers for target in layer.targets)
 
     def is_not(image_type):
         return lambda o: (
             o.guide and "--guide" or o.image_type != image_type and f"--image_type {o.image_type}"
         )
 
-    add("--image_type", choices=("amplify_layer", "amplify_neuron"), default="amplify_layer",
+    add("--image_type", choices=("amplify_layer", "amplify_neuron"),
         idle=lambda o: o.guide and "--guide",
         help="amplify the whole layer, or one channel of it")
-    add("--target_layer", "--layer", metavar="TERMS", type=terms, action=Several,
-        default="inception_4d/3x3_reduce",
+    add("--target_layer", "--layer", metavar="TERMS", type=objective, action=Several,
         help="layer to amplify, or a sum of terms: [WEIGHT*]LAYER[:CHANNELS] + ...; CHANNELS are "
         "numbers and ranges, such as 17,40-47; or strong5, the five strongest in the start "
         "picture; or, in a classifier, names of classes; with --output FOLDER/, repeat the option "
         "to make a picture for each layer")
-    add("--target_neuron", metavar="N", type=number(int, 0), default=0,
+    add("--target_neuron", metavar="N", type=number(int, 0),
         idle=lambda o: is_not("amplify_neuron")(o)
         or names_all_channels(o) and f"--layer {o.target_layer}",
         help="channel for amplify_neuron, numbered from 0, if --layer names none")
     add("--guide", metavar="FILE", type=file_name, file="read",
         help="picture to be guided by: each place of the dream becomes more like the place in it "
         "that the layer finds most similar")
-    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float), default=1.0,
+    add("--amplify_l1_weight", "--l1_weight", metavar="W", type=number(float),
         idle=is_not("amplify_layer"),
         help="for amplify_layer: weight of the absolute activations in the target's gradient")
-    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float), default=1.0,
+    add("--amplify_l2_weight", "--l2_weight", metavar="W", type=number(float),
         idle=is_not("amplify_layer"),
         help="for amplify_layer: weight of the clipped activations in the target's gradient")
-    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0), default=5.0,
+    add("--amplify_grad_clip", "--grad_clip", metavar="A", type=number(float, 0),
         idle=is_not("amplify_layer"),
         help="for amplify_layer: activation at which the l2 part is clipped")
 
@@ -2723,7 +2952,7 @@ def start_options(add):
         action=Several,
         help="picture to start from (default: noise); with --output FOLDER/, give several files "
         "or a folder to make a picture from each")
-    add("--background", metavar="COLOUR", type=colour, default="white",
+    add("--background", metavar="COLOUR", type=colour,
         idle=lambda o: not (o.initial_image or o.guide) and "without --image",
         help="colour to put behind a transparent picture: a name or #rrggbb")
     add("--mask", metavar="FILE", type=mask_name, file="read", words=("alpha",),
@@ -2732,9 +2961,9 @@ def start_options(add):
     add("--keep_colors", "--keep_colours", action="store_true",
         idle=lambda o: not o.initial_image and "without --image",
         help="show and save the dream in the colours of --image")
-    add("--initialization_scale", metavar="S", type=number(float), default=1.0, idle=has_image,
+    add("--initialization_scale", metavar="S", type=number(float), idle=has_image,
         help="standard deviation of the noise, in grey levels")
-    add("--initialization_blur", metavar="S", type=number(float, 0, 1000), default=0.0,
+    add("--initialization_blur", metavar="S", type=number(float, 0, 1000),
         idle=has_image, help="sigma of the Gaussian blur of the noise, in pixels")
     add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), idle=has_image,
         help="random seed for the noise, to repeat a run (default: random, and printed)")
@@ -2745,26 +2974,26 @@ def size_options(add):
         help="first size: HxW, the longer side, or xF, see below (default: the base size)")
     add("--final_size", metavar="SIZE", idle=when("num_sizes", 1),
         help="last size, if --num_sizes is above 1 (default: the base size)")
-    add("--num_sizes", metavar="N", type=number(int, 1, 10_000), default=1,
+    add("--num_sizes", metavar="N", type=number(int, 1, 10_000),
         help="number of sizes; 1: --initial_size only")
-    add("--resize_type", choices=("geometric", "linear"), default="geometric",
+    add("--resize_type", choices=("geometric", "linear"),
         idle=when("num_sizes", 1), help="how the sizes from first to last are spaced")
-    add("--scratch", metavar="FOLDER", type=scratch_folder, free=True, text=None,
+    add("--scratch", metavar="FOLDER", type=scratch_folder, text=None,
         help="keep a run's largest arrays in unnamed files in this folder, so that large pictures "
         "need less memory (default: keep them in memory)")
 
 
 def step_options(add):
-    add("--num_steps", metavar="N", type=number(int, 1), default=1000, help="steps at each size")
-    add("--learning_rate", metavar="R", type=number(float, above=0), default=1.0,
+    add("--num_steps", metavar="N", type=number(int, 1), help="steps at each size")
+    add("--learning_rate", metavar="R", type=number(float, above=0),
         help="step size, roughly in grey levels")
-    add("--decay_rate", metavar="D", type=number(float, 0, 1), default=0.95,
+    add("--decay_rate", metavar="D", type=number(float, 0, 1),
         help="decay rate of RMSProp's running average of squared gradients")
-    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1), default=100,
+    add("--learning_rate_decay_iter", metavar="N", type=number(int, 1),
         idle=when("learning_rate_decay_fraction", 1),
         help="multiply the learning rate by --learning_rate_decay_fraction every N steps")
     add("--learning_rate_decay_fraction", "--learning_rate_decay_factor", metavar="F",
-        type=number(float, above=0), default=1.0,
+        type=number(float, above=0),
         idle=too_few_steps("learning_rate_decay_iter"),
         help="multiply the learning rate by F every --learning_rate_decay_iter steps; 1: constant")
     add("--use_pixel_learning_rates", action="store_true",
@@ -2775,31 +3004,31 @@ def regularizer_options(add):
     def has_no_tv(options):
         return not (options.tv_reg or options.tv_reg_step) and "--tv_reg 0"
 
-    add("--alpha", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg", 0),
+    add("--alpha", metavar="P", type=number(float, 1), idle=when("p_reg", 0),
         help="exponent of the p-norm of the change from the start picture (of the picture itself "
         "if the run starts from noise)")
-    add("--p_scale", metavar="S", type=number(float, above=0), default=1.0, idle=when("p_reg", 0),
+    add("--p_scale", metavar="S", type=number(float, above=0), idle=when("p_reg", 0),
         help="unit of the p-norm, in grey levels")
-    add("--p_reg", metavar="W", type=number(float), default=1e-4,
+    add("--p_reg", metavar="W", type=number(float),
         help="weight of the p-norm; 0: none")
-    add("--alpha_aux", metavar="P", type=number(float, 1), default=6.0, idle=when("p_reg_aux", 0),
+    add("--alpha_aux", metavar="P", type=number(float, 1), idle=when("p_reg_aux", 0),
         help="exponent of the second p-norm, always of the picture itself")
-    add("--p_scale_aux", metavar="S", type=number(float, above=0), default=1.0,
+    add("--p_scale_aux", metavar="S", type=number(float, above=0),
         idle=when("p_reg_aux", 0), help="unit of the second p-norm, in grey levels")
-    add("--p_reg_aux", metavar="W", type=number(float), default=0.0,
+    add("--p_reg_aux", metavar="W", type=number(float),
         help="weight of the second p-norm; 0: none")
-    add("--beta", metavar="B", type=number(float, above=0), default=2.0, idle=has_no_tv,
+    add("--beta", metavar="B", type=number(float, above=0), idle=has_no_tv,
         help="exponent of total variation")
-    add("--tv_reg", metavar="W", type=number(float), default=0.5,
+    add("--tv_reg", metavar="W", type=number(float),
         help="weight of total variation; 0: none")
-    add("--tv_reg_scale", metavar="S", type=number(float, above=0), default=1.0, idle=has_no_tv,
+    add("--tv_reg_scale", metavar="S", type=number(float, above=0), idle=has_no_tv,
         help="unit of total variation, in grey levels")
-    add("--tv_reg_step", metavar="W", type=number(float), default=0.0,
+    add("--tv_reg_step", metavar="W", type=number(float),
         idle=too_few_steps("tv_reg_step_iter"),
         help="added to --tv_reg every --tv_reg_step_iter steps")
-    add("--tv_reg_step_iter", metavar="N", type=number(int, 1), default=50,
+    add("--tv_reg_step_iter", metavar="N", type=number(int, 1),
         idle=when("tv_reg_step", 0), help="add --tv_reg_step to --tv_reg every N steps")
-    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), default="naive", idle=has_no_tv,
+    add("--tv_grad_operator", choices=tuple(TV_OPERATORS), idle=has_no_tv,
         help="how total variation measures slopes")
 
 
@@ -2817,40 +3046,40 @@ def output_options(add):
     def has_no_page(options):
         return "web" not in options.iter_behavior and "without web in --iter_behavior"
 
-    add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png", free=True,
+    add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png",
         file="write", help="file for the finished picture; for several pictures FOLDER/, or a "
         "name that contains {name} (the start picture's) and {layer}")
-    add("--output_iter", metavar="N", type=number(int, 1), default=50, free=True,
+    add("--output_iter", metavar="N", type=number(int, 1), default=50,
         help="do --iter_behavior every N steps")
-    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print", free=True,
+    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
         idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
         help=f"what to do during the run: {', '.join(BEHAVIORS)}, joined by +, or none; save "
         "writes NAME_1_50.EXT (size 1, step 50) next to it, plot writes NAME_plot.png, gif writes "
         "NAME_run.gif; without a display, show and plot_pix write NAME_show.png and "
         "NAME_plot_pix.png; web serves a page to watch the run in a browser")
-    add("--web_port", metavar="N", type=number(int, 0, 65535), default=0, free=True,
+    add("--web_port", metavar="N", type=number(int, 0, 65535), default=0,
         idle=has_no_page, help="port of the page that web serves; 0: any free one; it is printed")
-    add("--web_host", metavar="HOST", type=given, default="127.0.0.1", free=True, text=None,
+    add("--web_host", metavar="HOST", type=not_empty, default="127.0.0.1", text=None,
         idle=has_no_page, help="address on which web listens; other machines cannot reach the "
         "default, and anyone who can reach another address can watch")
-    add("--stats", metavar="FILE", type=output_name, free=True, file="write",
+    add("--stats", metavar="FILE", type=output_name, file="write",
         help="measure every step, and write the statistics as CSV")
-    add("--sidecar", action="store_true", free=True,
+    add("--sidecar", action="store_true",
         help="write OUTPUT.json, a record of how the picture was made; a PNG always contains it")
-    add("--reproduce", metavar="FILE", type=file_name, free=True,
+    add("--reproduce", metavar="FILE", type=file_name,
         help="print the command that made a picture, and exit")
-    add("--checkpoint_iter", metavar="N", type=number(int, 0), free=True,
+    add("--checkpoint_iter", metavar="N", type=number(int, 0),
         help="save OUTPUT.checkpoint, for --resume, every N steps; it is deleted when the run is "
         "complete; 0: never (default: --output_iter, at least 50)")
-    add("--resume", metavar="FILE", type=file_name, free=True, text=None,
+    add("--resume", metavar="FILE", type=file_name, text=None,
         help="continue from a checkpoint; the run's options need not be given again")
-    add("--quiet", action="store_true", free=True, text=None,
+    add("--quiet", action="store_true", text=None,
         help="no progress bar, no notices (and, with --iter_behavior none, no statistics)")
-    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0, free=True,
+    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0,
         idle=is_not_shown, help="width of the show window, in inches")
-    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0, free=True,
+    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0,
         idle=is_not_shown, help="height of the show window, in inches")
-    add("--depth", type=int, choices=tuple(DEPTHS), default=8,
+    add("--depth", type=int, choices=tuple(DEPTHS),
         help="bits per channel in saved pictures; 16 only for .png and .tif")
     add("--rescale_image", action="store_true",
         help="stretch saved and shown pictures to the full range, instead of clipping")
@@ -2858,64 +3087,19 @@ def output_options(add):
 # fmt: on
 
 
-def build_parser():
-    """The Parser, with the options in the groups of --help. An option's first name is the original
+def fill_parser():
+    """Adds the options to PARSER, in the groups of --help. An option's first name is the original
     program's; the others are those in its README."""
-    parser = Parser(
-        prog=PROGRAM,
-        description="Makes DeepDream pictures with Caffe, by amplifying what a layer of a network "
-        "responds to in a picture or in noise.",
-        epilog="Option names can be written with dashes. A size is HxW, height x width in pixels; "
-        "or the longer side alone; or xF, F times the base size, which is the start picture's size "
-        "or, for noise, the network's input size. No side may be smaller than the network's input. "
-        "@FILE reads options from a file.",
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    network_options(parser.group("network"))
-    target_options(parser.group("target"))
-    start_options(parser.group("start picture"))
-    size_options(parser.group("sizes"))
-    step_options(parser.group("steps"))
+    PARSER.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    group = functools.partial(PARSER.group, settings=Settings)
+    network_options(group("network"))
+    target_options(group("target"))
+    start_options(group("start picture"))
+    size_options(group("sizes"))
+    step_options(group("steps"))
     keep = "keep the picture smooth and its values in range"
-    regularizer_options(parser.group("regularizers", keep))
-    output_options(parser.group("output"))
-    return parser
-
-
-def names_file(action, value):
-    """Whether the value of an option is the name of a file."""
-    return bool(action.file) and value is not None and value not in action.words
-
-
-def files_read(options, free=True):
-    """The files that the options name for reading, {option: path}; unless `free`, only those that
-    a resumed run may not change."""
-    actions = [a for a in PARSER.options if a.file == "read" and (free or not a.free)]
-    named = [(a.option_strings[-1][2:], a, getattr(options, a.dest)) for a in actions]
-    return {name: path for name, a, path in named if names_file(a, path)}
-
-
-def without_effect(options):
-    """Yields a notice for each option that was set but has no effect, in the order of --help."""
-    for action in PARSER.options:
-        changed = getattr(options, action.dest) != getattr(DEFAULTS, action.dest)
-        reason = changed and action.idle and action.idle(options)
-        if reason:
-            with_reason = reason if reason.startswith("without ") else f"with {reason}"
-            yield f"--{action.dest} has no effect {with_reason}"
-
-
-def command_words(options, **found):
-    """The options that differ from their defaults, as words of a command line; `found` has the
-    values that the run chose for options left open."""
-    words = []
-    for action in PARSER.options:
-        value = found.get(action.dest, getattr(options, action.dest))
-        if action.text is None or value is None or value == getattr(DEFAULTS, action.dest):
-            continue
-        name = action.option_strings[0]
-        words.append(name if action.nargs == 0 else f"{name}={action.text(value)}")
-    return words
+    regularizer_options(group("regularizers", keep))
+    output_options(group("output"))
 
 
 # ---- Networks by name -------------------------------------------------------------------------
@@ -3071,7 +3255,7 @@ def find_files(options):
     if deploy is None:
         check_caffe()
         remedy = f"name one with --deploy_txt, or {how_to_install('pycaffe')}"
-        raise refusal("model", model.name, f"no deploy.prototxt found; {remedy}")
+        raise refusal("model", model.name, "no deploy.prototxt found", remedy)
     mean = None if options.mean_image else model.mean
     name = "network" if own else model.name
     return NetworkFiles(deploy, weights, name, not options.deploy_txt, mean)
@@ -3084,7 +3268,7 @@ def find_network(options):
         model = choose_model(options.model, options.deploy_txt)
         places = " or ".join(model.weights_places()[:-1])
         remedy = f"use --download_model {model.name}, or name its weights with --caffe_model"
-        raise refusal("model", model.name, f"not installed at {places}; {remedy}")
+        raise refusal("model", model.name, f"not installed at {places}", remedy)
     files = as_in_training(files, options)
     if files.mean is not None:
         return files
@@ -3092,7 +3276,7 @@ def find_network(options):
     if path is None:
         check_caffe()
         remedy = f"name the file, or {how_to_install('pycaffe')}"
-        raise refusal("mean_image", "unset", f"ilsvrc_2012_mean.npy was not found; {remedy}")
+        raise refusal("mean_image", "unset", "ilsvrc_2012_mean.npy was not found", remedy)
     return dataclasses.replace(files, mean=read_mean(existing_file("mean_image", path)))
 
 
@@ -3107,7 +3291,9 @@ def as_in_training(files, options):
     if "scale" in found and scale in (None, found["scale"]):
         scale = found["scale"]
         if not 0 < scale < math.inf:
-            raise refusal("deploy_txt", files.deploy, f"its scale is {scale:g}; set --input_scale")
+            raise refusal(
+                "deploy_txt", files.deploy, f"its scale is {scale:g}", "set --input_scale"
+            )
         notices.append(f"the network's input is scaled by {scale:g}, as {files.deploy} says")
     if not options.mean_image and (path := found.get("mean_file")):
         if os.path.isfile(path):
@@ -3118,7 +3304,7 @@ def as_in_training(files, options):
         mean = found["mean"]
         if not 0 <= mean <= 255:
             problem = f"its mean_value is {mean:g}, but pixels range from 0 to 255"
-            raise refusal("deploy_txt", files.deploy, f"{problem}; name a --mean_image")
+            raise refusal("deploy_txt", files.deploy, problem, "name a --mean_image")
         notices.append(f"{mean:g} is subtracted from pixels, as {files.deploy} says")
     return dataclasses.replace(files, mean=mean, scale=scale or 1.0, notices=tuple(notices))
 
@@ -3142,9 +3328,9 @@ def existing_file(option, path):
     if not os.path.isfile(path):
         there = "this is a folder" if os.path.isdir(path) else "this is not a regular file"
         reason = there if os.path.exists(path) else "no such file"
-        raise refusal(option, path, f"{reason}; use another path")
+        raise refusal(option, path, reason, "use another path")
     if not os.access(path, os.R_OK):
-        raise refusal(option, path, "this file cannot be read; run chmod u+r on it")
+        raise refusal(option, path, "this file cannot be read", "run chmod u+r on it")
     return path
 
 
@@ -3164,10 +3350,10 @@ def read_mean(path):
     except Exception as error:  # the file may contain anything
         problem = f"cannot be read as an array ({one_line(error)})"
         remedy = "use a .npy or .binaryproto file"
-        raise refusal("mean_image", path, f"{problem}; {remedy}") from None
+        raise refusal("mean_image", path, problem, remedy) from None
     if not 0 <= mean <= 255:
-        problem = f"its mean is {mean:g}, but pixels range from 0 to 255; use another file"
-        raise refusal("mean_image", path, problem)
+        problem = f"its mean is {mean:g}, but pixels range from 0 to 255"
+        raise refusal("mean_image", path, problem, "use another file")
     return mean
 
 
@@ -3353,7 +3539,7 @@ def import_caffe():
             raise OutOfMemory from None
         extra = "[cuda]" if re.search("lib(cublas|curand|cudnn)", str(error)) else ""
         remedy = how_to_install(f"pycaffe{extra}")
-        raise BadRequest(f"Caffe cannot be imported ({one_line(error)}); {remedy}") from None
+        raise BadRequest(f"Caffe cannot be imported ({one_line(error)})", remedy) from None
     return caffe
 
 
@@ -3380,8 +3566,8 @@ def parse_prototxt(path):
             text = data.decode("latin-1")  # allows comments in any encoding
         return parse_net(text)
     except (OSError, text_format.ParseError, RecursionError) as error:
-        problem = f"not a network description ({one_line(error)[:200]}); use a deploy.prototxt"
-        raise refusal("deploy_txt", path, problem) from None
+        problem = f"not a network description ({one_line(error)[:200]})"
+        raise refusal("deploy_txt", path, problem, "use a deploy.prototxt") from None
 
 
 def parse_net(text):
@@ -3634,14 +3820,14 @@ class Description:
     def _choose_pictures(self, input_size, reading):
         """Finds the inputs that take pictures, and gives them their size."""
 
-        def refuse(problem):
-            return refusal("deploy_txt", self.path, problem)
+        def refuse(*why):
+            return refusal("deploy_txt", self.path, *why)
 
         shapes, kinds = self.inputs, ", ".join(f"{layer.name} ({layer.type})" for layer in reading)
         pictures = [blob for blob, shape in shapes.items() if len(shape) == 4 and shape[1] == 3]
         if not pictures:
             found = f"its input has shape {[*shapes.values()][0]}" if shapes else "it has no input"
-            raise refuse(f"{found}; it must take 3-channel pictures")
+            raise refuse(found, "it must take 3-channel pictures")
         large = [blob for blob in pictures if min(shapes[blob][2:]) >= LEAST_SIDE]
         self.pictures = large or pictures
         if input_size:
@@ -3650,9 +3836,9 @@ class Description:
             height, width = shapes[pictures[0]][2:]
             if kinds and not height:
                 problem = f"this is for training, and {kinds} does not state the picture size"
-                raise refuse(f"{problem}; use the deploy.prototxt, or --input_size")
+                raise refuse(problem, "use the deploy.prototxt, or --input_size")
             found = f"is only {height}x{width}" if height else "has no size"
-            raise refuse(f"its input {found}; choose a size, such as --input_size 224")
+            raise refuse(f"its input {found}", "choose a size, such as --input_size 224")
         if kinds:
             height, width = shapes[self.pictures[0]][2:]
             becomes = f"{kinds} is replaced by an input of {height}x{width}"
@@ -3718,17 +3904,17 @@ class Description:
             return blob
         if not self.starts:
             why = next((f" ({problem})" for problem in self.problems.values()), "")
-            problem = f"this has no layer to amplify{why}; use another deploy.prototxt"
-            raise refusal("deploy_txt", self.path, problem)
+            problem = f"this has no layer to amplify{why}"
+            raise refusal("deploy_txt", self.path, problem, "use another deploy.prototxt")
         if self.holders.get(name) in self.starts:
-            problem = f"it works in place on {self.holders[name]}; use --layer {self.holders[name]}"
-            raise refusal("layer", name, problem)
+            problem = f"it works in place on {self.holders[name]}"
+            raise refusal("layer", name, problem, f"use --layer {self.holders[name]}")
         if name in self.inputs or name in self.problems:
             problem = self.problems.get(name, "this is the input, not a layer")
-            raise refusal("layer", name, f"{problem}; {ANOTHER_LAYER}")
+            raise refusal("layer", name, problem, ANOTHER_LAYER)
         close = self._close_names(name)
         hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
-        raise refusal("layer", name, f"{self.path} has no such layer; {hint}")
+        raise refusal("layer", name, f"{self.path} has no such layer", hint)
 
     def _close_names(self, name):
         """At most three blobs that `name` may have been meant for. Capitals and punctuation are
@@ -3847,22 +4033,24 @@ def read_weights(path):
                 raise foreign_weights(path)
             return layers
     except OSError as error:
-        problem = f"{error.strerror}; make it readable, or use another file"
-        raise refusal("caffe_model", path, problem) from None
+        problem = error.strerror
+        raise refusal(
+            "caffe_model", path, problem, "make it readable, or use another file"
+        ) from None
     except (ValueError, TypeError) as error:  # the file may contain anything
         reason = one_line(error) if isinstance(error, ValueError) else "it is in another format"
         problem = f"cannot be read as Caffe weights ({reason})"
         if extension_of(path) in FOREIGN:
             raise foreign_weights(path) from None
         remedy = "use a complete .caffemodel; was the download cut short?"
-        raise refusal("caffe_model", path, f"{problem}; {remedy}") from None
+        raise refusal("caffe_model", path, problem, remedy) from None
 
 
 def foreign_weights(path):
     """The refusal of another program's weights."""
     program = FOREIGN.get(extension_of(path), "another program")
-    problem = f"these are {program}'s weights, not Caffe's; use a .caffemodel"
-    return refusal("caffe_model", path, problem)
+    problem = f"these are {program}'s weights, not Caffe's"
+    return refusal("caffe_model", path, problem, "use a .caffemodel")
 
 
 WEB_PAGE = "this is a web page, not weights; download the file itself"
@@ -3995,17 +4183,17 @@ def check_fit(spec, net, weights):
     path, deploy, wrong = spec.files.weights, spec.files.deploy, misfits(net, weights)
     missing = [name for name in wrong if not weights.get(name)]
     if missing:
-        problem = f"this has no weights for {some(missing)} in {deploy}; use a complete file"
-        raise refusal("caffe_model", path, problem)
+        problem = f"this has no weights for {some(missing)} in {deploy}"
+        raise refusal("caffe_model", path, problem, "use a complete file")
     for name, shapes in wrong.items():
         given, taken = (
             " and ".join("x".join(map(str, s)) or "one number" for s in shape) for shape in shapes
         )
         if spec.input_size and net.layer_dict[name].type == "InnerProduct":
             problem = f"{name} works only at the prototxt's size"
-            raise input_size_refusal(spec.input_size, f"{problem}; choose an earlier layer")
+            raise input_size_refusal(spec.input_size, problem, "choose an earlier layer")
         problem = f"{name} has weights of shape {given}, but {deploy} needs {taken}"
-        raise refusal("caffe_model", path, f"{problem}; use files that belong together")
+        raise refusal("caffe_model", path, problem, "use files that belong together")
 
 
 def some(names):
@@ -4013,9 +4201,9 @@ def some(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
-def input_size_refusal(size, problem):
+def input_size_refusal(size, *why):
     """The refusal of an input size (height, width)."""
-    return refusal("input_size", "{}x{}".format(*size), problem)
+    return refusal("input_size", "{}x{}".format(*size), *why)
 
 
 def check_values(spec, net):
@@ -4025,8 +4213,8 @@ def check_values(spec, net):
     empty = []
     for name, blobs in net.params.items():
         if not all(np.isfinite(blob.data).all() for blob in blobs):
-            problem = f"the weights of {name} are not all finite; use an intact file"
-            raise refusal("caffe_model", spec.files.weights, problem)
+            problem = f"the weights of {name} are not all finite"
+            raise refusal("caffe_model", spec.files.weights, problem, "use an intact file")
         if types[name] == "BatchNorm" and not blobs[2].data.any():
             empty.append(name)
     what = "BatchNorm without statistics, which only magnifies its input"
@@ -4093,31 +4281,33 @@ def use_fast_layers(net, fast):
             layer.type = fast[layer.type]
 
 
-def end_in_objective(net, blob, form):
-    """Appends the form of a target to the NetParameter `net`, cut at the target's `blob`, if this
-    Caffe has a layer for it; returns whether it has. The forward pass then writes the gradient of
-    the loss where backward starts, so that on a GPU the activations need not leave it."""
-    kind = type(form).__name__
+def end_in_objective(net, blob, kind, parameters):
+    """Appends the layer of type `kind` that computes an objective to the NetParameter `net`, cut at
+    `blob`, if this Caffe has such layers; returns whether it has. The forward pass then writes the
+    gradient of the loss where backward starts, so that on a GPU the activations need not leave it.
+    """
     if kind not in import_caffe().layer_type_list():
         return False
     net.layer[-1].ClearField("loss_weight")  # the objective starts backward instead
     layer = net.layer.add(name="cnn_vis/objective", type=kind, bottom=[blob], loss_weight=[1])
     layer.top[:] = [layer.name]
-    layer.python_param.param_str = " ".join(map(str, dataclasses.astuple(form)))
+    layer.python_param.param_str = parameters
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSpec:
-    """All that a worker needs to load the network: its files; a tuple of Targets; whether it runs
-    on a GPU; the (height, width) of its input, if that is not the prototxt's; whether a GPU may
-    multiply in TF32."""
+    """All that a worker needs to load the network: its files; the names of the layers whose
+    activations are wanted; whether it runs on a GPU; the (height, width) of its input, if that is
+    not the prototxt's; whether a GPU may multiply in TF32; the (type, parameters) of a layer that
+    computes the objective, or None."""
 
     files: NetworkFiles
-    targets: tuple
+    layers: tuple
     use_gpu: bool = False
     input_size: tuple | None = None
     tf32: bool = False
+    objective: tuple | None = None
 
     def fast_layers(self):
         """The layers to use instead of Caffe's own, for use_fast_layers."""
@@ -4126,82 +4316,103 @@ class NetworkSpec:
         return TF32_LAYERS if self.tf32 else GPU_LAYERS
 
 
-class Network:
-    """A Caffe net from its input to the targets. Raises BadRequest if `spec` cannot be loaded.
+def start_caffe(spec):
+    """Imports Caffe and chooses its device. Raises BadRequest."""
+    os.environ.update(ONE_THREAD)  # in case the process was started without it
+    caffe = import_caffe()
+    if not spec.use_gpu:
+        caffe.set_mode_cpu()
+        return
+    if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
+        remedy = f"drop the option, or rebuild Caffe: {how_to_install('pycaffe[cuda]')}"
+        raise refusal("tf32", "", "Caffe was built without cuDNN", remedy)
+    caffe.set_mode_gpu()
+    caffe.set_device(0)  # the only one that this worker sees
 
-    Attributes: tile_size, (height, width) of the input; target_shapes, (C, ...) of one tile's
-    activations for each target; notices, a list of lines for the user.
+
+# Where a Network's backward pass takes up the gradient of a layer: the name of the layer's blob,
+# the caffe.Blob, the number of the Caffe layer that makes it, and whether other layers read it.
+End = collections.namedtuple("End", "name blob start is_read")
+
+
+class Network:
+    """A Caffe net from its input to some layers. Raises BadRequest if `spec` cannot be loaded.
+
+    Attributes: tile_size, (height, width) of the input; shapes, {layer: (C, ...) of one tile's
+    activations}; has_objective, whether the net itself computes the objective's gradient; notices,
+    a list of lines for the user.
     """
 
     def __init__(self, spec):
-        os.environ.update(ONE_THREAD)  # in case the process was started without it
-        caffe = import_caffe()
-        if spec.use_gpu:
-            if spec.tf32 and TF32_LAYERS["Convolution"] not in caffe.layer_type_list():
-                remedy = f"drop the option, or rebuild Caffe: {how_to_install('pycaffe[cuda]')}"
-                raise BadRequest(f"--tf32: Caffe was built without cuDNN; {remedy}", "tf32")
-            caffe.set_mode_gpu()
-            caffe.set_device(0)  # the only one that this worker sees
-        else:
-            caffe.set_mode_cpu()
+        start_caffe(spec)
         weights = read_weights(spec.files.weights)
         description = Description(spec.files.deploy, spec.input_size)
-        net, targets = description.net, [description.find(t.layer) for t in spec.targets]
+        net, blobs = description.net, [description.find(layer) for layer in spec.layers]
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
-        read = cut(net, targets, {name: len(shapes) for name, shapes in weights.items()})
+        read = cut(net, blobs, {name: len(shapes) for name, shapes in weights.items()})
         use_fast_layers(net, spec.fast_layers())
-        first = spec.targets[0]
-        is_plain = len(targets) == 1 and first.channels is None and first.weight > 0
-        self._has_objective = is_plain and end_in_objective(net, targets[0], first.form)
-        self._spec, self._net = spec, caffe_net(net)
+        is_one = spec.objective is not None
+        self.has_objective = is_one and end_in_objective(net, blobs[0], *spec.objective)
+        self.spec, self._net = spec, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
         self.notices = description.notices + check_values(spec, self._net)
         (name,) = self._net.inputs
-        self._input, self._blobs = self._net.blobs[name], [self._net.blobs[t] for t in targets]
-        # Backward adds each target's gradient at the layer that makes the target. An in-place ReLU
-        # after that layer has changed the activations, but the target's own gradient does not pass
-        # back through it; gradients from later layers do.
-        layers = list(self._net._layer_names)
-        self._stops = collections.defaultdict(list)  # {layer number: numbers of its targets}
-        for number, blob in enumerate(targets):
-            self._stops[layers.index(description.starts[blob])].append(number)
-        self._read = [blob in read or blob in targets[:i] for i, blob in enumerate(targets)]
-        self.tile_size = tuple(self._input.shape)[2:]
-        self.target_shapes = [*map(self._target_shape, spec.targets, self._blobs)]
-        self._targets = spec.targets
-        if spec.files.guide:
-            self._targets = self._guided(np.load(spec.files.guide, allow_pickle=False))
-
-    @staticmethod
-    def _target_shape(target, blob):
-        """The shape of the target for one tile. Raises BadRequest if the target does not fit it."""
-        shape = tuple(blob.shape)[1:]
-        if not shape:
+        self._input = self._net.blobs[name]
+        self.tile_size, self._ends = tuple(self._input.shape)[2:], {}
+        # An in-place ReLU after the layer that makes a blob has changed the activations, but the
+        # gradient of the blob itself does not pass back through it; those from later layers do.
+        order = list(self._net._layer_names)
+        for layer, blob in zip(spec.layers, blobs):
+            start = order.index(description.starts[blob])
+            self._ends[layer] = End(blob, self._net.blobs[blob], start, blob in read)
+        self.shapes = {layer: tuple(end.blob.shape)[1:] for layer, end in self._ends.items()}
+        for layer in [layer for layer, shape in self.shapes.items() if not shape]:
             problem = "this layer's output is a single number, without channels"
-            raise refusal("layer", target.layer, f"{problem}; {ANOTHER_LAYER}")
-        target.check(shape[0])
-        return shape
+            raise refusal("layer", layer, problem, ANOTHER_LAYER)
 
-    def _guided(self, guide):
-        """The targets, of the form Resemble, with the features that they find in the picture
-        `guide`. It is scaled to just cover a tile; its longer side may take several tiles."""
-        scale = max(n / side for n, side in zip(self.tile_size, guide.shape))
-        sizes = zip(self.tile_size, guide.shape)
-        size = tuple(max(n, round(scale * side)) for n, side in sizes)
-        image = np.empty((1, 3, *size))
-        from_uint8(resize(guide, size, bilinear=True), self._spec.files.mean, image)
-        seen = [[] for _ in self._blobs]
-        for region in all_tiles(size, self.tile_size):
-            batch = cut_tile(image, region)[np.newaxis].astype(np.float32)
-            for parts, a in zip(seen, self.activations(batch)):
-                parts.append(a[0].reshape(a.shape[1], -1).copy())
-        forms = (Resemble(np.concatenate(parts, axis=1)) for parts in seen)
-        return [
-            dataclasses.replace(target, form=form.on(target.channels))
-            for target, form in zip(self._spec.targets, forms)
-        ]
+    def forward(self, batch):
+        """Computes the activations for the tiles `batch`, float32 (N, 3, H, W)."""
+        if tuple(self._input.shape) != batch.shape:
+            self._input.reshape(*batch.shape)
+            self._net.reshape()
+        scale = self.spec.files.scale
+        self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
+        self._net.forward()
+
+    def activations(self):
+        """The activations of each layer, {layer: float32 (N, C, ...)}, valid until `forward`."""
+        return {layer: read_only(end.blob, "data") for layer, end in self._ends.items()}
+
+    def backward(self, gradients=()):
+        """The gradient with respect to the tiles, float32 (N, 3, H, W), valid until the next call,
+        after `forward`. `gradients` are [(layer, the gradient of its activations), ...], none if
+        the net has the objective."""
+        filled = set()
+        starts = sorted({end.start for end in self._ends.values()}, reverse=True)
+        for start, following in itertools.pairwise([*starts, -1]):
+            for layer, gradient in gradients:
+                end = self._ends[layer]
+                if end.start == start:
+                    diff = end.blob.diff
+                    if end.is_read or end.name in filled:
+                        diff += gradient
+                    else:
+                        diff[...] = gradient
+                    filled.add(end.name)
+            self._net._backward(start, following + 1)
+        gradient, scale = read_only(self._input, "diff"), self.spec.files.scale
+        return gradient if scale == 1 else gradient * np.float32(scale)
+
+    def mean(self):
+        """The number that is subtracted from pixels."""
+        return self.spec.files.mean
+
+    def guide(self):
+        """The guide of the run, uint8 (H, W, 3), or None."""
+        path = self.spec.files.guide
+        return np.load(path, allow_pickle=False) if path else None
 
     def batch_for_memory(self, share):
         """How many tiles, at most 32, fit at the same time in this process's part of the GPU's free
@@ -4212,43 +4423,6 @@ class Network:
         tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
         return min(32, max(1, int(0.7 * free.value / share) // tile))
 
-    def gradients(self, batch, measure=True):
-        """Returns (gradient, losses) for the tiles `batch`, float32 (N, 3, H, W): the gradient of
-        the objective's loss with respect to the tiles, valid until the next call, and a list of the
-        loss of each tile, or of None unless `measure`."""
-        self._forward(batch)
-        targets, starts = self._targets, sorted(self._stops, reverse=True)
-        own = None if self._has_objective else descents(targets, self._activations())
-        for start, end in itertools.pairwise([*starts, -1]):
-            for i in self._stops[start] if own else ():
-                diff = self._blobs[i].diff
-                np.add(diff, own[i], out=diff) if self._read[i] else np.copyto(diff, own[i])
-            self._net._backward(start, end + 1)
-        losses = [None] * len(batch)
-        if measure:
-            activations = self._activations()
-            parts = ([a[i : i + 1] for a in activations] for i in range(len(batch)))
-            losses = [loss(targets, part) for part in parts]
-        gradient, scale = read_only(self._input, "diff"), self._spec.files.scale
-        return gradient if scale == 1 else gradient * np.float32(scale), losses
-
-    def activations(self, batch):
-        """The activations of each target for the tiles `batch`: a list of arrays, float32
-        (N, C, ...), valid until the next call."""
-        self._forward(batch)
-        return self._activations()
-
-    def _activations(self):
-        return [read_only(blob, "data") for blob in self._blobs]
-
-    def _forward(self, batch):
-        if tuple(self._input.shape) != batch.shape:
-            self._input.reshape(*batch.shape)
-            self._net.reshape()
-        scale = self._spec.files.scale
-        self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
-        self._net.forward()
-
     def layers(self):
         """The names of its layers, in order."""
         return list(self._net._layer_names)
@@ -4258,25 +4432,30 @@ class Network:
         (self._net._backward if backward else self._net._forward)(number, number)
 
 
-def find_channels(spec, settings, picture, mask, mean, scratch=None):
-    """Task: the Targets of `spec` with all words replaced by channel numbers: "strongN" by the N
+def numbered(spec, objective, settings, inputs, scratch=None):
+    """Task: the Objective with all words for channels replaced by numbers: "strongN" by the N
     channels with the largest mean absolute activation in the start image at the first size, and
-    class names by their numbers. The other arguments are those of Dream. Raises BadRequest."""
+    class names by their numbers. The other arguments are those of start_image. Raises
+    BadRequest."""
     network, targets = Network(spec), []
-    is_strong = [any(map(strong, target.channels or ())) for target in spec.targets]
-    place = (settings, picture, mask, mean, scratch)
-    activity = mean_activity(network, *place) if any(is_strong) else ()
-    for i, (target, shape) in enumerate(zip(spec.targets, network.target_shapes)):
+    is_strong = any(strong(word) for target in objective.targets for word in target.channels or ())
+    activity = mean_activity(network, settings, inputs, scratch) if is_strong else {}
+    for target in objective.targets:
         found = {}
         for word in target.channels or ():
             if number := strong(word):
-                order = np.argsort(-activity[i], kind="stable")
+                order = np.argsort(-activity[target.layer], kind="stable")
                 found |= dict.fromkeys(sorted(map(int, order[:number])))
             else:
-                found[class_of(target.layer, word, shape)] = None
+                found[class_of(target.layer, word, network.shapes[target.layer])] = None
         channels = tuple(found) if target.channels else None
         targets.append(dataclasses.replace(target, channels=channels))
-    return tuple(targets)
+    return Objective(tuple(targets))
+
+
+def quoted(layer):
+    """The name of a layer as --layer takes it."""
+    return f'"{layer}"' if re.search(r"[+*:\s]", layer) else layer
 
 
 def strong(word):
@@ -4293,11 +4472,11 @@ def class_of(layer, word, shape):
     if names is None:
         problem = f"channels are {CHANNELS}"
         remedy = "class names work only with ImageNet and Places classifiers"
-        raise refusal("layer", f"{layer}:{word}", f"{problem}; {remedy}")
+        raise refusal("layer", f"{layer}:{word}", problem, remedy)
     try:
         return class_number(word, names)
     except ValueError as error:
-        raise refusal("layer", f"{layer}:{word}", error) from None
+        raise refusal("layer", f"{layer}:{word}", str(error)) from None
 
 
 def is_flat(shape):
@@ -4305,17 +4484,17 @@ def is_flat(shape):
     return math.prod(shape) == shape[0]
 
 
-def mean_activity(network, settings, picture, mask, mean, scratch=None):
-    """The mean absolute activation of each target's channels, a list of arrays (C,), over the tiles
-    of the start image at the first size."""
-    dream = Dream(settings, picture, mean, network, scratch, mask)
-    dream.lay_out()
-    dream.begin_size()
-    activity = [np.zeros(shape[0]) for shape in network.target_shapes]
-    for region in itertools.chain(*dream.tiles(dream.sizes[0])):
-        tile = cut_tile(dream.image, region)[np.newaxis].astype(np.float32)
-        for total, a in zip(activity, network.activations(tile)):
-            total += np.abs(a[0].reshape(len(total), -1)).mean(axis=1, dtype=np.float64)
+def mean_activity(network, settings, inputs, scratch=None):
+    """The mean absolute activation of each layer's channels, {layer: array (C,)}, over the tiles of
+    the start image at the first size."""
+    base = network.tile_size if inputs.picture is None else inputs.picture.shape[:2]
+    size = plan_sizes(settings, base, network.tile_size)[0][0]
+    image = start_image(settings, inputs.picture, size, network.mean(), scratch)
+    activity = {layer: np.zeros(shape[0]) for layer, shape in network.shapes.items()}
+    for region in itertools.chain(*dreaming_tiles(size, network.tile_size, inputs.mask)):
+        network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
+        for layer, a in network.activations().items():
+            activity[layer] += np.abs(a[0].reshape(a.shape[1], -1)).mean(axis=1, dtype=np.float64)
     return activity
 
 
@@ -4332,10 +4511,14 @@ def read_only(blob, kind):
 class Engine:
     """Computes the gradients of tiles for the dream's loop; a context manager.
 
-    `spec` is its NetworkSpec; `device` describes where it runs; `notices` is a list of lines for
-    the user. After `describe` it also has tile_size, the (height, width) of a tile; target_shapes,
-    the shape (C, ...) of a tile's activations for each target; batch_size, the most tiles that
-    `send` accepts; number, how many devices compute batches: each should get a share of every turn.
+    `spec` is its NetworkSpec and `objective` what it computes the gradients of; `device` describes
+    where it runs; `notices` is a list of lines for the user. After `describe` it also has
+    tile_size, the (height, width) of a tile; shapes, {layer: (C, ...) of a tile's activations};
+    batch_size, the most tiles that `send` accepts; number, how many devices compute batches: each
+    should get a share of every turn.
+
+    An objective has layers(), check(shapes), prepared(network), gradients(activations) and
+    loss(activations), as the script's Objective; it can be pickled and compared.
 
     A tile's gradient must not depend on where it is computed or with which other tiles. A failure
     that the engine cannot recover from raises RunFailed, or BadRequest if an option caused it.
@@ -4368,9 +4551,9 @@ class Engine:
         """Prepares for another run with the same network: forgets the last run's notices."""
         self.notices = []
 
-    def change(self, spec):
-        """Switches to another NetworkSpec on the same device and describes it. Returns whether
-        this kind of engine can do that."""
+    def change(self, spec, objective):
+        """Switches to another network and objective on the same device and describes them. Returns
+        whether this kind of engine can do that."""
         return False
 
     def __enter__(self):
@@ -4407,18 +4590,41 @@ def map_memory(descriptor, shape):
 attach = functools.cache(map_memory)  # a worker has only one shared memory
 
 
-def describe(spec):
-    """Task: (tile_size, target_shapes, notices) of the network, after a trial with one tile: it
-    allocates the memory it needs, and if it is going to fail, it fails now."""
+@functools.lru_cache(1)
+def prepared(objective, spec):
+    """The objective with what it has to know of the worker's network."""
+    return objective.prepared(load_network(spec))
+
+
+def compute_batch(network, objective, batch, measure=True):
+    """(gradient, losses) for the tiles `batch`, float32 (N, 3, H, W): the gradient of the
+    objective's loss with respect to the tiles, valid until the next call, and a list of the loss of
+    each tile, or of None unless `measure`. The objective is prepared for the Network."""
+    network.forward(batch)
+    own = () if network.has_objective else objective.gradients(network.activations())
+    gradient, losses = network.backward(own), [None] * len(batch)
+    if measure:
+        layers = network.activations().items()
+        parts = ({layer: a[i : i + 1] for layer, a in layers} for i in range(len(batch)))
+        losses = [objective.loss(part) for part in parts]
+    return gradient, losses
+
+
+def describe(spec, objective):
+    """Task: (tile_size, shapes, notices) of the network, after a trial with one tile: it allocates
+    the memory it needs, and if it is going to fail, it fails now. Raises BadRequest if the
+    objective does not fit the network."""
     network = load_network(spec)
-    try_batch(spec, 1)
-    return network.tile_size, network.target_shapes, network.notices
+    objective.check(network.shapes)
+    try_batch(spec, objective, 1)
+    return network.tile_size, network.shapes, network.notices
 
 
-def try_batch(spec, count):
+def try_batch(spec, objective, count):
     """Task: tries the network with `count` tiles."""
     network = load_network(spec)
-    network.gradients(np.zeros((count, 3, *network.tile_size), np.float32))
+    batch = np.zeros((count, 3, *network.tile_size), np.float32)
+    compute_batch(network, prepared(objective, spec), batch)
 
 
 def with_network(spec, method, *arguments):
@@ -4431,14 +4637,15 @@ def check_batch(batch_size, slots, tile_size):
     needed = 4 * slots * 2 * batch_size * 3 * math.prod(tile_size)
     if needed > free_memory():
         problem = f"needs {needed / 1e9:.1f} GB of memory for tiles and gradients"
-        raise refusal("batch_size", batch_size, f"{problem}; use a smaller one")
+        raise refusal("batch_size", batch_size, problem, "use a smaller one")
 
 
-def compute_slot(spec, memory, slot, count, measure):
+def compute_slot(spec, objective, memory, slot, count, measure):
     """Task: computes the gradients of the slot's first `count` tiles; returns their losses, None
     unless `measure`."""
     tiles_in, gradients_out = attach(*memory)[slot, :, :count]
-    gradients_out[...], losses = load_network(spec).gradients(tiles_in, measure)
+    work = load_network(spec), prepared(objective, spec)
+    gradients_out[...], losses = compute_batch(*work, tiles_in, measure)
     return losses
 
 
@@ -4553,22 +4760,18 @@ def signals_held_back():
             signal.raise_signal(number)
 
 
-# What a worker does first. It imports this file under the name that pickles use, and sees exactly
-# the folders that the main process imports from: neither its main script nor, as "python -c"
-# otherwise would, files of the current folder that are named like modules.
+# What a worker does first. It sees exactly the folders that the main process imports from: neither
+# its main script nor, as "python -c" otherwise would, files of the current folder that are named
+# like modules.
 BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[6:]; import importlib.util as util, multiprocessing; "
-    "spec = util.spec_from_file_location(*sys.argv[4:6]); "
-    "sys.modules[spec.name] = module = util.module_from_spec(spec); "
-    "spec.loader.exec_module(module); module.serve(*map(int, sys.argv[1:4]))"
+    "import sys; sys.path[:] = sys.argv[4:]; from cnn_vis import serve; "
+    "serve(*map(int, sys.argv[1:4]))"
 )
 
 
 def serve(descriptor, parent_pid, memory):
     """The life of a worker: runs tasks that come through a socket, until None comes. A bad file
     cannot make it use more than `memory` bytes; 0: as many as it likes."""
-    if __name__ == "__mp_main__":  # what pickles of the script itself call it
-        sys.modules["__main__"] = sys.modules[__name__]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     arguments = (descriptor, parent_pid)
     threading.Thread(target=end_with_parent, args=arguments, daemon=True).start()
@@ -4624,10 +4827,9 @@ class Worker:
         self._connection, there = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
-        name = "__mp_main__" if __name__ == "__main__" else __name__
         numbers = map(str, (there.fileno(), os.getpid(), memory))
         places = (place for place in sys.path if isinstance(place, str) and "\0" not in place)
-        words = (*numbers, name, os.path.abspath(__file__), *places)
+        words = (*numbers, *places, HERE)
         with there:
             self._process = subprocess.Popen(
                 [*python_command(), "-c", BOOTSTRAP, *words],
@@ -4749,7 +4951,7 @@ class CaffeProcesses:
     def __init__(self, number=1, gpus=(), shared=()):
         self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
         if not os.path.isdir("/proc/self/fd"):
-            raise BadRequest("Caffe's processes need /proc; run: mount -t proc proc /proc")
+            raise BadRequest("Caffe's processes need /proc", "run: mount -t proc proc /proc")
         with system_limits():
             reading, writing = os.pipe()
         self._log, self._log_end = os.fdopen(reading, "rb", 0), os.fdopen(writing, "wb", 0)
@@ -4867,8 +5069,10 @@ class Workers(Engine):
 
     EACH = 2  # processes per GPU: one computes while the other transfers its tiles
 
-    def __init__(self, spec, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False):
-        self.spec, self.notices = spec, []
+    def __init__(
+        self, spec, objective, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False
+    ):
+        self.spec, self.objective, self.notices = spec, objective, []
         self._batch_size, self._cpu_number, self._or_cpu = batch_size, number, or_cpu
         with system_limits():
             self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
@@ -4911,9 +5115,10 @@ class Workers(Engine):
         super().begin_run()
         self.processes.restarts = 0
 
-    def change(self, spec):
+    def change(self, spec, objective):
         self.begin_run()
         self.spec = dataclasses.replace(spec, use_gpu=self.spec.use_gpu)
+        self.objective = objective
         self.describe()
         return True
 
@@ -4924,16 +5129,16 @@ class Workers(Engine):
             raise self._bad_layer() from None
         except CaffeStopped as error:
             if self.spec.input_size:
-                problem = f"the network cannot use this size ({error}); drop the option"
-                raise input_size_refusal(self.spec.input_size, problem) from None
+                problem = f"the network cannot use this size ({error})"
+                raise input_size_refusal(self.spec.input_size, problem, "drop the option") from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
-        self.tile_size, self.target_shapes, notices = found
+        self.tile_size, self.shapes, notices = found
         self.notices += notices
 
     def _bad_layer(self):
         """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
-        targets, culprit = " + ".join(target.layer for target in self.spec.targets), "this layer"
+        culprit = "this layer"
         with CaffeProcesses(1, self.gpus[:1]) as processes:
             names = processes.call(with_network, self.spec, "layers")
             passes = [(i, False) for i in range(len(names))]
@@ -4945,22 +5150,23 @@ class Workers(Engine):
             except WorkerDied:
                 culprit = names[number]
         problem = f"Caffe cannot compute a gradient for {culprit}"
-        return refusal("layer", targets, f"{problem}; {ANOTHER_LAYER}")
+        return refusal("layer", self.objective, problem, ANOTHER_LAYER)
 
     def _described(self):
         """What `describe` found. Finds the batch size. Raises what a task raises, WorkerDied."""
+        work = (self.spec, self.objective)
         if not self.gpus:
             # Batches would not help, and a sum might depend on the other tiles of one.
             self.batch_size = 1
             for _ in range(self._cpu_number - 1):  # the others load the network meanwhile
-                self.processes.submit(describe, self.spec)
-            return self.processes.submit(describe, self.spec).result()
-        found = self.processes.on_each(describe, self.spec)[0]
+                self.processes.submit(describe, *work)
+            return self.processes.submit(describe, *work).result()
+        found = self.processes.on_each(describe, *work)[0]
         arguments = (self.spec, "batch_for_memory", self._each)
         fitting = self.processes.on_each(with_network, *arguments)
         self.batch_size = self._batch_size or min(fitting)
         check_batch(self.batch_size, 1, found[0])
-        self.processes.on_each(try_batch, self.spec, self.batch_size)
+        self.processes.on_each(try_batch, *work, self.batch_size)
         return found
 
     def _map_slots(self):
@@ -4988,7 +5194,7 @@ class Workers(Engine):
         return slot
 
     def _compute(self, slot, count, measure):
-        arguments = (self.spec, self._memory, slot, count, measure)
+        arguments = (self.spec, self.objective, self._memory, slot, count, measure)
         self._jobs[slot] = (count, measure, self.processes.submit(compute_slot, *arguments))
 
     def is_done(self, ticket):
@@ -5025,46 +5231,45 @@ def choose_gpus(gpus):
     asked = ",".join(map(str, gpus))
     if not cuda:
         remedy = "use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1"
-        raise refusal("gpu", asked, f"Caffe was built without CUDA; {remedy}")
+        raise refusal("gpu", asked, "Caffe was built without CUDA", remedy)
     if max(gpus) >= present:
         found = f"{present} found, numbered from 0" if present else "none found"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         found += f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
         remedy = "use another number, or -1 for the CPU"
-        raise refusal("gpu", asked, f"no such GPU ({found}); {remedy}")
+        raise refusal("gpu", asked, f"no such GPU ({found})", remedy)
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 
-def open_engine(options, spec):
+def open_engine(options, spec, objective):
     """Creates the Engine that the options select, not yet entered. Raises BadRequest."""
     if options.scheduler:
-        return Cluster(dataclasses.replace(spec, tf32=False), options.scheduler)
+        return Cluster(dataclasses.replace(spec, tf32=False), objective, options.scheduler)
     gpus, device = choose_gpus(options.gpu)
     spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     number, batch_size = options.workers or count_cores(), options.batch_size
-    return Workers(spec, number, gpus, batch_size, device, or_cpu=options.gpu is None)
+    is_optional = options.gpu is None
+    return Workers(spec, objective, number, gpus, batch_size, device, or_cpu=is_optional)
 
 
 class Engines:
     """Provides the engines for a series of runs that differ only in their start pictures and
-    targets; a context manager. Running processes are reused."""
+    objectives; a context manager. Running processes are reused."""
 
     def __init__(self, options):
         self.options, self._engine = options, None
 
-    def get(self, settings, files):
+    def get(self, spec, objective):
         """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
-        place = (files, choose_targets(settings))
-        spec = NetworkSpec(*place, input_size=settings.input_size, tf32=settings.tf32)
         engine = self._engine
-        if engine is not None:
+        if engine is not None and objective == engine.objective:
             device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
             if dataclasses.replace(spec, **device) == engine.spec:
                 engine.begin_run()
                 return engine
-        if engine is None or not engine.change(spec):
+        if engine is None or not engine.change(spec, objective):
             self.close()
-            self._engine = open_engine(self.options, spec)
+            self._engine = open_engine(self.options, spec, objective)
             self._engine.describe()
         return self._engine
 
@@ -5083,8 +5288,8 @@ class Engines:
 
 def idle(options, engine):
     """Yields notices of options that were set but have no effect, on any device or on this one."""
-    yield from without_effect(options)
-    targets = engine.spec.targets
+    yield from PARSER.without_effect(options)
+    targets = engine.objective.targets
     if len(targets) == 1 and abs(targets[0].weight) != 1:
         yield f"--layer {targets[0]}: a single term's weight has no effect"
     use_gpu = engine.spec.use_gpu
@@ -5097,10 +5302,16 @@ def idle(options, engine):
 
 
 @functools.cache
-def compiled_step_tile():
-    """The version of step_tile in the library that is installed with this program's Caffe, or None
-    without that library. It is four times as fast. Its results are identical to the last bit if
-    `power` uses square roots and products, and nearly identical otherwise."""
+def compiled_step():
+    """The function that steps a tile in the library that is installed with this program's Caffe, or
+    None without that library. It is four times as fast as NumPy. Its results are identical to the
+    last bit if `power` uses square roots and products, and nearly identical otherwise.
+
+    It takes x, start, descent, cache and divisors, as for the script's step_tile; numbers, weight,
+    exponent and scale of two p-norms and of total variation, then decay and learning rate; places,
+    where the operator of total variation has 1 and -1, and its length. It returns the mean size of
+    the step, negative if that overflows.
+    """
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
@@ -5111,49 +5322,22 @@ def compiled_step_tile():
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
     function.restype = ctypes.c_double
 
-    def compiled(x, start, descent, cache, divisors, terms, decay, learning_rate):
-        p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
-        tv = terms.get("tv", TotalVariation(0, 2))
-        difference = TV_OPERATORS[tv.operator][0]
-        norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
-        numbers = np.array([*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate], float)
-        places = np.array([difference.index(1), difference.index(-1), len(difference)], np.int64)
+    def step(x, start, descent, cache, divisors, numbers, places):
+        numbers, places = np.array(numbers, np.float64), np.array(places, np.int64)
         descent = np.ascontiguousarray(descent, np.float32)
         start = None if start is None else np.ascontiguousarray(start, np.float64)
         arrays = (x, start, descent, cache, divisors, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])
-        step_size = function(*x.shape[1:], row, plane, *addresses)
-        return None if step_size < 0 else step_size
+        return function(*x.shape[1:], row, plane, *addresses)
 
-    return compiled
+    return step
 
 
 # ---- A cluster --------------------------------------------------------------------------------
-# Workers of a Dask cluster need not share a disk. They are sent this script, as a module named by
-# its hash (runs with other versions of it may be in progress), and the network's files, once for
-# each machine. Caffe runs in child processes, so a crash in Caffe does not end the Dask worker.
-
-
-@functools.cache
-def portable():
-    """This script as a module named by its hash. Workers have that module too, so its functions
-    and values can be sent to them."""
-    name = f"cnn_vis_{sha256_of(__file__)[:16]}"
-    spec = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def in_module(module, value):
-    """A copy of a value, a dataclass of this script or simpler, made of the classes of `module`."""
-    if isinstance(value, tuple):
-        return tuple(in_module(module, part) for part in value)
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {f.name: in_module(module, getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return getattr(module, type(value).__name__)(**fields)
+# Workers of a Dask cluster have this program installed, in the same version, and need not share a
+# disk: they are sent the network's files, once for each machine. Caffe runs in child processes, so
+# a crash in Caffe does not end the Dask worker.
 
 
 def kept_path(sha256):
@@ -5205,10 +5389,10 @@ class Loan:
     SILENCE = 300
     lock, made = threading.Lock(), {}  # {run: Loan, or None if the run has ended}
 
-    def __init__(self, run, spec, threads):
+    def __init__(self, run, spec, objective, threads):
         self._run, self._lock, self._has_ended = run, threading.Lock(), False
         self._users, self._last = 0, time.monotonic()
-        self._workers = Workers(spec, threads)
+        self._workers = Workers(spec, objective, threads)
         try:
             self._workers.describe()
         except BaseException:
@@ -5218,14 +5402,15 @@ class Loan:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, run, spec):
+    def of(cls, run, spec, objective):
         """The Loan for a run, which counts as used within this context. Raises what
         Workers.describe raises, and RunFailed."""
         import distributed
 
         with cls.lock:
             if run not in cls.made:
-                cls.made[run] = cls(run, spec, distributed.get_worker().state.nthreads)
+                threads = distributed.get_worker().state.nthreads
+                cls.made[run] = cls(run, spec, objective, threads)
             loan = cls.made[run]
             if loan is None:
                 raise RunFailed("the run has ended")
@@ -5283,7 +5468,7 @@ class Loan:
                 self._workers.__exit__(Stopped)
 
 
-DESCRIBED = ("tile_size", "target_shapes", "notices")  # set by Engine.describe()
+DESCRIBED = ("tile_size", "shapes", "notices")  # set by Engine.describe()
 
 
 def end_loan(run):
@@ -5299,23 +5484,22 @@ def end_loan(run):
     threading.Thread(target=end).start()
 
 
-def on_loan(run, task, spec, *arguments):
-    """In a Dask worker: calls the method `task` of the run's Loan; returns (None, its result), or
-    (name of an exception of this script, (message, option to blame or None))."""
+def on_loan(run, task, spec, objective, *arguments):
+    """In a Dask worker: calls the method `task` of the run's Loan; returns (True, its result), or
+    (False, the BadRequest or RunFailed that it raised)."""
     files = spec.files  # hashes instead of paths, see Crew
-    there = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
-    files = dataclasses.replace(files, **there)
-    spec = dataclasses.replace(spec, files=files)
+    kept = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
+    spec = dataclasses.replace(spec, files=dataclasses.replace(files, **kept))
     try:
-        with Loan.of(run, spec) as loan:
-            return None, getattr(loan, task)(*arguments)
+        with Loan.of(run, spec, objective) as loan:
+            return True, getattr(loan, task)(*arguments)
     except (BadRequest, RunFailed) as error:
-        return type(error).__name__, (str(error), getattr(error, "option", None))
+        return False, error
 
 
 class Call:
     """A function call that is pickled here and done when it is unpickled, in a worker. The
-    scheduler, which inspects tasks, thus sees nothing of this script."""
+    scheduler, which inspects tasks, need not have this program."""
 
     def __init__(self, function, *arguments):
         self._call = (function, arguments)
@@ -5335,21 +5519,19 @@ class Crew:
 
     PART = 16 << 20  # bytes of a file sent in one message
 
-    def __init__(self, client, address, spec):
-        self.client, self.address = client, address
+    def __init__(self, client, address, spec, objective):
+        self.client, self.address, self._objective = client, address, objective
         self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
         self.is_announced = False  # once True, unfit workers are reported when found
-        self._module, self._run = portable(), os.urandom(16).hex()
+        self._run = os.urandom(16).hex()
         hashes = content_of(spec.files)
         self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
-        by_content = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
-        self._spec = in_module(self._module, by_content)
+        self._spec = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
         self._lock, self._sending = threading.Lock(), collections.defaultdict(threading.Lock)
         self._trials, self._closing = [], threading.Event()
 
     def start(self):
         """Starts watching the workers, in a thread."""
-        self._send_script()
         threading.Thread(target=self._look_after, daemon=True).start()
 
     def pending(self):
@@ -5365,7 +5547,7 @@ class Crew:
         def end():
             with contextlib.suppress(Exception):
                 self.client.cancel(futures + self._trials)
-                end_loan, workers = self._module.end_loan, list(self.known)
+                workers = list(self.known)
                 self.client.run(end_loan, self._run, workers=workers, on_error="ignore")
 
         ending = threading.Thread(target=end, daemon=True)
@@ -5374,15 +5556,23 @@ class Crew:
 
     def submit(self, task, workers, *arguments):
         """Submits a task, a Loan method's name, to one of the workers; returns its future."""
-        call = Call(self._module.on_loan, self._run, task, self._spec, *arguments)
+        call = Call(on_loan, self._run, task, self._spec, self._objective, *arguments)
         arguments = (pickle.loads, pickle.dumps(call))
         return self.client.submit(*arguments, workers=list(workers), pure=False)
 
-    def exception(self, name, message, option, address):
-        """The exception that a worker raised, with its address unless an option is to blame."""
-        message = self.with_files_here(message)
-        message = message if option else f"worker {address}: {message}"
-        return BadRequest(message, option) if name == "BadRequest" else RunFailed(message)
+    def exception(self, error, address):
+        """The exception to raise here for one that a worker raised: with the names of files here,
+        and the worker's address unless an option is to blame."""
+        where = f"worker {address}: "
+        if not isinstance(error, BadRequest):
+            return RunFailed(where + self.with_files_here(str(error)))
+        problem, value = (
+            self.with_files_here(str(error.problem)),
+            self.with_files_here(str(error.value)),
+        )
+        return BadRequest(
+            problem if error.option else where + problem, error.remedy, error.option, value
+        )
 
     def with_files_here(self, message):
         """A worker's message, with the names that its files have on this machine."""
@@ -5413,22 +5603,25 @@ class Crew:
 
     def _welcome(self, address, threads):
         """Prepares a new worker, and tries the network there."""
+        problem, found = None, None
         try:
+            self._check_version(address)
             self._send_files(address)
             future = self.submit("examine", [address])
             self._trials.append(future)
-            name, found = future.result()
-            problem = name and self.exception(name, *found, address)
+            is_fit, found = future.result()
+            problem = None if is_fit else self.exception(found, address)
+        except RunFailed as error:
+            problem = error
         except Exception as error:
             with contextlib.suppress(Exception):
                 if address not in self.client.nthreads():
                     return  # it is gone; if it comes back, it counts as new
-            name, text = "RunFailed", one_line(error)
-            problem = self.exception(name, text, None, address)
+            problem = self.exception(RunFailed(one_line(error)), address)
         with self._lock:
             if address not in self.known or self._closing.is_set():
                 return
-            if name:
+            if problem:
                 self.unfit = self.unfit | {address: problem}
                 if self.is_announced:
                     log.warning(f"note: {problem}; this worker is not used")
@@ -5441,38 +5634,35 @@ class Crew:
                 f"first ({self.found[2]}): the picture will depend on which tiles go where"
             )
 
+    def _on(self, address, function, *arguments):
+        """Returns function(*arguments), called in a worker."""
+        call = pickle.dumps(Call(function, *arguments))
+        return self.client.run(pickle.loads, call, workers=[address])[address]
+
+    def _check_version(self, address):
+        """Raises RunFailed unless a worker has this version of the program installed."""
+        try:
+            version, code = self._on(address, fingerprint)
+        except ModuleNotFoundError as error:
+            if error.name not in ("cnn_vis", "cnn_vis_lib"):
+                raise
+            version = code = None
+        if code != fingerprint()[1]:
+            found = f"has another cnn-vis ({version})" if version else "has no cnn-vis"
+            remedy = f"install this one ({VERSION}) in its Python"
+            raise RunFailed(f"worker {address}: its Python {found}; {remedy}")
+
     def _send_files(self, address):
         """Sends a worker's machine the files that it lacks."""
-
-        def there(function, *arguments):
-            return self.client.run(function, *arguments, workers=[address])[address]
-
-        for attempt in range(20):
-            try:
-                place = there(self._module.cache_place)
-                break
-            except Exception as error:  # its type depends on where Dask misses the script
-                if attempt == 19 or self._module.__name__ not in str(error):
-                    raise
-                self._send_script()  # the scheduler may have been replaced
-                time.sleep(0.3)
-        with self._sending[place]:  # other workers on the machine wait, then find the files
-            for sha256 in there(self._module.missing_files, list(self._files)):
+        there = functools.partial(self._on, address)
+        with self._sending[there(cache_place)]:  # others on the machine wait, then find the files
+            for sha256 in there(missing_files, list(self._files)):
                 with open(self._files[sha256], "rb") as file:
                     size, ends = os.fstat(file.fileno()).st_size, (True, False)
                     while not ends[1]:
                         data = file.read(self.PART)
                         ends = (file.tell() == len(data), file.tell() >= size or not data)
-                        there(self._module.keep_part, sha256, self._run, data, *ends)
-
-    def _send_script(self):
-        """Makes Dask send this script to every worker, including those that join later."""
-        from distributed.diagnostics.plugin import UploadFile
-
-        script = UploadFile(__file__, load=False)
-        script.filename = f"{self._module.__name__}.py"
-        with contextlib.suppress(Exception):  # from one worker; _send_files finds out
-            self.client.register_plugin(script, name=self._module.__name__)
+                        there(keep_part, sha256, self._run, data, *ends)
 
 
 @dataclasses.dataclass
@@ -5495,8 +5685,8 @@ class Cluster(Engine):
     MAX_LOSSES = 4  # Dask reports each only after several workers have died
     batch_size = 1
 
-    def __init__(self, spec, address):
-        self.spec, self.address = spec, address
+    def __init__(self, spec, objective, address):
+        self.spec, self.objective, self.address, self.notices = spec, objective, address, []
         self._crew, self._jobs, self._tickets = None, {}, itertools.count()
 
     @property
@@ -5505,7 +5695,7 @@ class Cluster(Engine):
 
     def describe(self):
         client = self._connect()
-        crew = self._crew = Crew(client, self.address, self.spec)
+        crew = self._crew = Crew(client, self.address, self.spec, self.objective)
         crew.start()
         begun, is_told = time.monotonic(), False
         while True:
@@ -5536,8 +5726,8 @@ class Cluster(Engine):
             problem = missing_package(error, "requirements-cluster.txt")
             raise refusal("scheduler", self.address, problem) from None
         except Exception as error:  # an invalid configuration, for example
-            problem = f"Dask cannot be imported ({one_line(error)}); check its configuration"
-            raise refusal("scheduler", self.address, problem) from None
+            problem = f"Dask cannot be imported ({one_line(error)})"
+            raise refusal("scheduler", self.address, problem, "check its configuration") from None
         for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we report what matters
         dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})  # for tiles
@@ -5564,7 +5754,7 @@ class Cluster(Engine):
             problem = f"no scheduler answers at this address ({one_line(error)})"
         if problem:
             remedy = "start one with: dask scheduler"
-            raise refusal("scheduler", self.address, f"{problem}; {remedy}") from None
+            raise refusal("scheduler", self.address, problem, remedy) from None
 
     def has_room(self):
         return len(self._jobs) < 2 * self.number
@@ -5612,9 +5802,9 @@ class Cluster(Engine):
     def receive(self, ticket):
         while not self.is_done(ticket):
             pass
-        name, found = self._jobs.pop(ticket).found
-        if name:
-            raise self._crew.exception(name, *found, f"of {self.address}")
+        is_done, found = self._jobs.pop(ticket).found
+        if not is_done:
+            raise self._crew.exception(found, f"of {self.address}")
         return [found]
 
     def __exit__(self, kind, *_):
@@ -5734,8 +5924,11 @@ def sole_writer(paths):
                 lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
             except OSError:
                 problem = f"another run is writing {path}; choose another name, or stop that run"
-                raise BadRequest(f"--output: {problem}", "output", path) from None
+                raise refusal("output", "", problem) from None
         yield
+
+
+ENDINGS = ("_show.png", "_plot_pix.png", "_plot.png", "_run.gif")  # of watchers' files
 
 
 class Files:
@@ -5769,8 +5962,7 @@ class Files:
         pictures = {path, re.sub(r"_\d+_\d+$", "", stem) + extension}
         pictures |= {stem} if extension == ".json" else set()
         pictures.add(Files.of_checkpoint(path) or path)
-        endings = filter(None, (watcher.ending for watcher in BEHAVIORS.values()))
-        return pictures, {path.removesuffix(e) for e in endings if path.endswith(e)}
+        return pictures, {path.removesuffix(e) for e in ENDINGS if path.endswith(e)}
 
     @staticmethod
     def of_checkpoint(path):
@@ -5796,7 +5988,7 @@ class Files:
             os.replace(path, old)
         except OSError as error:
             problem = f"{path}, of another run, cannot be renamed ({error.strerror})"
-            raise refusal("output", self.picture, f"{problem}; choose another name") from None
+            raise refusal("output", self.picture, problem, "choose another name") from None
         return old
 
     def hint(self):
@@ -5846,8 +6038,8 @@ def check_format(path):
     """Raises BadRequest if --output `path` does not have the extension of a picture format."""
     extension = extension_of(path)
     if extension not in FORMATS:
-        known = f"unknown file extension{extension and f' {extension}'}; use one of"
-        raise refusal("output", path, f"{known} {', '.join(FORMATS)}")
+        problem = f"unknown file extension{extension and f' {extension}'}"
+        raise refusal("output", path, problem, f"use one of {', '.join(FORMATS)}")
 
 
 def check_output(option, path):
@@ -5858,28 +6050,37 @@ def check_output(option, path):
     if option == "output":
         check_format(path)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise refuse(f"{folder} is not a folder; choose another name")
+        raise refuse(f"{folder} is not a folder", "choose another name")
     if not os.path.isdir(folder):
-        raise refuse(f"the folder {folder} does not exist; create it first")
+        raise refuse(f"the folder {folder} does not exist", "create it first")
     if os.path.isdir(path) or path.endswith("/"):
         remedy = f", or {path.rstrip('/')}/" if option == "output" else ""
-        raise refuse(f"this is a folder; give a file name{remedy}")
+        raise refuse("this is a folder", f"give a file name{remedy}")
     files = Files(path)
     if os.path.isdir(files.checkpoint):
-        raise refuse(f"its checkpoint would be {files.checkpoint}, a folder; choose another name")
+        raise refuse(f"its checkpoint would be {files.checkpoint}, a folder", "choose another name")
     try:
         for name in (path, files.checkpoint, files.on_the_way(99, 99999)):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name)  # fails if the name is too long, or links form a loop
         if problem := unwritable(path):
             remedy = ", or run chmod u+w on it" if is_protected(path) else ""
-            raise refuse(f"this is {problem}; choose another name{remedy}")
+            raise refuse(f"this is {problem}", f"choose another name{remedy}")
         if not os.path.exists(path):
             try_folder(folder)
     except OSError as error:
-        raise refuse(f"cannot be written ({error.strerror}); use another path") from None
+        raise refuse(f"cannot be written ({error.strerror})", "use another path") from None
     if option == "stats":
         check_table(path)
+
+
+def check_table(path):
+    """Raises BadRequest if the file `path` exists and is not a table of statistics."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        first = file.readline(1000)
+        if first and not first.startswith(COLUMNS[0].encode() + b","):
+            problem = "this is not a table of statistics, and would be lost"
+            raise refusal("stats", path, problem, "use another name")
 
 
 def try_folder(folder):
@@ -5906,15 +6107,6 @@ def unwritable(path):
         return f"not writable ({error.strerror})"
 
 
-def check_table(path):
-    """Raises BadRequest if the file `path` exists and is not a table of statistics."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        first = file.readline(1000)
-        if first and not first.startswith(COLUMNS[0].encode() + b","):
-            problem = "this is not a table of statistics, and would be lost; use another name"
-            raise refusal("stats", path, problem)
-
-
 def is_protected(path):
     """Whether there is a file that this user may not write, or that nobody may (not even root)."""
     with contextlib.suppress(OSError):
@@ -5926,7 +6118,7 @@ def check_depth(path, depth):
     """Raises BadRequest if the format of `path` cannot hold `depth` bits per channel."""
     form = FORMATS[extension_of(path)][0]
     if depth == 16 and form not in ("PNG", "TIFF"):
-        raise refusal("depth", depth, f"{path}: {form} has only 8 bits; use .png or .tif")
+        raise refusal("depth", depth, f"{path}: {form} has only 8 bits", "use .png or .tif")
 
 
 def check_sides(path, sizes):
@@ -5934,7 +6126,7 @@ def check_sides(path, sizes):
     name, greatest, _ = FORMATS[extension_of(path)]
     if max(map(max, sizes)) > greatest:
         problem = f"a {name} side can be at most {greatest} pixels"
-        raise refusal("output", path, f"{problem}; use .png")
+        raise refusal("output", path, problem, "use .png")
 
 
 def write_picture(picture, path, record=None, name=None):
@@ -6015,9 +6207,9 @@ def make_record(options, settings, network, sizes, earlier=None):
         found["model"] = network.name
     return {
         "program": f"cnn_vis.py {__version__}",
-        "command": f"{COMMAND} {shlex.join(command_words(options, **found))}",
+        "command": f"{COMMAND} {shlex.join(PARSER.words(options, **found))}",
         "network": network.name,
-        "layer": (earlier or {}).get("layer", options.target_layer),
+        "layer": (earlier or {}).get("layer", str(options.target_layer)),
         "inputs": earlier.get("inputs") if earlier else inputs_of(options),
         "sizes": sizes,
         "seed": settings.seed,
@@ -6029,7 +6221,7 @@ def make_record(options, settings, network, sizes, earlier=None):
 
 def inputs_of(options):
     """{option: SHA-256} of the input pictures that the options name."""
-    return {name: sha256_of(path) for name, path in files_read(options, free=False).items()}
+    return {name: sha256_of(path) for name, path in PARSER.files_read(options, free=False).items()}
 
 
 def identify(network):
@@ -6069,7 +6261,7 @@ def kept_options(record):
             options = PARSER.parse_args(check_record(record))
     except (BadRequest, SystemExit) as error:
         raise ValueError(f"its command cannot be run ({error})") from None
-    if any(isinstance(getattr(options, a.dest), list) for a in several_options()):
+    if PARSER.several(options):
         raise ValueError("its command makes several pictures")
     return options
 
@@ -6084,7 +6276,7 @@ def read_record(path):
         if not path.lower().endswith(".json"):
             with Image.open(path) as file:
                 text = file.info.get(RECORD_KEY)
-            sidecar = Files(path).sidecar
+            sidecar = f"{path}.json"
         if text is None:
             text = read_text(sidecar)
         record = json.loads(text)
@@ -6095,13 +6287,13 @@ def read_record(path):
         if isinstance(error, FileNotFoundError):
             reason = f"there is no {error.filename}"
         problem = f"has no record of how it was made ({reason})"
-        raise refusal("reproduce", path, f"{problem}; {remedy}") from None
+        raise refusal("reproduce", path, problem, remedy) from None
 
 
 # A checkpoint is a NumPy archive (.npz) of arrays: the state of a Dream, the start picture, what
 # watchers keep, and the rest as JSON in one more array.
 
-CHECKPOINT_ARRAYS = {  # dtype, *shape; None: any length
+RUN_ARRAYS = {  # dtype, *shape; None: any length
     "image": ("float64", 1, 3, None, None),
     "caches": ("float64", None, 3, None, None),
     "before": ("float32", None, 3, None, None),
@@ -6121,6 +6313,10 @@ class Checkpoint:
     numbers: dict
     arrays: dict
 
+    def held(self):
+        """The bytes of the arrays that the run goes on with."""
+        return sum(self.arrays[n].nbytes for n in ("image", "caches") if n in self.arrays)
+
     def write(self, path):
         """Writes it to `path`, whole or not at all. Raises RunFailed."""
         header = {"record": self.record, "folder": self.folder, "numbers": self.numbers}
@@ -6129,9 +6325,10 @@ class Checkpoint:
             np.savez(file, header=text, **self.arrays)
 
     @classmethod
-    def read(cls, path, scratch=None):
+    def read(cls, path, known, scratch=None):
         """The Checkpoint in `path`, with its arrays in the folder `scratch` if there is one; all
-        types and dimensions are checked. Raises BadRequest, RunFailed.
+        types and dimensions are checked against the `known` arrays, {name: (dtype, *shape)}. Raises
+        BadRequest, RunFailed.
 
         All bytes of every array are read, and so checked against their CRC, before their contents
         are trusted. Pickles are rejected.
@@ -6151,23 +6348,22 @@ class Checkpoint:
                 if type(header.get(name)) is not kind:
                     raise ValueError(f"its {name} is missing or of the wrong type")
             check_record(header["record"])
-            cls._check_arrays(arrays)
+            check_arrays(arrays, known)
             return cls(**header, arrays=arrays)
         except RunFailed:
             raise
         except Exception as error:  # damage can surface anywhere in zipfile, NumPy or json
             raise unusable(path, f"not a readable checkpoint ({one_line(error)})") from None
 
-    @staticmethod
-    def _check_arrays(arrays):
-        known = CHECKPOINT_ARRAYS.copy()
-        for watcher in (*BEHAVIORS.values(), Stats):
-            known |= watcher.arrays
-        for name, array in arrays.items():
-            dtype, *shape = known[name]
-            fits = array.dtype == dtype and array.ndim == len(shape)
-            if not fits or any(n not in (None, side) for n, side in zip(shape, array.shape)):
-                raise ValueError(f"its {name} has the wrong type or shape")
+
+def check_arrays(arrays, known):
+    """Raises ValueError or KeyError if one of the arrays has not the type and dimensions as in
+    `known`, where None is any length."""
+    for name, array in arrays.items():
+        dtype, *shape = known[name]
+        fits = array.dtype == dtype and array.ndim == len(shape)
+        if not fits or any(n not in (None, side) for n, side in zip(shape, array.shape)):
+            raise ValueError(f"its {name} has the wrong type or shape")
 
 
 def read_array(file, entry, scratch=None):
@@ -6196,11 +6392,11 @@ def read_array(file, entry, scratch=None):
 
 def unusable(path, problem):
     """The BadRequest for a checkpoint that a run cannot continue from."""
-    checkpoint = Files(path).checkpoint
+    checkpoint = f"{path}.checkpoint"
     remedy = "start over without --resume"
     if os.path.isfile(checkpoint):
         remedy = f"did you mean {checkpoint}?"
-    return refusal("resume", path, f"{problem}; {remedy}")
+    return refusal("resume", path, problem, remedy)
 
 
 # ---- Along the way ----------------------------------------------------------------------------
@@ -6319,7 +6515,7 @@ class Drawing(Watcher):
         except (ImportError, ValueError) as error:
             remedy = "pip install matplotlib, and check $MPLBACKEND"
             problem = f"matplotlib does not work ({one_line(error)})"
-            raise BadRequest(f"--iter_behavior: {problem}; {remedy}") from None
+            raise refusal("iter_behavior", "", problem, remedy) from None
 
     def open_window(self, **arguments):
         """Makes self.figure, in a window if there is a display."""
@@ -6400,9 +6596,6 @@ class PlotPix(Drawing):
 
     def keep(self):
         return {"pixels": np.array(self.history, np.float64).reshape(-1, 6)}
-
-
-COLUMNS = ("size", "height", "width", "step", *STATS)
 
 
 class Statistics(Watcher):
@@ -6899,10 +7092,10 @@ def open_web_server(web, host, port):
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
             remedy = "choose another port, or omit this option"
-            raise refusal("web_port", port, f"{error.strerror}; {remedy}") from None
+            raise refusal("web_port", port, error.strerror, remedy) from None
         problem = f"cannot listen there ({getattr(error, 'strerror', None) or one_line(error)})"
         remedy = "use an address or name of this machine, or omit this option"
-        raise refusal("web_host", host, f"{problem}; {remedy}") from None
+        raise refusal("web_host", host, problem, remedy) from None
 
 
 class Bar(Watcher):
@@ -6943,6 +7136,11 @@ BEHAVIORS = {  # words of --iter_behavior
     "plot": Plot,
     "gif": Gif,
     "web": Web,
+}
+
+
+ARRAYS = RUN_ARRAYS | {  # all that a checkpoint can hold
+    name: kind for watcher in (*BEHAVIORS.values(), Stats) for name, kind in watcher.arrays.items()
 }
 
 
@@ -7260,38 +7458,41 @@ def page_headers():
 
 # ---- A run ------------------------------------------------------------------------------------
 
-PARSER = build_parser()
-DEFAULTS = PARSER.parse_args([])
-
-Settings = dataclasses.make_dataclass(
-    "Settings",
-    [(a.dest, object, getattr(DEFAULTS, a.dest)) for a in PARSER.options if not a.free],
-    namespace={"__module__": __name__},  # so that it can be sent to workers
-    frozen=True,
-)
-Settings.__doc__ = """The options, by name, that determine the picture, apart from the network."""
+fill_parser()
 
 
-def choose_settings(options):
-    """The Settings of the options; draws a random seed if noise needs one."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    if values["initial_image"] is None and values["seed"] is None:
-        values["seed"] = np.random.SeedSequence().entropy % 2**32
-    return Settings(**values)
-
-
-def settled(settings, files, given, scratch=None):
+def with_numbers(settings, network, inputs, scratch=None):
     """(settings, remarks), with the words for channels in --layer replaced by the channels'
     numbers. Raises BadRequest, RunFailed."""
-    targets = choose_targets(settings)
-    if not any(type(channel) is str for target in targets for channel in target.channels or ()):
+    objective = settings.target_layer
+    if not any(type(word) is str for target in objective.targets for word in target.channels or ()):
         return settings, []
-    spec = NetworkSpec(files, targets, input_size=settings.input_size)
-    start = (settings, given.picture, given.mask, files.mean)
-    targets = in_a_worker(find_channels, spec, *start, scratch)
-    text = " + ".join(map(str, targets))
-    remark = f"--layer {settings.target_layer} is {text}"
-    return dataclasses.replace(settings, target_layer=text), [remark]
+    spec = NetworkSpec(network, objective.layers(), input_size=settings.input_size)
+    objective = in_a_worker(numbered, spec, objective, settings, inputs, scratch)
+    remark = f"--layer {settings.target_layer} is {objective}"
+    return dataclasses.replace(settings, target_layer=objective), [remark]
+
+
+@contextlib.contextmanager
+def prepared_dream(settings, inputs, network, engines, options, held=0):
+    """Context manager: (the Dream of a run, the NetworkFiles with its guide, remarks), with the
+    engine started and all checked that is not about the run's output. `held` is as for check_room.
+    Raises BadRequest, RunFailed."""
+    settings, remarks = with_numbers(settings, network, inputs, options.scratch)
+    objective = settings.objective()
+    with with_guide(network, inputs.guide) as network:
+        spec = NetworkSpec(
+            network,
+            objective.layers(),
+            input_size=settings.input_size,
+            tf32=settings.tf32,
+            objective=objective.caffe_layer(),
+        )
+        engine = engines.get(spec, objective)
+        dream = Dream(settings, inputs.picture, network.mean, engine, options.scratch, inputs.mask)
+        check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
+        dream.check_mask()
+        yield dream, network, [*remarks, *dream.remarks]
 
 
 class Signals:
@@ -7350,7 +7551,7 @@ def check_surroundings():
     try:
         os.getcwd()
     except OSError:
-        raise BadRequest("the current directory no longer exists; change to another") from None
+        raise BadRequest("the current directory no longer exists", "change to another") from None
     for letter, (limit, least) in LEAST_LIMITS.items():
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY and soft < least:
@@ -7369,8 +7570,8 @@ def plan_outputs(options, files, watchers):
     outputs = [files.picture, *([files.sidecar] if writes_record else []), *watchers.writes()]
     for path in outputs:
         if problem := unwritable(path):
-            problem = f"the run needs to write {path}, but that is {problem}; choose another name"
-            raise refusal("output", files.picture, problem)
+            problem = f"the run needs to write {path}, but that is {problem}"
+            raise refusal("output", files.picture, problem, "choose another name")
     try:
         folder = os.path.dirname(os.path.realpath(files.picture))
         others = {*outputs} - {options.stats}  # whose folder has been tried
@@ -7380,26 +7581,26 @@ def plan_outputs(options, files, watchers):
     except OSError as error:
         problem = f"{folder}, where the run saves more, cannot be written ({error.strerror})"
         remedy = "add --checkpoint_iter 0 --iter_behavior none, or choose another name"
-        raise refusal("output", files.picture, f"{problem}; {remedy}") from None
+        raise refusal("output", files.picture, problem, remedy) from None
     return outputs
 
 
 def check_apart(options, files, network):
     """Raises BadRequest if the run would overwrite a file that it reads, or write two files under
     one name."""
-    read = files_read(options)
+    read = PARSER.files_read(options)
     read |= {"caffe_model": network.weights, "deploy_txt": network.deploy, "resume": files.resumed}
     read = {name: path for name, path in read.items() if path}
     for name, path in read.items():
         is_own_checkpoint = name == "resume" and Files.of_checkpoint(path) is not None
         if not is_own_checkpoint and files.may_write(path):
-            problem = f"the run would overwrite --{name} {path}; choose another name"
-            raise refusal("output", files.picture, problem)
+            problem = f"the run would overwrite --{name} {path}"
+            raise refusal("output", files.picture, problem, "choose another name")
     if options.stats:
         taken = {os.path.realpath(path) for path in read.values()}
         if files.may_write(options.stats) or os.path.realpath(options.stats) in taken:
-            problem = "the run uses another file of this name; choose another name"
-            raise refusal("stats", options.stats, problem)
+            problem = "the run uses another file of this name"
+            raise refusal("stats", options.stats, problem, "choose another name")
 
 
 def saved_options(path, checkpoint):
@@ -7409,10 +7610,7 @@ def saved_options(path, checkpoint):
         saved = kept_options(checkpoint.record)
     except ValueError as error:
         raise unusable(path, str(error)) from None
-    for action in PARSER.options:
-        name = getattr(saved, action.dest)
-        if names_file(action, name):
-            setattr(saved, action.dest, os.path.abspath(os.path.join(checkpoint.folder, name)))
+    PARSER.make_absolute(saved, checkpoint.folder)
     saved.output_file = Files.of_checkpoint(path)
     return saved
 
@@ -7420,16 +7618,18 @@ def saved_options(path, checkpoint):
 def resume(path, argv, scratch=None):
     """(options, Checkpoint) of the run that the checkpoint `path` belongs to, with the changes that
     `argv` makes. Raises BadRequest."""
-    checkpoint = Checkpoint.read(existing_file("resume", path), scratch)
+    checkpoint = Checkpoint.read(existing_file("resume", path), ARRAYS, scratch)
     saved = saved_options(path, checkpoint)
     options = PARSER.parse_args(argv, copy.copy(saved))
     options.target_layer = repeated_layer(options, saved, checkpoint)
     check_unchanged(path, saved, options)
     if options.output_file is None:
-        raise refusal("resume", path, "its name does not show which picture to write; use --output")
+        raise refusal(
+            "resume", path, "its name does not show which picture to write", "use --output"
+        )
     if names_several(options.output_file):
-        problem = "a resumed run makes one picture; use a file name"
-        raise refusal("output", options.output_file, problem)
+        problem = "a resumed run makes one picture"
+        raise refusal("output", options.output_file, problem, "use a file name")
     return options, checkpoint
 
 
@@ -7437,24 +7637,25 @@ def repeated_layer(options, saved, checkpoint):
     """The options' --layer; if it repeats the words for channels of the run that wrote the
     Checkpoint, with the numbers that this run found for them, which are in its `saved` options."""
     asked = options.target_layer
-    return saved.target_layer if asked == checkpoint.record.get("layer") else asked
+    return saved.target_layer if is_layer_of(checkpoint.record, asked) else asked
+
+
+def is_layer_of(record, objective):
+    """Whether a run with this record was started with `objective` as its --layer."""
+    return PARSER.parse_args([f"--layer={record.get('layer')}"]).target_layer == objective
 
 
 def check_unchanged(path, saved, options):
     """Raises BadRequest if one of the `options` that must stay the same differs from `saved`, the
     options of the run that wrote the checkpoint `path`."""
-    for action in PARSER.options:
-        old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        if names_file(action, new) and not isinstance(new, list):
-            new = os.path.abspath(new)
-        if not action.free and new != old:
-            old, new = (
-                v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new)
-            )
-            name = action.option_strings[-1].removeprefix("--")
-            drop = f"--preset {options.preset}" if options.preset else "the option"
-            problem = f"cannot be changed when resuming ({path} has {old}); drop {drop}"
-            raise refusal(name, new, problem)
+    for action, old, new in PARSER.fixed_differences(saved, options):
+        if names_file(action, new) and not isinstance(new, list) and os.path.abspath(new) == old:
+            continue
+        old, new = (v if v is None else " ".join(map(action.text, listed(v))) for v in (old, new))
+        name = action.option_strings[-1].removeprefix("--")
+        drop = f"--preset {options.preset}" if options.preset else "the option"
+        problem = f"cannot be changed when resuming ({path} has {old})"
+        raise refusal(name, new, problem, f"drop {drop}")
 
 
 def check_same_network(path, record, network):
@@ -7463,14 +7664,13 @@ def check_same_network(path, record, network):
     options = {"weights_sha256": "caffe_model", "deploy_sha256": "deploy_txt", "mean": "mean_image"}
     for name, option in options.items():
         if record[name] != found[name]:
-            raise BadRequest(
-                f"--{option}: differs from what {path} was started with ({name} {found[name]}, "
-                f"not {record[name]}); pass the original file"
-            )
+            is_not = f"{name} {found[name]}, not {record[name]}"
+            problem = f"differs from what {path} was started with ({is_not})"
+            raise refusal(option, "", problem, "pass the original file")
 
 
 @dataclasses.dataclass
-class Given:
+class Inputs:
     """A run's input pictures, None for those that it does not have: the start picture, uint8
     (H, W, 3); its mask, uint8 (H, W); the guide, uint8 (H, W, 3)."""
 
@@ -7483,8 +7683,8 @@ class Given:
         return {name: array for name, array in vars(self).items() if array is not None}
 
 
-def read_given(settings, image=None):
-    """(Given, remarks on how it was read) for the settings. If the array `image` is passed, it is
+def read_inputs(settings, image=None):
+    """(Inputs, remarks on how it was read) for the settings. If the array `image` is passed, it is
     the start picture. Raises BadRequest."""
     if image is not None or settings.initial_image is None:
         picture, (mask, remarks) = image, read_mask(settings.mask, image)
@@ -7497,24 +7697,24 @@ def read_given(settings, image=None):
         guide, more = read_picture(path, settings.background, "guide")
         remarks = [*remarks, *more]
         if max(guide.shape[:2]) > 16 * min(guide.shape[:2]):
-            problem = "one side is more than 16 times as long as the other; crop the picture"
-            raise refusal("guide", path, problem)
-    return Given(picture, mask, guide), remarks
+            problem = "one side is more than 16 times as long as the other"
+            raise refusal("guide", path, problem, "crop the picture")
+    return Inputs(picture, mask, guide), remarks
 
 
-def kept_given(settings, checkpoint, path):
-    """The Given of a resumed run, removed from its Checkpoint `path`. Raises BadRequest."""
+def kept_inputs(settings, checkpoint, path):
+    """The Inputs of a resumed run, removed from its Checkpoint `path`. Raises BadRequest."""
     asked = {"picture": settings.initial_image, "mask": settings.mask, "guide": settings.guide}
-    given = Given(**{name: checkpoint.arrays.pop(name, None) for name in asked})
+    inputs = Inputs(**{name: checkpoint.arrays.pop(name, None) for name in asked})
     for name, option in asked.items():
-        array = getattr(given, name)
+        array = getattr(inputs, name)
         if (array is None) != (option is None) or (array is not None and not array.size):
             raise unusable(path, f"its {name} is missing, empty or unexpected")
-    mask, picture = given.mask, given.picture
+    mask, picture = inputs.mask, inputs.picture
     fits = mask is None or picture is not None and mask.shape == picture.shape[:2] and mask.any()
     if not fits:
         raise unusable(path, "its mask is black everywhere or does not fit its picture")
-    return given
+    return inputs
 
 
 @dataclasses.dataclass
@@ -7539,8 +7739,8 @@ class Run:
     options: argparse.Namespace
     files: Files
     watchers: Watchers
-    given: Given
-    dream: Dream
+    inputs: Inputs
+    dream: object
     record: dict
     kept: dict
     batch: Batch
@@ -7556,7 +7756,7 @@ class Run:
     def checkpoint(self):
         """The run so far, as a Checkpoint."""
         numbers, arrays = self.dream.state()
-        arrays |= self.given.arrays() | self.kept | self.watchers.keep()
+        arrays |= self.inputs.arrays() | self.kept | self.watchers.keep()
         return Checkpoint(self.made(), self.folder, numbers, arrays)
 
 
@@ -7566,44 +7766,44 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
     files = Files(options.output_file, options.resume)
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
-    settings = choose_settings(options)
+    settings, batch = Settings.of(options), batch or Batch()
     if checkpoint is None:
-        given, remarks = read_given(settings)
+        inputs, remarks = read_inputs(settings)
     else:
-        given, remarks = kept_given(settings, checkpoint, options.resume), []
+        inputs, remarks = kept_inputs(settings, checkpoint, options.resume), []
     network = find_network(options)
     check_apart(options, files, network)
-    settings, more = settled(settings, network, given, options.scratch)
-    with (
-        with_guide(network, given.guide) as network,
-        sole_writer(outputs + files.resumed_from()),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_writer(outputs + files.resumed_from()))
+        held = 0
         if checkpoint is not None:
             check_same_network(options.resume, checkpoint.record, network)
-        engine = engines.get(settings, network)
-        place = (network.mean, engine, options.scratch)
-        dream = Dream(settings, given.picture, *place, given.mask)
-        arrays = {} if checkpoint is None else checkpoint.arrays
-        held = sum(array.nbytes for name, array in arrays.items() if name in ("image", "caches"))
-        check_room(settings, dream.sizes, engine.tile_size, options.scratch, held)
-        dream.check_mask()
+            held = checkpoint.held()
+        prepared = prepared_dream(settings, inputs, network, engines, options, held)
+        dream, network, more = stack.enter_context(prepared)
         earlier = checkpoint and checkpoint.record
-        record = make_record(options, settings, network, dream.sizes, earlier)
-        record["device"] = "GPU" if engine.spec.use_gpu else "CPU"
+        record = make_record(options, dream.settings, network, dream.sizes, earlier)
+        record["device"] = "GPU" if dream.engine.spec.use_gpu else "CPU"
         kept = {}
         if checkpoint is not None:
             record["seconds"], kept = checkpoint.record["seconds"], checkpoint.arrays
             begun_on = checkpoint.record.get("device", record["device"])
             if begun_on != record["device"]:
                 rounding = f"a {record['device']} rounds differently"
-                engine.notices.append(f"this run was started on a {begun_on}; {rounding}")
+                more = [*more, f"this run was started on a {begun_on}; {rounding}"]
             restore(dream, checkpoint, options.resume)
         check_sides(files.picture, dream.sizes)
-        batch = batch or Batch()
-        announce(options, network, dream, [*remarks, *more, *dream.remarks], batch)
+        announce(options, network, dream, [*remarks, *more], batch)
         make_room(options, files)
-        run = Run(options, files, watchers, given, dream, record, kept, batch)
-        watch(run, signals)
+        watch(Run(options, files, watchers, inputs, dream, record, kept, batch), signals)
+
+
+def check_layers(jobs, network):
+    """Raises BadRequest if the network lacks a layer or channel that one of the `jobs`, which are
+    options, asks for."""
+    targets = dict.fromkeys(t for job in jobs for t in Settings.of(job).objective().targets)
+    with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
+        in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
 
 
 # Several pictures in one run of the program: each is made as if it were the only one, with its own
@@ -7618,11 +7818,13 @@ def plan_batch(options):
     for path in listed(options.initial_image):
         is_folder = path and os.path.isdir(path)
         if is_folder and not names_several(output):
-            problem = "this is a folder; to use every picture in it, add --output FOLDER/"
-            raise refusal("image", path, problem)
+            problem = "this is a folder"
+            raise refusal(
+                "image", path, problem, "to use every picture in it, add --output FOLDER/"
+            )
         if is_folder and os.path.realpath(path) == os.path.realpath(os.path.dirname(output) or "."):
-            problem = f"its pictures would mix with those of --image {path}; use another folder"
-            raise refusal("output", output, problem)
+            problem = f"its pictures would mix with those of --image {path}"
+            raise refusal("output", output, problem, "use another folder")
         found, skipped = pictures_in(path) if is_folder else ([path], [])
         images += found
         if skipped:
@@ -7632,8 +7834,8 @@ def plan_batch(options):
     template = output + ("{name}_{layer}.png" if output.endswith("/") else "")
     unknown = set(re.findall(r"\{\w*\}", template)) - {"{name}", "{layer}"}
     if unknown and names_several(output):
-        problem = f"{min(unknown)} stands for nothing; use {{name}} and {{layer}}"
-        raise refusal("output", output, problem)
+        problem = f"{min(unknown)} stands for nothing"
+        raise refusal("output", output, problem, "use {name} and {layer}")
     if len(images) * len(layers) == 1 and not names_several(output):
         options.initial_image = images[0]
         return None, notices
@@ -7654,7 +7856,7 @@ def plan_batch(options):
                     remedy = "use pictures with different names"
                 elif option == "output":
                     remedy += ", or FOLDER/"
-                raise refusal(option, path, f"{problem}; {remedy}")
+                raise refusal(option, path, problem, remedy)
         jobs.append(job)
     check_batch_apart(jobs)
     return jobs, notices
@@ -7674,14 +7876,14 @@ def check_batch_apart(jobs):
             pictures, their_stems = Files.owners(real)
             own = {real} if option == "output" else set()
             if outputs & pictures - own or stems & their_stems:
-                problem = f"the run would overwrite --{option} {path}; choose another name"
-                raise refusal("output", job.output_file, problem)
+                problem = f"the run would overwrite --{option} {path}"
+                raise refusal("output", job.output_file, problem, "choose another name")
 
 
 def filled(template, name, layer):
     """The file name `template`, with {name} and {layer} replaced by a start picture's name and the
-    layer, the latter without what shells or file systems reserve."""
-    values = {"{name}": name, "{layer}": re.sub(r"[^\w.,+-]+", "-", layer)}
+    --layer, the latter without what shells or file systems reserve."""
+    values = {"{name}": name, "{layer}": re.sub(r"[^\w.,+-]+", "-", str(layer))}
     return re.sub("|".join(values), lambda found: values[found[0]], template)
 
 
@@ -7710,7 +7912,7 @@ def pictures_in(folder):
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise refusal("image", folder, f"{error.strerror}; use another folder") from None
+        raise refusal("image", folder, error.strerror, "use another folder") from None
     paths, skipped = [], []
     for name in names:
         path, ending = os.path.join(folder, name), extension_of(name)
@@ -7722,8 +7924,8 @@ def pictures_in(folder):
             skipped.append(name)
     if not paths:
         also = f", only {some(skipped)}" if skipped else ""
-        problem = f"there are no pictures in this folder{also}; use another"
-        raise refusal("image", folder, problem)
+        problem = f"there are no pictures in this folder{also}"
+        raise refusal("image", folder, problem, "use another")
     return paths, skipped
 
 
@@ -7741,21 +7943,19 @@ def is_picture(path):
         return False
 
 
-def make_pictures(jobs, notices, signals, engines):
+def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
     """Makes a picture for each of the `jobs`, which are its options, and continues where an earlier
     run of the same command stopped. Logs the `notices` once all is checked. If some pictures fail,
-    makes all others, then raises RunFailed."""
+    makes all others, then raises RunFailed. make_picture and check_layers are the script's."""
     for job in jobs:
         check_format(job.output_file)
         check_depth(job.output_file, job.depth)
-        for name, path in files_read(job, free=False).items():
+        for name, path in PARSER.files_read(job, free=False).items():
             existing_file(name, path)
     network = find_network(jobs[0])
     for job in jobs if network.scale != 1 else ():
         job.input_scale = network.scale  # as records of finished pictures have it
-    targets = dict.fromkeys(target for job in jobs for target in choose_targets(job))
-    with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
-        in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
+    check_layers(jobs, network)
     for job in jobs:
         make_folder_of(job.output_file)
         check_output("output", job.output_file)
@@ -7771,7 +7971,13 @@ def make_pictures(jobs, notices, signals, engines):
     for batch.number, job in enumerate(left, 1):
         try:
             signals.hold(False)
-            make_or_go_on(job, signals, engines, batch)
+            begun, checkpoint = under_way(job)
+            try:
+                make_picture(begun, signals, engines, checkpoint, batch)
+            except BadRequest:
+                if checkpoint is None:
+                    raise
+                make_picture(job, signals, engines, None, batch)  # the checkpoint does not fit
         except Stopped as stop:
             hint = "run the same command again to make the rest"
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
@@ -7797,8 +8003,8 @@ def make_folder_of(path):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     except OSError as error:
-        problem = f"its folder cannot be created ({error.strerror}); choose another"
-        raise refusal("output", path, problem) from None
+        problem = f"its folder cannot be created ({error.strerror})"
+        raise refusal("output", path, problem, "choose another") from None
 
 
 def is_made(options, identity):
@@ -7810,25 +8016,15 @@ def is_made(options, identity):
         saved = kept_options(record)
     except (BadRequest, ValueError):
         return False
-    for action in PARSER.options:
-        old, new = (getattr(choice, action.dest) for choice in (saved, options))
-        is_same = old == new or names_file(action, old) and names_file(action, new)
-        is_same = is_same or action.dest == "seed" and new is None
-        is_same = is_same or action.dest == "target_layer" and new == record.get("layer")
-        if not (action.free or is_same):
+    for action, old, new in PARSER.fixed_differences(saved, options):
+        are_files = names_file(action, old) and names_file(action, new)
+        is_open = action.dest == "seed" and new is None
+        is_repeated = action.dest == "target_layer" and is_layer_of(record, new)
+        if not (are_files or is_open or is_repeated):
             return False
     expected = identity | {"inputs": inputs_of(options)}
     is_same = all(record.get(name) == value for name, value in expected.items())
     return os.path.isfile(path) and "step" not in record and is_same
-
-
-def make_or_go_on(options, signals, engines, batch):
-    """Makes one of several pictures, continuing from its checkpoint if there is one that fits."""
-    begun, checkpoint = under_way(options)
-    if checkpoint is not None:
-        with contextlib.suppress(BadRequest):  # it does not fit
-            return make_picture(begun, signals, engines, checkpoint, batch)
-    return make_picture(options, signals, engines, None, batch)
 
 
 def under_way(options):
@@ -7838,7 +8034,7 @@ def under_way(options):
     if not os.path.isfile(path):
         return options, None
     try:
-        checkpoint = Checkpoint.read(path, options.scratch)
+        checkpoint = Checkpoint.read(path, ARRAYS, options.scratch)
         saved = saved_options(path, checkpoint)
         begun.seed = saved.seed if begun.seed is None else begun.seed
         begun.target_layer = repeated_layer(begun, saved, checkpoint)
@@ -7856,7 +8052,7 @@ def restore(dream, checkpoint, path):
         dream.restore(checkpoint.numbers, checkpoint.arrays)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise unusable(path, one_line(error)) from None
-    for name in CHECKPOINT_ARRAYS:
+    for name in RUN_ARRAYS:
         checkpoint.arrays.pop(name, None)
 
 
@@ -7870,9 +8066,11 @@ def announce(options, network, dream, remarks, batch):
     for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
     seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
+    layers = [target.layer for target in dream.settings.target_layer.targets]
+    shapes = " + ".join("x".join(map(str, engine.shapes[layer])) for layer in layers)
     log.info(
         f"{network.name} ({network.weights}), {dream.settings.target_layer} "
-        f"{' + '.join('x'.join(map(str, shape)) for shape in engine.target_shapes)}, "
+        f"{shapes}, "
         f"{engine.device}, "
         f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}{seed}"
     )
@@ -8018,7 +8216,7 @@ def keyword_options(options):
     """The options that the keyword arguments of dream() stand for. Raises BadRequest."""
     for name in ("mask", "guide"):
         if not isinstance(options.get(name), (str, os.PathLike, type(None))):
-            raise BadRequest(f"{name}: this must be a file name; save an array as a PNG")
+            raise BadRequest(f"{name}: this must be a file name", "save an array as a PNG")
     words = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
@@ -8028,8 +8226,8 @@ def keyword_options(options):
         if options.get(name):
             raise BadRequest(f"{name}: only available on the command line")
     parsed = PARSER.parse_args(words)
-    if any(isinstance(getattr(parsed, action.dest), list) for action in several_options()):
-        raise BadRequest("layer, image: only one at a time; call dream() for each")
+    if PARSER.several(parsed):
+        raise BadRequest("layer, image: only one at a time", "call dream() for each")
     return parsed
 
 
@@ -8038,10 +8236,10 @@ def checked_array(image):
     try:
         image = np.asarray(image)
     except (ValueError, TypeError) as error:
-        raise BadRequest(f"image: {one_line(error)}; it must be uint8 (H, W, 3)") from None
+        raise BadRequest(f"image: {one_line(error)}", "it must be uint8 (H, W, 3)") from None
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         kind = f"the array is {image.dtype} {image.shape}"
-        raise BadRequest(f"image: {kind}; it must be uint8 (H, W, 3)")
+        raise BadRequest(f"image: {kind}", "it must be uint8 (H, W, 3)")
     return image
 
 
@@ -8061,27 +8259,23 @@ def dream(image=None, **options):
     if isinstance(image, (str, os.PathLike)):
         parsed.initial_image = expanded(os.fspath(image), os.path.exists(image))
         image = None
-    settings = choose_settings(parsed)
+    settings = Settings.of(parsed)
     if image is not None:
         image = checked_array(image)
         parsed.initial_image = "an array"  # for notices
-    given, remarks = read_given(settings, image)
+    inputs, remarks = read_inputs(settings, image)
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
         log.warning(notice)
-    if given.picture is None:
+    if inputs.picture is None:
         remarks.append(f"noise seed {settings.seed}")
-    settings, more = settled(settings, network, given, parsed.scratch)
-    remarks = [*remarks, *more]
-    with with_guide(network, given.guide) as network, Engines(parsed) as engines:
-        engine = engines.get(settings, network)
-        place = (network.mean, engine, parsed.scratch)
-        run = Dream(settings, given.picture, *place, given.mask)
-        notices = [*idle(parsed, engine), *network.notices, *remarks]
-        for line in [*notices, *run.remarks, *engine.notices]:
+    with (
+        Engines(parsed) as engines,
+        prepared_dream(settings, inputs, network, engines, parsed) as (run, network, more),
+    ):
+        engine = run.engine
+        for line in [*idle(parsed, engine), *network.notices, *remarks, *more, *engine.notices]:
             log.info(line)
-        check_room(settings, run.sizes, engine.tile_size, parsed.scratch)
-        run.check_mask()
         yield from run.run()
 
 
@@ -8110,8 +8304,7 @@ def list_layers(options):
     """Prints the layers that can be amplified, in order, each with its shape for one tile."""
     for name, shape, layer in find_layers(options):
         other = "" if layer == name else f"  (layer {layer})"
-        name = str(Target(name))
-        say(printable(f"{name:32} {'x'.join(map(str, shape))}{other}"))
+        say(printable(f"{quoted(name):32} {'x'.join(map(str, shape))}{other}"))
 
 
 def list_classes(options):
@@ -8125,7 +8318,7 @@ def list_classes(options):
         return
     known = some([f"{name} ({width})" for width, name in CLASSES.items()])
     problem = f"this network has no classifier with known classes, which are those of {known}"
-    raise BadRequest(f"--list_classes: {problem}; use another --model")
+    raise refusal("list_classes", "", problem, "use another --model")
 
 
 def find_layers(options):
@@ -8141,7 +8334,7 @@ def find_layers(options):
         except CaffeStopped as error:
             if len(without) == 9:
                 problem = f"Caffe cannot load it ({error})"
-                raise refusal("deploy_txt", files.deploy, f"{problem}; check the file") from None
+                raise refusal("deploy_txt", files.deploy, problem, "check the file") from None
             without.append(first_to_fail(*arguments))
             stops.append(f"{LEFT_OUT}: {without[-1]} ({error})")
     stand_in = stand_in_notice(options.model, files.name)
@@ -8263,7 +8456,8 @@ def command_line(argv, signals):
     jobs, notices = (None, []) if checkpoint else plan_batch(options)
     with Engines(options) as engines:
         if jobs:
-            return make_pictures(jobs, notices, signals, engines)
+            work = (signals, engines, make_picture, check_layers)
+            return make_pictures(jobs, notices, *work)
         return make_picture(options, signals, engines, checkpoint)
 
 
@@ -8289,7 +8483,3 @@ def main(argv=None):
         log.removeHandler(handler)
         log.level, log.propagate = before
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

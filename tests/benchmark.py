@@ -28,6 +28,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from torch_network import TorchNetwork, described
+
 import cnn_vis
 
 # Of the whole command: a photograph's usual settings.
@@ -74,9 +76,10 @@ def original_gradient(net, spec, tile):
     """The gradient of a tile float32 (1, 3, H, W)."""
     net.blobs["data"].data[...] = tile
     net.forward()
-    blob = net.blobs[spec.targets[0].layer]
-    blob.diff[...] = spec.targets[0].gradient(blob.data)
-    net.backward(start=spec.targets[0].layer)
+    (layer,) = spec.layers
+    blob = net.blobs[layer]
+    blob.diff[...] = cnn_vis.AmplifyLayer().gradient(blob.data)
+    net.backward(start=layer)
     return net.blobs["data"].diff.copy()
 
 
@@ -127,14 +130,19 @@ def measure_original(spec, tile):
 
 def measure_ours(spec, tile):
     """One of our workers alone."""
-    network = cnn_vis.Network(spec)
-    return milliseconds(lambda: network.gradients(tile, measure=False), 25)
+    work = (cnn_vis.Network(spec), objective_of(spec), tile)
+    return milliseconds(lambda: cnn_vis.compute_batch(*work, measure=False), 25)
+
+
+def objective_of(spec):
+    """The objective that all rows compute: the whole layer."""
+    return cnn_vis.Objective(tuple(map(cnn_vis.Target, spec.layers)))
 
 
 def measure_workers(spec, tile):
     """All workers at once, through the program's own machinery: 60 tiles that do not wait for one
     another."""
-    with cnn_vis.Workers(spec, cnn_vis.count_cores()) as workers:
+    with cnn_vis.Workers(spec, objective_of(spec), cnn_vis.count_cores()) as workers:
         workers.describe()
         return tiles_through(workers, np.concatenate([tile] * 60))
 
@@ -152,41 +160,16 @@ def tiles_through(engine, tiles_in):
     return milliseconds(gradients, 3) / count
 
 
-def torch_network(spec, device="cpu"):
-    """(GoogLeNet to the target by PyTorch, channels last; the target's key in what it returns)"""
-    import torch
-
-    sys.path.append(os.path.join(cnn_vis.HERE, "models", "googlenet_mini"))
-    from distill import GoogLeNet, load_caffemodel
-
-    full = (
-        load_caffemodel(spec.files.weights)
-        .eval()
-        .requires_grad_(False)
-        .to(device, memory_format=torch.channels_last)
-    )
-    key = spec.targets[0].layer.split("/")[0].removeprefix("inception_")
-
-    class Cut(GoogLeNet):
-        """Stops at the target, as ours does."""
-
-        def _inception(self, name, x):
-            return super()._inception(name, x) if name <= key else x
-
-    full.__class__ = Cut
-    return full, key
-
-
 def measure_torch(spec, tile, threads):
     """The same gradient by PyTorch, which runs as fast as it can on `threads` threads."""
     import torch
 
     torch.set_num_threads(threads)
-    network, key = torch_network(spec)
+    network = TorchNetwork(*described(spec))
     x = torch.from_numpy(tile.copy()).to(memory_format=torch.channels_last).requires_grad_()
 
     def gradient():
-        a = network(x)[key]
+        a = network(x)
         return torch.autograd.grad((a * a.abs() / 2 + a.square() / 2).sum(), x)
 
     return milliseconds(gradient, 25)
@@ -222,8 +205,8 @@ def measure_maths(_, tile):
         dream.image += 3
         terms = dream._regularizers()
         start = dream._start_of((0, tile.shape[2], 0, tile.shape[3]), terms)
-        for way in (cnn_vis.step_tile, cnn_vis.compiled_step_tile()):
-            if way is None:
+        for way in (cnn_vis.step_tile, cnn_vis.compiled_step_tile):
+            if way is not cnn_vis.step_tile and cnn_vis.compiled_step() is None:
                 continue
             step = functools.partial(
                 way, dream.image[0], start, cnn, dream.caches[0], None, terms, 0.9, 1.0
@@ -239,17 +222,19 @@ def measure_maths(_, tile):
 
 def measured(what, arguments, threads=1, copies=1):
     """The result of measure_WHAT(...). With several `copies`, that many processes run at the same
-    time, and the result is their mean time divided by their number. None if it fails."""
+    time, and the result is their mean time divided by their number. If it fails, why, as text."""
     command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments]), *sys.argv[1:]]
     threaded = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threaded)
-        for _ in range(copies)
+        subprocess.Popen(command, env=os.environ | threaded, **options) for _ in range(copies)
     ]
-    said = [process.communicate()[0] for process in running]
+    said = [process.communicate() for process in running]
     if any(process.returncode for process in running):
-        return None
-    results = [json.loads(text.splitlines()[-1]) for text in said]
+        why = "".join(errors for _, errors in said).strip().splitlines()[-1]
+        is_missing = why.startswith("ModuleNotFoundError: No module named 'torch'")
+        return "not installed" if is_missing else f"failed: {why}"
+    results = [json.loads(text.splitlines()[-1]) for text, _ in said]
     return results[0] if copies == 1 else float(np.mean(results)) / copies
 
 
@@ -299,8 +284,8 @@ def parent_alone(step_tile):
 def ceiling(args):
     """Prints how many tiles the parent can feed and step in a second, where the time goes, and what
     that means for other machines."""
-    compiled, numpys = cnn_vis.compiled_step_tile(), cnn_vis.step_tile
-    if compiled is None:
+    compiled, numpys = cnn_vis.compiled_step_tile, cnn_vis.step_tile
+    if cnn_vis.compiled_step() is None:
         sys.exit("this is not the Caffe included with cnn_vis.py: it has no compiled step")
     for name, step_tile in (("NumPy", numpys), ("compiled", compiled)):
         (seconds, cpu, main_cpu), dream = parent_alone(step_tile)
@@ -341,7 +326,8 @@ def load(args):
 
     words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
     files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(words))
-    spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(args.layer),))
+    objective = cnn_vis.objective(args.layer)
+    spec = cnn_vis.NetworkSpec(files, objective.layers(), objective=objective.caffe_layer())
     return spec, files.mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
 
 
@@ -466,7 +452,7 @@ def report(args):
     print(f"\n{spec.files.weights}, {args.layer}, {cores} cores")
     print("\n| for each 224x224 tile | ms |\n|---|---|")
     for name, value in rows.items():
-        print(f"| {name} | {'not installed' if value is None else f'{value:.1f}'} |")
+        print(f"| {name} | {value if isinstance(value, str) else f'{value:.1f}'} |")
     for name, value in maths.items():
         print(f"| regularizers and step, {name} | {value:.2f} |")
     print(f"\n| whole command, 640x427, {args.steps} steps | s |\n|---|---|")
@@ -478,9 +464,8 @@ def report(args):
     print(f"| memory of all processes, peak | {peak / 1e9:.2f} GB |")
     print(f"| for each tile; at 864x864 | {large:.1f} ms; {small:.1f} ms |\n")
     floor = rows["matrix products alone, one core"]
-    torch_best = min(
-        (value for name, value in rows.items() if "PyTorch" in name and value), default=None
-    )
+    times = (value for name, value in rows.items() if "PyTorch" in name)
+    torch_best = min((value for value in times if not isinstance(value, str)), default=None)
     print(f"whole command: {original_seconds / ours_seconds:.2f} times faster")
     if torch_best:
         print(

@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
+import cnn_vis  # noqa: E402
+
 TINY = [
     f"--deploy_txt={GOLDEN}/deploy.prototxt",
     f"--caffe_model={GOLDEN}/tiny_inception.caffemodel",
@@ -291,6 +293,27 @@ def whole(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(folder)) == ["out.png", "out_run.gif", "stats.csv"]
     return folder, time.monotonic() - begun
+
+
+class Ascent:
+    """A Network and an Objective, prepared for each other as in a worker."""
+
+    def __init__(self, files, *targets, **spec):
+        objective = cnn_vis.Objective(targets)
+        layer = objective.caffe_layer()
+        self.spec = cnn_vis.NetworkSpec(files, objective.layers(), objective=layer, **spec)
+        self.network = cnn_vis.Network(self.spec)
+        self.objective = objective.prepared(self.network)
+        self.tile_size = self.network.tile_size
+
+    def activations(self, batch):
+        """{layer: activations} of the tiles."""
+        self.network.forward(batch)
+        return self.network.activations()
+
+    def gradients(self, batch, measure=True):
+        """(gradient, losses) of the tiles."""
+        return cnn_vis.compute_batch(self.network, self.objective, batch, measure)
 
 
 @pytest.fixture

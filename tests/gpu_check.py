@@ -19,7 +19,8 @@ import tempfile
 
 import benchmark
 import numpy as np
-from conftest import CUDA_ON_CPU, EMULATION, ROOT, TINY
+import torch_network
+from conftest import CUDA_ON_CPU, EMULATION, ROOT, TINY, Ascent
 from PIL import Image
 
 import cnn_vis
@@ -41,7 +42,9 @@ class Work:
             self.commands = {"64x96": 4}
         self.words.append(f"--layer={layer}")
         self.files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(self.words))
-        self.spec = cnn_vis.NetworkSpec(self.files, (cnn_vis.Target(layer),), use_gpu=True)
+        self.objective = cnn_vis.objective(layer)
+        layers, own = self.objective.layers(), self.objective.caffe_layer()
+        self.spec = cnn_vis.NetworkSpec(self.files, layers, use_gpu=True, objective=own)
 
 
 def on_gpu(task, *arguments):
@@ -69,7 +72,7 @@ def machine(work):
     )
     yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "unknown")
     yield "cores", cnn_vis.count_cores()
-    yield "network", f"{work.files.name}, {work.spec.targets[0]}"
+    yield "network", f"{work.files.name}, {work.objective}"
     types = on_gpu(layer_types)
     yield "convolutions", "cuDNN" if "CudnnConvolution" in types else "Caffe's own, cuBLAS"
     yield from cnn_vis.versions().items()
@@ -106,11 +109,10 @@ def distances(spec, layers):
     """Task: {layer: |GPU's gradient - CPU's| / |CPU's|}."""
     found = {}
     for layer in layers:
-        place = {"files": spec.files, "targets": (cnn_vis.Target(layer),)}
         both = []
         for use_gpu in (False, True):  # one after the other: the mode is the process's
-            network = cnn_vis.Network(cnn_vis.NetworkSpec(**place, use_gpu=use_gpu))
-            gradient, _ = network.gradients(noise(1, network.tile_size), measure=False)
+            loaded = Ascent(spec.files, cnn_vis.Target(layer), use_gpu=use_gpu)
+            gradient, _ = loaded.gradients(noise(1, loaded.tile_size), measure=False)
             both.append(gradient.copy())
         cpu, gpu = both
         found[layer] = float(np.linalg.norm(gpu - cpu) / (np.linalg.norm(cpu) or 1))
@@ -137,11 +139,11 @@ def by_batch(times):
 def batch_times(work, fast, tf32):
     """Task: {tiles in a batch: ms for each tile}."""
     cnn_vis.GPU_LAYERS = fast
-    spec = cnn_vis.NetworkSpec(work.files, work.spec.targets, True, None, tf32)
-    network, found = cnn_vis.Network(spec), {}
+    loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32)
+    found = {}
     for size in work.batches:
-        batch = noise(size, network.tile_size)
-        ms = benchmark.milliseconds(lambda b=batch: network.gradients(b, False), work.repeat)
+        batch = noise(size, loaded.tile_size)
+        ms = benchmark.milliseconds(lambda b=batch: loaded.gradients(b, False), work.repeat)
         found[size] = ms / size
     return found
 
@@ -151,7 +153,7 @@ def processes(work):
     program's work except the steps."""
     for each in (1, 2, 3):
         cnn_vis.Workers.EACH = each
-        with cnn_vis.Workers(work.spec, gpus=[0]) as workers:
+        with cnn_vis.Workers(work.spec, work.objective, gpus=[0]) as workers:
             workers.describe()
             ms = benchmark.tiles_through(workers, noise(work.tiles, workers.tile_size))
             number = workers.processes.number  # fewer than asked for, if these are too many
@@ -235,7 +237,8 @@ def torch_times(work):
     """{tiles in a batch: ms for each tile}: gradient, regularizers, RMSProp."""
     import torch as library
 
-    network, key = benchmark.torch_network(work.spec, "cuda")
+    described = on_gpu(torch_network.described, work.spec)
+    network = torch_network.TorchNetwork(*described, "cuda")
     found, o = {}, benchmark.SETTINGS
     for size in work.batches:
         x = library.from_numpy(noise(size, (224, 224))).cuda()
@@ -243,7 +246,7 @@ def torch_times(work):
 
         def step(x=x, start=start, cache=cache):
             leaf = x.to(memory_format=library.channels_last).requires_grad_()
-            a = network(leaf)[key]
+            a = network(leaf)
             loss = -(a * a.abs() / 2 + a.square().clamp(max=25) / 2).sum()
             d = leaf - start
             loss = loss + o["p_reg"] * d.abs().pow(o["alpha"]).sum()

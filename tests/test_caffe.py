@@ -62,7 +62,8 @@ def test_objectives_are_numpys_to_the_last_bit(activations, objective):
     """Whatever the activations: infinite ones and NaN too."""
     layer = caffe.proto.caffe_pb2.NetParameter()
     layer.layer.add(name="x", type="Input", top=["x"]).input_param.shape.add(dim=activations.shape)
-    assert cnn_vis.end_in_objective(layer, "x", objective)
+    ours = cnn_vis.Objective((cnn_vis.Target("x", objective),)).caffe_layer()
+    assert cnn_vis.end_in_objective(layer, "x", *ours)
     loaded = cnn_vis.caffe_net(layer)
     loaded.blobs["x"].data[...] = activations
     loaded.forward()

@@ -28,7 +28,7 @@ from conftest import (
     wait_for,
     workers,
 )
-from test_engines import SPEC
+from test_engines import WORK
 
 import cnn_vis
 
@@ -268,7 +268,7 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     dask_cluster.add_worker(within=name)
     dask_cluster.wait_for_workers(2)
     monkeypatch.setattr(cnn_vis.Crew, "PART", 2048)
-    with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
+    with cnn_vis.Cluster(*WORK, dask_cluster.address) as engine:
         engine.describe()
         assert not engine.notices
         assert "2 workers" in engine.device
@@ -312,7 +312,7 @@ if __name__ == "__main__":
 def test_a_silent_loan_ends_and_another_follows(dask_cluster):
     """When a run falls silent, its Caffe processes end; if it continues, it gets new ones."""
     worker = dask_cluster.add_worker()
-    with cnn_vis.Cluster(SPEC, dask_cluster.address) as engine:
+    with cnn_vis.Cluster(*WORK, dask_cluster.address) as engine:
         engine.describe()
         (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
         shorten = f"import {engine._crew._module.__name__} as m; m.Loan.SILENCE = 0.5"

@@ -18,6 +18,7 @@ from conftest import (
     QUICK,
     ROOT,
     RUN,
+    Ascent,
     assert_one_line,
     assert_same_run,
     kill_workers,
@@ -33,7 +34,9 @@ from PIL import Image
 import cnn_vis
 
 FILES = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
-SPEC = cnn_vis.NetworkSpec(FILES, (cnn_vis.Target("inception_a/output"),))
+OBJECTIVE = cnn_vis.Objective((cnn_vis.Target("inception_a/output"),))
+SPEC = cnn_vis.NetworkSpec(FILES, OBJECTIVE.layers(), objective=OBJECTIVE.caffe_layer())
+WORK = SPEC, OBJECTIVE
 
 
 class Local:
@@ -42,8 +45,8 @@ class Local:
     def __init__(self):
         self.others = set(workers(os.getpid()))  # of the test before
 
-    def engine(self, spec):
-        return cnn_vis.Workers(spec, 2)
+    def engine(self, spec, objective):
+        return cnn_vis.Workers(spec, objective, 2)
 
     def processes(self):
         """The pids of what computes tiles."""
@@ -59,8 +62,8 @@ class OnDask:
             cluster.add_worker()
         cluster.wait_for_workers(2)
 
-    def engine(self, spec):
-        return cnn_vis.Cluster(spec, self.cluster.address)
+    def engine(self, spec, objective):
+        return cnn_vis.Cluster(spec, objective, self.cluster.address)
 
     def processes(self):
         servers = [pid for nanny in self.cluster.workers for pid in workers(nanny.pid)]
@@ -82,7 +85,7 @@ def some_tiles(count):
 @pytest.fixture(scope="module")
 def expected():
     """Of each of some_tiles: (gradient, loss)."""
-    network = cnn_vis.Network(SPEC)
+    network = Ascent(FILES, *OBJECTIVE.targets)
     found = []
     for tile in some_tiles(40):
         gradients, (loss,) = network.gradients(tile[np.newaxis])
@@ -92,9 +95,10 @@ def expected():
 
 def test_an_engine_gives_each_ticket_its_own_tile(kind, expected):
     """Whatever the order in which they are asked for; losses where they are wanted."""
-    with kind.engine(SPEC) as engine:
+    with kind.engine(*WORK) as engine:
         engine.describe()
-        assert (engine.tile_size, engine.target_shapes) == ((32, 32), [(18, 16, 16)])
+        assert engine.tile_size == (32, 32)
+        assert engine.shapes == {"inception_a/output": (18, 16, 16)}
         assert engine.device
         left = list(enumerate(zip(some_tiles(40), expected)))
         while left:
@@ -117,7 +121,7 @@ def test_an_engine_makes_up_for_processes_that_are_killed(kind, expected):
     """Processes are killed in two rounds. If a round's tiles were done before the kills, these are
     noticed only with the next tiles, and that round, with nobody to kill, does not count."""
     rounds = 0
-    with kind.engine(SPEC) as engine:
+    with kind.engine(*WORK) as engine:
         engine.describe()
         while rounds < 2:
             tickets = {}
@@ -145,8 +149,9 @@ WRONG = {
 
 @pytest.mark.parametrize("said", WRONG)
 def test_an_engine_says_what_is_wrong_with_a_request(kind, said):
-    wrong = dataclasses.replace(SPEC, targets=(WRONG[said],))
-    with pytest.raises(cnn_vis.BadRequest, match=said), kind.engine(wrong) as engine:
+    wrong = cnn_vis.Objective((WRONG[said],))
+    spec = dataclasses.replace(SPEC, layers=wrong.layers())
+    with pytest.raises(cnn_vis.BadRequest, match=said), kind.engine(spec, wrong) as engine:
         engine.describe()
 
 
@@ -156,7 +161,7 @@ def test_an_engine_tells_why_caffe_stopped(kind, tmp_path):
     text = (GOLDEN / "deploy.prototxt").read_text()
     deploy.write_text(text.replace("kernel_size: 3", "kernel_size: 0", 1))
     spec = dataclasses.replace(SPEC, files=dataclasses.replace(FILES, deploy=str(deploy)))
-    with pytest.raises(cnn_vis.RunFailed) as raised, kind.engine(spec) as engine:
+    with pytest.raises(cnn_vis.RunFailed) as raised, kind.engine(spec, OBJECTIVE) as engine:
         engine.describe()
     assert "Caffe stopped: " in str(raised.value)
     assert f"{deploy} and {FILES.weights}" in str(raised.value)
@@ -167,7 +172,7 @@ def test_an_engine_tells_why_caffe_stopped(kind, tmp_path):
 def test_an_engine_leaves_nothing_behind(kind, error):
     """However it ends, with tiles under way."""
     assert not kind.processes()
-    with contextlib.suppress(cnn_vis.RunFailed, cnn_vis.Stopped), kind.engine(SPEC) as engine:
+    with contextlib.suppress(cnn_vis.RunFailed, cnn_vis.Stopped), kind.engine(*WORK) as engine:
         engine.describe()
         for tile in some_tiles(4):
             engine.send([tile])
@@ -269,7 +274,7 @@ def test_what_a_gpu_fails_with_is_told_with_its_remedy(log, words):
 
 
 def test_a_batch_beyond_all_memory_is_a_bad_request():
-    with cnn_vis.Workers(SPEC) as engine:
+    with cnn_vis.Workers(*WORK) as engine:
         engine.describe()
         engine.batch_size = 10**13
         with pytest.raises(cnn_vis.BadRequest, match="--batch_size 10000000000000: needs"):
@@ -283,7 +288,7 @@ import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import cnn_vis, conftest, test_engines
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-with cnn_vis.Workers(test_engines.SPEC, 2) as engine:
+with cnn_vis.Workers(*test_engines.WORK, 2) as engine:
     engine.describe()
     conftest.kill_workers(os.getpid())
     (tile,) = test_engines.some_tiles(1)

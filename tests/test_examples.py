@@ -219,7 +219,7 @@ def test_example_settings(number, tmp_path):
     changed = {
         action.dest: getattr(options, action.dest)
         for action in cnn_vis.PARSER.options
-        if getattr(options, action.dest) != getattr(cnn_vis.DEFAULTS, action.dest)
+        if getattr(options, action.dest) != getattr(cnn_vis.PARSER.defaults, action.dest)
     }
     assert changed.pop("preset") == f"example{number}"
     picture = changed.pop("initial_image", None)

@@ -434,12 +434,12 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
     were."""
     path, randomly = tmp_path / CHECKPOINT, random.Random(8)
     path.write_bytes(checkpoint)
-    sound = cnn_vis.Checkpoint.read(str(path))
+    sound = cnn_vis.Checkpoint.read(str(path), cnn_vis.ARRAYS)
     refused = 0
     for _ in range(500):
         path.write_bytes(mutated(checkpoint, randomly))
         try:
-            same = cnn_vis.Checkpoint.read(str(path))
+            same = cnn_vis.Checkpoint.read(str(path), cnn_vis.ARRAYS)
         except cnn_vis.BadRequest as error:
             assert len(str(error).splitlines()) == 1
             refused += 1

@@ -35,7 +35,7 @@ from conftest import (
     workers,
 )
 from test_caffe import CONVOLUTIONS
-from test_engines import SPEC
+from test_engines import WORK
 from test_golden import CASES, tiny_pictures
 
 import cnn_vis
@@ -114,17 +114,17 @@ def assert_near(path, other):
 
 
 GRADIENT = """
-import dataclasses, sys, numpy, cnn_vis
+import dataclasses, sys, numpy, cnn_vis, conftest
 files = cnn_vis.NetworkFiles(*sys.argv[1:3])
 terms, neuron, use_gpu = sys.argv[3:]
 form = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
-targets = (dataclasses.replace(target, form=form) for target in cnn_vis.parse_targets(terms))
-spec = cnn_vis.NetworkSpec(files, tuple(targets), use_gpu == "gpu")
-network = cnn_vis.Network(spec)
+targets = cnn_vis.objective(terms).targets
+targets = (dataclasses.replace(target, form=form) for target in targets)
+network = conftest.Ascent(files, *targets, use_gpu=use_gpu == "gpu")
 batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")
 for tiles in (batch, batch[:1], batch):
     gradients, losses = network.gradients(tiles)
-kinds = [layer.type for layer in network._net.layers]
+kinds = [layer.type for layer in network.network._net.layers]
 numpy.savez("found.npz", gradients=gradients, losses=losses, kinds=kinds)
 """
 
@@ -487,7 +487,7 @@ def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", fails_at_the_second)
     with (
         pytest.raises(cnn_vis.RunFailed, match="workers cannot be started"),
-        cnn_vis.Workers(SPEC, gpus=[0]) as workers,
+        cnn_vis.Workers(*WORK, gpus=[0]) as workers,
     ):
         workers.describe()
     assert started[0].returncode == -signal.SIGKILL

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, assert_one_line, mutated, psnr, run_cli
+from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, Ascent, assert_one_line, mutated, psnr, run_cli
 
 import cnn_vis
 
@@ -26,7 +26,7 @@ MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
 def test_the_gradient_through_caffe_is_the_slope(target, objective):
     """From the picture through a real net: slopes of the objective, in single precision."""
     files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
-    network = cnn_vis.Network(cnn_vis.NetworkSpec(files, (cnn_vis.Target(target, objective),)))
+    network = Ascent(files, cnn_vis.Target(target, objective))
     random = np.random.default_rng(5)
     batch = random.normal(0, 60, (2, 3, 32, 32)).astype(np.float32)
     gradient = network.gradients(batch)[0].copy()
@@ -128,8 +128,7 @@ def test_every_listed_layer_can_be_amplified():
     files = cnn_vis.NetworkFiles(deploy, str(MINI))
     names = [name for name, *_ in cnn_vis.layer_shapes(files)[0]]
     for name in names[::7] + names[-1:]:
-        spec = cnn_vis.NetworkSpec(files, (cnn_vis.Target(name),))
-        gradient, (loss,) = cnn_vis.Network(spec).gradients(batch)
+        gradient, (loss,) = Ascent(files, cnn_vis.Target(name)).gradients(batch)
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0, name
         assert loss < 0
@@ -225,9 +224,10 @@ def test_damaged_networks_are_loaded_or_refused_in_one_line(kind, tmp_path):
             path.write_bytes(mutated(data, randomly))
             given = {name: str(path if name == kind else file) for name, file in files.items()}
             network = cnn_vis.NetworkFiles(**given, fit_classifier=bool(number % 2))
-            spec = cnn_vis.NetworkSpec(network, (cnn_vis.Target("inception_a/output"),))
+            objective = cnn_vis.Objective((cnn_vis.Target("inception_a/output"),))
+            spec = cnn_vis.NetworkSpec(network, objective.layers())
             try:
-                processes.call(cnn_vis.describe, spec)
+                processes.call(cnn_vis.describe, spec, objective)
                 outcomes.append("loaded")
             except cnn_vis.BadRequest as error:
                 assert len(cnn_vis.printable(str(error)).splitlines()) == 1, error
@@ -422,12 +422,7 @@ def test_the_gradient_of_a_scaled_input_is_the_slope():
     files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
     form = cnn_vis.AmplifyLayer(clip=1e9)
     plain, scaled = (
-        cnn_vis.Network(
-            cnn_vis.NetworkSpec(
-                dataclasses.replace(files, scale=scale),
-                (cnn_vis.Target("inception_a/output", form),),
-            )
-        )
+        Ascent(dataclasses.replace(files, scale=scale), cnn_vis.Target("inception_a/output", form))
         for scale in (1.0, 0.25)
     )
     batch = np.random.default_rng(5).normal(0, 60, (2, 3, 32, 32)).astype(np.float32)

@@ -6,7 +6,17 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINT, GOLDEN, ONE, TINY, assert_one_line, pixels, run_cli, under_way
+from conftest import (
+    CHECKPOINT,
+    GOLDEN,
+    ONE,
+    TINY,
+    Ascent,
+    assert_one_line,
+    pixels,
+    run_cli,
+    under_way,
+)
 from PIL import Image
 
 import cnn_vis
@@ -206,13 +216,10 @@ def test_an_input_far_smaller_than_a_picture_is_refused_before_any_work(tmp_path
 def test_input_size_is_the_size_of_tiles(tmp_path):
     """Layers that accept any size have a gradient; one that does not is refused with that reason,
     and is not listed."""
-    spec = cnn_vis.NetworkSpec(
-        cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel"),
-        (cnn_vis.Target("inception_a/output"),),
-        input_size=(48, 64),
-    )
-    network = cnn_vis.Network(spec)
-    assert (network.tile_size, network.target_shapes) == ((48, 64), [(18, 24, 32)])
+    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    network = Ascent(files, cnn_vis.Target("inception_a/output"), input_size=(48, 64))
+    assert network.tile_size == (48, 64)
+    assert network.network.shapes == {"inception_a/output": (18, 24, 32)}
     assert np.abs(network.gradients(np.ones((1, 3, 48, 64), np.float32))[0]).max() > 0
     done = run_cli(*ONE, "--input_size=48x64", "--initial_size=48x64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -323,11 +330,9 @@ def test_odd_networks_have_the_gradients_of_plain_caffe(kind, tmp_path):
     files = random_weights(written(tmp_path, text))
     assert list(cnn_vis.Description(files[0][13:]).starts) == ["conv1", *names]
     for name in names:
-        spec = cnn_vis.NetworkSpec(
-            cnn_vis.NetworkFiles(files[0][13:], files[1][14:]), (cnn_vis.Target(name, Sum()),)
-        )
+        named = cnn_vis.NetworkFiles(files[0][13:], files[1][14:])
         batch = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32)).astype(np.float32)
-        gradient, _ = cnn_vis.Network(spec).gradients(batch)
+        gradient, _ = Ascent(named, cnn_vis.Target(name, Sum())).gradients(batch)
         if "name" in kind or "stages" in kind:  # by hand: plain Caffe cannot start there
             assert np.abs(gradient).max() > 0
         else:
@@ -346,13 +351,13 @@ def test_sums_in_odd_networks_are_those_of_separate_backward_passes(kind, tmp_pa
     batch = np.random.default_rng(0).normal(0, 50, (2, 3, 32, 32)).astype(np.float32)
 
     def network(*layers):
-        return cnn_vis.Network(cnn_vis.NetworkSpec(files, tuple(map(cnn_vis.Target, layers))))
+        return Ascent(files, *map(cnn_vis.Target, layers))
 
     gradients, norms = {}, {}
     for name in ["conv1", *names]:
         alone = network(name)
         gradients[name] = alone.gradients(batch)[0].copy()
-        own = cnn_vis.AmplifyLayer().gradient(alone.activations(batch)[0])
+        own = cnn_vis.AmplifyLayer().gradient(alone.activations(batch)[name])
         norms[name] = np.linalg.norm(own.reshape(2, -1).astype(float), axis=1)
     for layers in itertools.permutations(gradients, 2):
         scales = (norms[layers[0]] / norms[name] for name in layers)

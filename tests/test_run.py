@@ -180,7 +180,7 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
             break
         assert time.monotonic() - begun < 3
         assert running.returncode == 143, said
-        numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
+        numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS).numbers
         places.append((numbers["step"], numbers["tile"]))
         words = [f"--resume={CHECKPOINT}"]
     assert places == sorted(set(places)), places
@@ -291,7 +291,7 @@ def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
     wait_for((tmp_path / CHECKPOINT).exists)
     running.kill()
     running.communicate()
-    numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).numbers
+    numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS).numbers
     assert ((numbers["size"] - 1) * 2 + numbers["step"]) % 5 == 0
 
 
@@ -358,7 +358,7 @@ def test_resume_of_one_set_aside(tmp_path):
     running.kill()
     running.communicate()
     assert (tmp_path / f"{CHECKPOINT}.old2").read_bytes() == second
-    first = cnn_vis.Checkpoint.read(str(tmp_path / f"{CHECKPOINT}.old1"))
+    first = cnn_vis.Checkpoint.read(str(tmp_path / f"{CHECKPOINT}.old1"), cnn_vis.ARRAYS)
     assert "--seed=1" in first.record["command"]
 
 

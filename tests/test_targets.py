@@ -11,6 +11,7 @@ from conftest import (
     CHECKPOINT,
     GOLDEN,
     TINY,
+    Ascent,
     assert_one_line,
     pixels,
     run_cli,
@@ -50,7 +51,7 @@ def dream(*arguments, cwd):
 
 
 def network(*targets):
-    return cnn_vis.Network(cnn_vis.NetworkSpec(FILES, targets))
+    return Ascent(FILES, *targets)
 
 
 def tiles(number=2):
@@ -73,9 +74,9 @@ def tiles(number=2):
     ],
 )  # fmt: skip
 def test_terms_are_read_and_written(text, targets):
-    assert cnn_vis.parse_targets(text) == tuple(targets)
-    again = " + ".join(map(str, targets))
-    assert cnn_vis.parse_targets(again) == tuple(targets)
+    objective = cnn_vis.Objective(tuple(targets))
+    assert cnn_vis.objective(text) == objective
+    assert cnn_vis.objective(str(objective)) == objective
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_a_sums_gradient_is_the_sum_of_separate_backward_passes():
             if target not in separate:
                 alone = network(Target(target.layer, target.form))
                 gradient, losses = alone.gradients(batch)
-                (a,) = alone.activations(batch)
+                (a,) = alone.activations(batch).values()
                 own = target.form.gradient(a).reshape(len(batch), -1).astype(float)
                 separate[target] = gradient.copy(), losses, np.sqrt((own**2).sum(axis=1))
             parts.append(separate[target])
@@ -138,10 +139,11 @@ def test_a_first_term_that_finds_nothing_does_not_silence_the_others():
     first, second = Target("x"), Target("y", weight=0.5)
     dead = a.copy()
     dead[1] = 0
-    found = cnn_vis.descents([first, second], [dead, a])
-    alone = cnn_vis.descents([second], [a])[0]
-    assert not found[0][1].any()
-    assert np.allclose(found[1], 0.5 * alone)
+    found = cnn_vis.Objective((first, second)).gradients({"x": dead, "y": a})
+    ((_, alone),) = cnn_vis.Objective((second,)).gradients({"y": a})
+    assert [layer for layer, _ in found] == ["x", "y"]
+    assert not found[0][1][1].any()
+    assert np.allclose(found[1][1], 0.5 * alone)
 
 
 def test_a_sum_of_a_batch_is_that_of_its_tiles():
@@ -168,9 +170,8 @@ def test_one_term_of_any_weight_is_the_layer_alone(folder):
     for name in ("out.png", "plain.png"):
         tile = np.zeros((1, 3, *CARD.size[::-1]))
         cnn_vis.from_uint8(pixels(folder / name), MEAN, tile)
-        (a,) = network(Target("inception_a/output")).activations(
-            tile[:, :, :32, :32].astype(np.float32)
-        )
+        ours = network(Target("inception_a/output"))
+        (a,) = ours.activations(tile[:, :, :32, :32].astype(np.float32)).values()
         activity.append(a.mean())
     assert activity[0] < 0.9 * activity[1]
 
@@ -208,12 +209,10 @@ def test_the_strongest_channels_are_found(folder):
     image = np.zeros((1, 3, *size))
     cnn_vis.from_uint8(cnn_vis.resize(np.asarray(CARD), size, bilinear=True), mean, image)
     ours = network(Target("inception_a/output"))
-    activity = [
-        np.abs(ours.activations(image[:, :, y : y + 32, x : x + 32].astype(np.float32))[0]).mean(
-            axis=(0, 2, 3)
-        )
-        for y, _, x, _ in cnn_vis.all_tiles(size, (32, 32))
-    ]
+    activity = []
+    for y0, y1, x0, x1 in cnn_vis.all_tiles(size, (32, 32)):
+        (a,) = ours.activations(image[:, :, y0:y1, x0:x1].astype(np.float32)).values()
+        activity.append(np.abs(a).mean(axis=(0, 2, 3)))
     strongest = sorted(np.argsort(-np.mean(activity, axis=0))[:3])
     found = f"0.5*inception_a/output:{','.join(map(str, strongest))} + pool1/norm1:1"
     assert f"is {found}\n" in said
@@ -335,21 +334,23 @@ def test_a_guide_is_seen_at_the_networks_size(tmp_path):
     guide = np.asarray(CARD)[:, :120]  # 160x120: becomes 43x32
     with cnn_vis.with_guide(FILES, guide) as files:
         targets = Target("inception_a/output", Resemble()), Target("pool1/norm1", Resemble(), (2,))
-        ours = cnn_vis.Network(cnn_vis.NetworkSpec(files, targets))
+        ours = Ascent(files, *targets)
     image = np.zeros((1, 3, 43, 32))
     cnn_vis.from_uint8(cnn_vis.resize(guide, (43, 32), bilinear=True), MEAN, image)
     plain, batch = network(*(Target(target.layer) for target in targets)), tiles(1)
     parts = (image[:, :, y : y + 32].astype(np.float32) for y in (0, 11))
-    seen = [[a.copy() for a in plain.activations(part)] for part in parts]
+    seen = [[a.copy() for a in plain.activations(part).values()] for part in parts]
     features = [np.concatenate([both[i][0].reshape(n, -1) for both in seen], 1) for i, n in
                 enumerate((18, 12))]  # fmt: skip
     by_hand = [
         Target("inception_a/output", Resemble(features[0])),
         Target("pool1/norm1", Resemble(features[1][[2]]), (2,)),
     ]
-    expected = cnn_vis.descents(by_hand, plain.activations(batch))
-    found = cnn_vis.descents(ours._targets, ours.activations(batch))
-    assert all(map(np.array_equal, found, expected))
+    expected = cnn_vis.Objective(tuple(by_hand)).gradients(plain.activations(batch))
+    found = ours.objective.gradients(ours.activations(batch))
+    for (layer, gradient), (other, right) in zip(found, expected):
+        assert layer == other
+        assert np.array_equal(gradient, right)
 
 
 @pytest.mark.parametrize("layer", ["inception_a/output", "conv1/5x5_s2:1-7 + 2*inception_a/output"])
@@ -405,13 +406,13 @@ def test_a_guide_leads_the_dream_to_what_it_has(folder):
         dream("--layer=inception_a/output", *words, "--tv_reg=0", cwd=folder)
         with cnn_vis.with_guide(FILES, pixels(folder / name)) as files:
             target = Target("inception_a/output", Resemble())
-            ours = cnn_vis.Network(cnn_vis.NetworkSpec(files, (target,)))
-        products.append(lambda a, target=ours._targets[0]: -target.loss(a))
+            ours = Ascent(files, target)
+        products.append(lambda a, objective=ours.objective: -objective.loss(a))
     likeness = np.zeros((2, 2))
     for i, name in enumerate(("by_guide.png", "by_stripes.png")):
         image = np.zeros((1, 3, 160, 200))
         cnn_vis.from_uint8(pixels(folder / name), MEAN, image)
-        (a,) = ours.activations(image[:, :, 64:96, 64:96].astype(np.float32))
+        a = ours.activations(image[:, :, 64:96, 64:96].astype(np.float32))
         likeness[i] = [product(a) for product in products]
     assert likeness[0, 0] * likeness[1, 1] > 1.02 * likeness[0, 1] * likeness[1, 0]
 
@@ -422,7 +423,7 @@ def test_guides_differ_by_content():
     specs = []
     for guide in (*guides, guides[0]):
         with cnn_vis.with_guide(FILES, guide) as files:
-            specs.append(cnn_vis.NetworkSpec(files, (Target("pool1/norm1", Resemble()),)))
+            specs.append(cnn_vis.NetworkSpec(files, ("pool1/norm1",)))
     assert specs[0].files.guide == specs[1].files.guide
     assert specs[0] != specs[1]
     assert specs[0] == specs[2]

@@ -116,7 +116,7 @@ def test_an_objectives_gradient_is_its_slope(shape, l1, l2, clip, seed):
 EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floats(1, 9))
 
 
-@pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
+@pytest.mark.skipif(cnn_vis.compiled_step() is None, reason="this Caffe is not ours")
 @settings(max_examples=300, deadline=None)
 @given(
     shape=st.tuples(st.integers(3, 40), st.integers(3, 40)),
@@ -146,7 +146,7 @@ def test_the_compiled_step_is_numpys(
     terms = {name: t for name, t in {"p": p, "aux": aux, "tv": tv}.items() if t.weight}
     start = start[place] if has_start else None
     found = []
-    for step_tile in (cnn_vis.compiled_step_tile(), cnn_vis.step_tile):
+    for step_tile in (cnn_vis.compiled_step_tile, cnn_vis.step_tile):
         image, moved = x.copy(), cache.copy()
         arguments = (descent, moved, counts[place[1:]] if has_counts else None, terms, decay, 1.3)
         found.append((step_tile(image[place], start, *arguments), image[place].copy(), moved))
@@ -168,12 +168,12 @@ def test_the_compiled_step_is_numpys(
         assert (np.abs(a - b) <= 1e-12 * (size + np.abs(b) + 1)).all()
 
 
-@pytest.mark.skipif(cnn_vis.compiled_step_tile() is None, reason="this Caffe is not ours")
+@pytest.mark.skipif(cnn_vis.compiled_step() is None, reason="this Caffe is not ours")
 @pytest.mark.parametrize("channel", range(3))
 @pytest.mark.parametrize("where", ["descent", "cache", "x"])
 def test_an_overflow_leaves_its_channel_as_it_was(channel, where):
     """In both ways of taking a step: channels before it are stepped, those after it are not."""
-    for step_tile in (cnn_vis.compiled_step_tile(), cnn_vis.step_tile):
+    for step_tile in (cnn_vis.compiled_step_tile, cnn_vis.step_tile):
         arrays = {"x": np.ones((3, 8, 9)), "descent": np.ones((3, 8, 9), np.float32)}
         arrays["cache"] = np.ones((3, 8, 9))
         arrays[where][channel, 3, 4] = 1e300 if where == "x" else np.inf

@@ -182,7 +182,9 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
     for words in ([*RUN, *options], [f"--resume={CHECKPOINT}"]):
         running = under_way(*words, cwd=tmp_path)
         time.sleep(1.5)
-        arrays = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT)).arrays  # of a whole step
+        arrays = cnn_vis.Checkpoint.read(
+            str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS
+        ).arrays  # of a whole step
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=20)
         kept = arrays["pixels"]

@@ -127,9 +127,9 @@ def test_another_address_comes_with_a_warning(tmp_path):
     assert "http://127.0.0.1:" in address
     assert "whoever can reach port" in warning
     words = ["--iter_behavior=web", "--web_host=0.0.0.0", "--web_port=8000"]
-    kept = cnn_vis.command_words(cnn_vis.PARSER.parse_args(words))
+    kept = cnn_vis.PARSER.words(cnn_vis.PARSER.parse_args(words))
     assert kept == ["--iter_behavior=web", "--web_port=8000"]
-    told = list(cnn_vis.without_effect(cnn_vis.PARSER.parse_args(words[1:])))
+    told = list(cnn_vis.PARSER.without_effect(cnn_vis.PARSER.parse_args(words[1:])))
     assert [line.split()[0] for line in told] == ["--web_port", "--web_host"]
 
 
