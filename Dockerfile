@@ -1,4 +1,4 @@
-# An image of cnn-vis for the CPU. See "Other ways to install" in the README for how to build and run it.
+# An image of cnn-vis for the CPU. docs/installing.md says how to build and run it.
 
 FROM debian:trixie-slim AS builder
 COPY pycaffe/apt-packages.txt pycaffe/system-packages.sh /source/pycaffe/

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws the README's two figures with the program's own functions: figures.py [FOLDER]
+"""Draws the two figures in the README with the program's own functions: figures.py [FOLDER]
 
 tiles.jpg: the even and odd tiles of a picture, and how many cover each pixel. sizes.jpg: the sizes
 of a run, with geometric and with linear spacing.

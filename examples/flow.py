@@ -24,6 +24,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from picture import match, read
 
 import cnn_vis
+from cnn_vis_lib.reading import read_mask
+from cnn_vis_lib.records import read_record
 
 MISFIT = 30  # grey levels; places that differ by more are taken to show different things
 
@@ -54,13 +56,13 @@ def difference(path, frame):
     float32 (H, W, 3). Also where it dreamed, from 0 to 1: 1, or its mask, (H, W, 1)."""
     dream = read(path).resize(frame.shape[1::-1], Image.Resampling.BICUBIC)
     try:
-        record, words = cnn_vis.read_record(str(path))
+        record, words = read_record(str(path))
         options = cnn_vis.PARSER.parse_args(words)
     except cnn_vis.BadRequest:
         options = None
     if options is None or options.rescale_image:  # its change of contrast is not known
         return np.float32(match(dream, Image.fromarray(frame))) - frame, 1
-    mask, _ = cnn_vis.read_mask(options.mask, frame)
+    mask, _ = read_mask(options.mask, frame)
     where = 1 if mask is None else mask[:, :, np.newaxis] / np.float32(255)
     gain = 1 + (cnn_vis.GAIN ** len(record["sizes"]) - 1) * where
     dream = np.asarray(dream)

@@ -31,6 +31,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from torch_network import TorchNetwork, described
 
 import cnn_vis
+from cnn_vis_lib.ahead import Steps, cut_tile, tile_gradients
+from cnn_vis_lib.caffemodel import read_weights
+from cnn_vis_lib.compiled_step import compiled_step
+from cnn_vis_lib.description import Description, fit_classifier
+from cnn_vis_lib.find_network import find_network
+from cnn_vis_lib.machine import count_cores
+from cnn_vis_lib.network import Network, NetworkSpec
+from cnn_vis_lib.pixels import resize
+from cnn_vis_lib.prototxt import caffe_net, import_caffe
+from cnn_vis_lib.workers import Engine, Workers, compute_batch
 
 # Of the whole command: a photograph's usual settings.
 SETTINGS = {
@@ -60,11 +70,11 @@ def milliseconds(task, repeat):
 
 def original_net(spec):
     """The whole network, with force_backward, as the original loads it."""
-    caffe = cnn_vis.import_caffe()
-    net = cnn_vis.Description(spec.files.deploy).net
-    cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.files.weights))
+    caffe = import_caffe()
+    net = Description(spec.files.deploy).net
+    fit_classifier(net, read_weights(spec.files.weights))
     net.force_backward = True
-    loaded = cnn_vis.caffe_net(net)
+    loaded = caffe_net(net)
     loaded.copy_from(spec.files.weights)
     loaded.blobs["data"].reshape(1, *loaded.blobs["data"].shape[1:])
     loaded.reshape()
@@ -130,8 +140,8 @@ def measure_original(spec, tile):
 
 def measure_ours(spec, tile):
     """One of our workers alone."""
-    work = (cnn_vis.Network(spec), objective_of(spec), tile)
-    return milliseconds(lambda: cnn_vis.compute_batch(*work, measure=False), 25)
+    work = (Network(spec), objective_of(spec), tile)
+    return milliseconds(lambda: compute_batch(*work, measure=False), 25)
 
 
 def objective_of(spec):
@@ -142,7 +152,7 @@ def objective_of(spec):
 def measure_workers(spec, tile):
     """All workers at once, through the program's own machinery: 60 tiles that do not wait for one
     another."""
-    with cnn_vis.Workers(spec, objective_of(spec), cnn_vis.count_cores()) as workers:
+    with Workers(spec, objective_of(spec), count_cores()) as workers:
         workers.describe()
         return tiles_through(workers, np.concatenate([tile] * 60))
 
@@ -154,7 +164,7 @@ def tiles_through(engine, tiles_in):
     regions = [(0, height, i * width, (i + 1) * width) for i in range(count)]
 
     def gradients():
-        for _ in cnn_vis.tile_gradients(engine, image, [(regions, False)], cnn_vis.Steps()):
+        for _ in tile_gradients(engine, image, [(regions, False)], Steps()):
             pass
 
     return milliseconds(gradients, 3) / count
@@ -178,7 +188,7 @@ def measure_torch(spec, tile, threads):
 def measure_floor(spec, tile):
     """The matrix products of the convolutions forward, and backward to the tile, and nothing else,
     on one core."""
-    network = cnn_vis.Network(spec)
+    network = Network(spec)
     loaded, products = network._net, []
     for name, (weight, *_) in loaded.params.items():
         outputs, columns = weight.shape[0], int(np.prod(weight.shape[1:]))
@@ -206,7 +216,7 @@ def measure_maths(_, tile):
         terms = dream._regularizers()
         start = dream._start_of((0, tile.shape[2], 0, tile.shape[3]), terms)
         for way in (cnn_vis.step_tile, cnn_vis.compiled_step_tile):
-            if way is not cnn_vis.step_tile and cnn_vis.compiled_step() is None:
+            if way is not cnn_vis.step_tile and compiled_step() is None:
                 continue
             step = functools.partial(
                 way, dream.image[0], start, cnn, dream.caches[0], None, terms, 0.9, 1.0
@@ -241,7 +251,7 @@ def measured(what, arguments, threads=1, copies=1):
 # ---- The main process alone -------------------------------------------------------------------
 
 
-class Instant(cnn_vis.Engine):
+class Instant(Engine):
     """Answers immediately, without computing anything."""
 
     def __init__(self, slots=9, tile_size=(224, 224)):
@@ -285,13 +295,13 @@ def ceiling(args):
     """Prints how many tiles the parent can feed and step in a second, where the time goes, and what
     that means for other machines."""
     compiled, numpys = cnn_vis.compiled_step_tile, cnn_vis.step_tile
-    if cnn_vis.compiled_step() is None:
+    if compiled_step() is None:
         sys.exit("this is not the Caffe included with cnn_vis.py: it has no compiled step")
     for name, step_tile in (("NumPy", numpys), ("compiled", compiled)):
         (seconds, cpu, main_cpu), dream = parent_alone(step_tile)
         print(f"parent alone: {1 / seconds:.0f} tiles/s ({name}), {1000 * cpu:.2f} ms of CPU")
     image, region = dream.image, next(iter(dream.cache_index))
-    slot, cut = np.ones((3, 224, 224), np.float32), cnn_vis.cut_tile(image, region)
+    slot, cut = np.ones((3, 224, 224), np.float32), cut_tile(image, region)
     step = (cut, None, slot, dream.caches[0], None, dream._regularizers(), 0.9, 1.0)
     parts = {
         "cut and sent: float64 to float32": lambda: np.copyto(slot, cut, casting="same_kind"),
@@ -325,10 +335,10 @@ def load(args):
     import skimage.data
 
     words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
-    files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(words))
+    files = find_network(cnn_vis.PARSER.parse_args(words))
     objective = cnn_vis.objective(args.layer)
-    spec = cnn_vis.NetworkSpec(files, objective.layers(), objective=objective.caffe_layer())
-    return spec, files.mean, cnn_vis.resize(skimage.data.coffee(), SIZE)
+    spec = NetworkSpec(files, objective.layers(), objective=objective.caffe_layer())
+    return spec, files.mean, resize(skimage.data.coffee(), SIZE)
 
 
 def one_measurement(args):
@@ -419,7 +429,7 @@ def main():
 def report(args):
     """Measures everything and prints the table."""
     spec, _, picture = load(args)
-    cores = cnn_vis.count_cores()
+    cores = count_cores()
     rows = {
         "original's way, network": measured("original", [], threads=cores),
         "one worker": measured("ours", []),

@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -23,6 +25,12 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
 import cnn_vis  # noqa: E402
+import cnn_vis_lib.processes  # noqa: E402
+from cnn_vis_lib.engines import Engines  # noqa: E402
+from cnn_vis_lib.errors import Stopped  # noqa: E402
+from cnn_vis_lib.network import Network, NetworkSpec  # noqa: E402
+from cnn_vis_lib.processes import CaffeProcesses, WorkerDied  # noqa: E402
+from cnn_vis_lib.workers import Workers, compute_batch  # noqa: E402
 
 TINY = [
     f"--deploy_txt={GOLDEN}/deploy.prototxt",
@@ -40,7 +48,7 @@ EMULATION = {
 }
 
 
-def run_cli(*arguments, cwd, timeout=110, **environment):
+def run_process(*arguments, cwd, timeout=110, **environment):
     """Runs the script in a separate process, in this environment with changes (None removes a
     variable); returns the finished process with its stdout and stderr as text."""
     environment = {
@@ -55,6 +63,120 @@ def run_cli(*arguments, cwd, timeout=110, **environment):
         env=environment,
         stdin=subprocess.DEVNULL,
     )
+
+
+def run_cli(*arguments, cwd, **more):
+    """The same, in this process, which takes a thirtieth of the time: `main`, with workers that go
+    on to the next run. With pytest's option --real, or a timeout or environment, it is
+    run_process."""
+    if IS_REAL_RUN or more:
+        return run_process(*arguments, cwd=cwd, **more)
+    arguments, before = [*map(str, arguments)], os.getcwd()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = cnn_vis.main(arguments)
+            except SystemExit as end:  # --help
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+    finally:
+        os.chdir(before)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(["cnn_vis.py", *arguments], status, *texts)
+
+
+IS_REAL_RUN = False
+# A worker that goes on to another run is in its folder, and forgets files that may have changed.
+GO_ON = (
+    "import os; from cnn_vis_lib import workers; os.chdir({!r}); workers.kept_network.clear(); "
+    "workers.prepared.cache_clear()"
+)
+
+
+class KeptEngines(Engines):
+    """Engines whose processes on the CPU go on to the next run in this process."""
+
+    kept = {}
+
+    def get(self, spec, objective):
+        is_plain = self.options.gpu == [] and not self.options.scheduler
+        if self._engine is None and is_plain and self.options.workers in self.kept:
+            engine = self._engine = self.kept.pop(self.options.workers)
+            processes = engine.processes
+            wait_for(lambda: processes._idle.qsize() == processes.number)
+            try:
+                processes.on_each(exec, GO_ON.format(os.getcwd()))
+                engine.change(spec, objective)
+                return engine
+            except WorkerDied:
+                self.end(at_once=True)
+        return super().get(spec, objective)
+
+    def __exit__(self, kind, *_):
+        engine = self._engine
+        is_plain = isinstance(engine, Workers) and not engine.gpus and not engine._jobs
+        if is_plain and kind in (None, cnn_vis.BadRequest):
+            self.kept[self.options.workers], self._engine = engine, None
+        self.end(kind is Stopped)
+
+
+KEPT_PROCESSES = []
+
+
+@contextlib.contextmanager
+def kept_processes():
+    """CaffeProcesses that go on to the next task of in_a_worker."""
+    processes = KEPT_PROCESSES.pop() if KEPT_PROCESSES else CaffeProcesses()
+    try:
+        processes.restarts = 0
+        processes.call(exec, GO_ON.format(os.getcwd()))
+        yield processes
+    except (cnn_vis.RunFailed, Stopped):
+        processes.end(at_once=True)
+        raise
+    except BaseException:
+        KEPT_PROCESSES.append(processes)
+        raise
+    KEPT_PROCESSES.append(processes)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--real", action="store_true", help="run the program in processes of its own")
+    parser.addoption("--times", metavar="CSV", help="write each test's seconds and CPU seconds")
+
+
+def pytest_configure(config):
+    global IS_REAL_RUN
+    IS_REAL_RUN = config.getoption("--real")
+    cnn_vis.Engines, cnn_vis_lib.processes.CaffeProcesses = KeptEngines, kept_processes
+
+
+def pytest_unconfigure():
+    while KEPT_PROCESSES:
+        KEPT_PROCESSES.pop().end()
+    while KeptEngines.kept:
+        KeptEngines.kept.popitem()[1].end()
+
+
+def cpu_seconds():
+    """CPU seconds of this process and its finished children."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    path, begun, used = item.config.getoption("--times"), time.monotonic(), cpu_seconds()
+    found = yield
+    if path:
+        with open(path, "a") as file:
+            seconds = time.monotonic() - begun
+            file.write(f"{seconds:.2f},{cpu_seconds() - used:.2f},{item.nodeid}\n")
+    return found
 
 
 def run_script(code, cwd):
@@ -159,6 +281,9 @@ def start(*arguments, cwd):
     STARTED.append(running)
     return running
 
+
+# Programs that tests start would compile the program each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Programs that tests start would inherit that Ctrl-C is ignored in the background of a script.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -301,8 +426,8 @@ class Ascent:
     def __init__(self, files, *targets, **spec):
         objective = cnn_vis.Objective(targets)
         layer = objective.caffe_layer()
-        self.spec = cnn_vis.NetworkSpec(files, objective.layers(), objective=layer, **spec)
-        self.network = cnn_vis.Network(self.spec)
+        self.spec = NetworkSpec(files, objective.layers(), objective=layer, **spec)
+        self.network = Network(self.spec)
         self.objective = objective.prepared(self.network)
         self.tile_size = self.network.tile_size
 
@@ -313,7 +438,7 @@ class Ascent:
 
     def gradients(self, batch, measure=True):
         """(gradient, losses) of the tiles."""
-        return cnn_vis.compute_batch(self.network, self.objective, batch, measure)
+        return compute_batch(self.network, self.objective, batch, measure)
 
 
 @pytest.fixture
@@ -326,7 +451,10 @@ class DaskCluster:
 
     def __init__(self, folder, host="127.0.0.1", **environment):
         self.folder, self.workers = folder, []
-        self.environment = environment | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
+        self.environment = environment | {
+            "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
+            "PYTHONPATH": str(ROOT),  # where the program is installed
+        }
         self.host = host
         self.start_scheduler()
 

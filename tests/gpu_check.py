@@ -24,6 +24,18 @@ from conftest import CUDA_ON_CPU, EMULATION, ROOT, TINY, Ascent
 from PIL import Image
 
 import cnn_vis
+import cnn_vis_lib.network
+from cnn_vis_lib.description import GPU_LAYERS
+from cnn_vis_lib.engines import can_use_gpu
+from cnn_vis_lib.errors import one_line
+from cnn_vis_lib.find_network import find_network
+from cnn_vis_lib.machine import count_cores, count_gpus, versions
+from cnn_vis_lib.network import NetworkSpec, layer_shapes
+from cnn_vis_lib.options import parse_size
+from cnn_vis_lib.pixels import resize
+from cnn_vis_lib.processes import CaffeProcesses, in_a_worker
+from cnn_vis_lib.prototxt import import_caffe
+from cnn_vis_lib.workers import Workers, load_network
 
 IS_EMULATED = os.environ.get("LD_LIBRARY_PATH") == EMULATION["LD_LIBRARY_PATH"]
 
@@ -41,15 +53,15 @@ class Work:
             self.batches, self.tiles, self.repeat = (1, 4), 8, 1
             self.commands = {"64x96": 4}
         self.words.append(f"--layer={layer}")
-        self.files = cnn_vis.find_network(cnn_vis.PARSER.parse_args(self.words))
+        self.files = find_network(cnn_vis.PARSER.parse_args(self.words))
         self.objective = cnn_vis.objective(layer)
         layers, own = self.objective.layers(), self.objective.caffe_layer()
-        self.spec = cnn_vis.NetworkSpec(self.files, layers, use_gpu=True, objective=own)
+        self.spec = NetworkSpec(self.files, layers, use_gpu=True, objective=own)
 
 
 def on_gpu(task, *arguments):
     """task(*arguments), done in a process that sees GPU 0."""
-    with cnn_vis.CaffeProcesses(gpus=[0]) as processes:
+    with CaffeProcesses(gpus=[0]) as processes:
         return processes.call(task, *arguments)
 
 
@@ -71,15 +83,15 @@ def machine(work):
         else ""
     )
     yield "GPUs", "; ".join(told.splitlines()) or ("emulated" if IS_EMULATED else "unknown")
-    yield "cores", cnn_vis.count_cores()
+    yield "cores", count_cores()
     yield "network", f"{work.files.name}, {work.objective}"
     types = on_gpu(layer_types)
     yield "convolutions", "cuDNN" if "CudnnConvolution" in types else "Caffe's own, cuBLAS"
-    yield from cnn_vis.versions().items()
+    yield from versions().items()
 
 
 def layer_types():
-    return list(cnn_vis.import_caffe().layer_type_list())
+    return list(import_caffe().layer_type_list())
 
 
 def tests(_):
@@ -96,7 +108,7 @@ def tests(_):
 def gradients(work):
     """The gradient of a tile of noise for every layer that can be amplified, compared with the
     CPU's."""
-    listed, _, _ = cnn_vis.in_a_worker(cnn_vis.layer_shapes, work.files)
+    listed, _, _ = in_a_worker(layer_shapes, work.files)
     layers = [blob for blob, _, _ in listed]
     found = on_gpu(distances, work.spec, layers)
     worst = max(found, key=found.get)
@@ -121,8 +133,8 @@ def distances(spec, layers):
 
 def speed(work):
     """One process: ms per tile, forward and backward, for each number of tiles in a batch."""
-    ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (cnn_vis.GPU_LAYERS, False)}
-    ways["cuDNN, TF32"] = (cnn_vis.GPU_LAYERS, True)
+    ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (GPU_LAYERS, False)}
+    ways["cuDNN, TF32"] = (GPU_LAYERS, True)
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
     for name, (fast, tf32) in ways.items():
         if fast and not has_cudnn:
@@ -138,7 +150,7 @@ def by_batch(times):
 
 def batch_times(work, fast, tf32):
     """Task: {tiles in a batch: ms for each tile}."""
-    cnn_vis.GPU_LAYERS = fast
+    cnn_vis_lib.network.GPU_LAYERS = fast
     loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32)
     found = {}
     for size in work.batches:
@@ -152,8 +164,8 @@ def processes(work):
     """Independent tiles: ms per tile for each number of processes on GPU 0, with all of the
     program's work except the steps."""
     for each in (1, 2, 3):
-        cnn_vis.Workers.EACH = each
-        with cnn_vis.Workers(work.spec, work.objective, gpus=[0]) as workers:
+        Workers.EACH = each
+        with Workers(work.spec, work.objective, gpus=[0]) as workers:
             workers.describe()
             ms = benchmark.tiles_through(workers, noise(work.tiles, workers.tile_size))
             number = workers.processes.number  # fewer than asked for, if these are too many
@@ -164,10 +176,10 @@ def commands(work):
     """Whole commands on a photograph of that size."""
     for size, steps in work.commands.items():
         with tempfile.TemporaryDirectory() as folder:
-            photograph(folder, cnn_vis.parse_size(size, None))
+            photograph(folder, parse_size(size, None))
             few, _ = command(folder, work, 1)
             more, watched = command(folder, work, steps)
-        shape = cnn_vis.parse_size(size, None)
+        shape = parse_size(size, None)
         count = len(cnn_vis.all_tiles(shape, on_gpu(tile_size, work.spec))) * (steps - 1)
         per_tile = 1000 * (more - few) / count
         yield (
@@ -180,13 +192,13 @@ def commands(work):
 
 
 def tile_size(spec):
-    return cnn_vis.load_network(spec).tile_size
+    return load_network(spec).tile_size
 
 
 def photograph(folder, size):
     import skimage.data
 
-    Image.fromarray(cnn_vis.resize(skimage.data.coffee(), size)).save(f"{folder}/in.png")
+    Image.fromarray(resize(skimage.data.coffee(), size)).save(f"{folder}/in.png")
 
 
 def command(folder, work, steps):
@@ -276,13 +288,13 @@ def main():
     names = [part.__name__ for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="some of it only")
     args = parser.parse_args()
-    if not IS_EMULATED and not cnn_vis.count_gpus():
+    if not IS_EMULATED and not count_gpus():
         if not CUDA_ON_CPU.exists():
             sys.exit(f"no GPU found, and the emulation is not built: make {CUDA_ON_CPU}/built")
         words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | EMULATION)
 
-    if not cnn_vis.in_a_worker(cnn_vis.can_use_gpu):
+    if not in_a_worker(can_use_gpu):
         sys.exit(
             "Caffe was built without CUDA; build it: make clean; make PYCAFFE_CUDA=1 gpu-check"
         )
@@ -296,7 +308,7 @@ def main():
                 print(f"| {what} | {value} |", flush=True)
         except Exception as error:
             failed = True
-            print(f"| **failed** | {cnn_vis.one_line(error)[-300:]} |", flush=True)
+            print(f"| **failed** | {one_line(error)[-300:]} |", flush=True)
             print(error, file=sys.stderr)
     sys.exit(failed)
 

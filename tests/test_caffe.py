@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import cnn_vis
+from cnn_vis_lib.description import end_in_objective
+from cnn_vis_lib.prototxt import caffe_net, import_caffe
 
-caffe = cnn_vis.import_caffe()
+caffe = import_caffe()
 HAS = set(caffe.layer_type_list())
 
 
@@ -63,8 +65,8 @@ def test_objectives_are_numpys_to_the_last_bit(activations, objective):
     layer = caffe.proto.caffe_pb2.NetParameter()
     layer.layer.add(name="x", type="Input", top=["x"]).input_param.shape.add(dim=activations.shape)
     ours = cnn_vis.Objective((cnn_vis.Target("x", objective),)).caffe_layer()
-    assert cnn_vis.end_in_objective(layer, "x", *ours)
-    loaded = cnn_vis.caffe_net(layer)
+    assert end_in_objective(layer, "x", *ours)
+    loaded = caffe_net(layer)
     loaded.blobs["x"].data[...] = activations
     loaded.forward()
     with np.errstate(all="ignore"):

@@ -16,6 +16,7 @@ from conftest import (
     GOLDEN,
     ONE,
     QUICK,
+    ROOT,
     RUN,
     DaskCluster,
     assert_one_line,
@@ -30,7 +31,7 @@ from conftest import (
 )
 from test_engines import WORK
 
-import cnn_vis
+from cnn_vis_lib.cluster import Cluster, Crew
 
 LONG = [*RUN, "--num_steps=100000", "--checkpoint_iter=1", "--iter_behavior=none"]
 
@@ -150,7 +151,7 @@ def test_a_worker_without_caffe_is_not_used(dask_cluster, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(GOLDEN, broken / "caffe")
     (broken / "caffe" / "__init__.py").write_text("1 / 0")
-    dask_cluster.add_worker(PYTHONPATH=str(broken))
+    dask_cluster.add_worker(PYTHONPATH=f"{broken}:{ROOT}")
     cluster = f"--scheduler={dask_cluster.address}"
     done = run_cli(*ONE, cluster, cwd=tmp_path)
     assert_one_line(done, 2, "tcp://", "Caffe cannot be imported", "division by zero")
@@ -267,8 +268,8 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     dask_cluster.add_worker()
     dask_cluster.add_worker(within=name)
     dask_cluster.wait_for_workers(2)
-    monkeypatch.setattr(cnn_vis.Crew, "PART", 2048)
-    with cnn_vis.Cluster(*WORK, dask_cluster.address) as engine:
+    monkeypatch.setattr(Crew, "PART", 2048)
+    with Cluster(*WORK, dask_cluster.address) as engine:
         engine.describe()
         assert not engine.notices
         assert "2 workers" in engine.device
@@ -312,10 +313,10 @@ if __name__ == "__main__":
 def test_a_silent_loan_ends_and_another_follows(dask_cluster):
     """When a run falls silent, its Caffe processes end; if it continues, it gets new ones."""
     worker = dask_cluster.add_worker()
-    with cnn_vis.Cluster(*WORK, dask_cluster.address) as engine:
+    with Cluster(*WORK, dask_cluster.address) as engine:
         engine.describe()
         (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
-        shorten = f"import {engine._crew._module.__name__} as m; m.Loan.SILENCE = 0.5"
+        shorten = "from cnn_vis_lib.dask_worker import Loan; Loan.SILENCE = 0.5"
         engine._crew.client.run(exec, shorten)
         tile = np.zeros((3, 32, 32), np.float32)
         first = engine.receive(engine.send([tile]))

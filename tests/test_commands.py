@@ -12,6 +12,7 @@ from conftest import ONE, QUICK, ROOT, TINY, assert_one_line, run_cli
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.errors import log
 
 
 def test_the_version_is_printed(tmp_path):
@@ -73,5 +74,5 @@ def test_main_leaves_the_callers_logging_and_streams_alone(tmp_path, monkeypatch
         logging.getLogger().removeHandler(root)
     assert said.getvalue().count("out.png: done") == 1
     assert "done" not in told.getvalue()
-    assert cnn_vis.log.propagate
-    assert cnn_vis.log.level == logging.NOTSET
+    assert log.propagate
+    assert log.level == logging.NOTSET

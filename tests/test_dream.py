@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.ahead import Steps, after_tiles, cut_tile, tile_gradients
 
 
 def gradient(tile):
@@ -33,7 +34,7 @@ def step(image, region, gradient):
 
 
 class PretendedEngine:
-    """A fake cnn_vis.Engine with `slots` places. Fails if it is given more than it can hold, or
+    """A fake Engine with `slots` places. Fails if it is given more than it can hold, or
     asked for too much."""
 
     def __init__(self, slots, batch_size, number=1):
@@ -78,15 +79,15 @@ def test_order_of_work_does_not_show(size, tile, steps, slots, batch_size, threa
     for colour in colours:
         before = expected.copy()
         for region in colour:
-            step(expected, region, gradient(cnn_vis.cut_tile(before, region)))
+            step(expected, region, gradient(cut_tile(before, region)))
             order.append(region)
 
     engine = PretendedEngine(slots, batch_size)
     measured = [seed % (number + 2) == 0 for number in range(len(colours))]
     regions, losses = [], []
     with pool_of(threads) as pool:
-        steps, turns = cnn_vis.Steps(pool), zip(colours, measured)
-        for region, downhill, loss in cnn_vis.tile_gradients(engine, image, turns, steps):
+        steps, turns = Steps(pool), zip(colours, measured)
+        for region, downhill, loss in tile_gradients(engine, image, turns, steps):
             regions.append(region)
             losses.append(loss)
             steps.take(region, step, image, region, downhill)
@@ -111,18 +112,18 @@ def test_stops_between_tiles_do_not_show(size, tile, slots, batch_size, threads,
     image = np.random.default_rng(0).normal(size=(1, 3, *size))
     turns = [(colour, False) for colour in cnn_vis.tiles(size, tile)] * 3
     expected, engine = image.copy(), PretendedEngine(slots, batch_size)
-    left, steps = cnn_vis.after_tiles(0, turns), cnn_vis.Steps()
-    for region, downhill, _ in cnn_vis.tile_gradients(engine, expected, left, steps):
+    left, steps = after_tiles(0, turns), Steps()
+    for region, downhill, _ in tile_gradients(engine, expected, left, steps):
         step(expected, region, downhill)
 
     total, done, before = sum(len(colour) for colour, _ in turns), [], {}
     for stop in sorted([*stops, total + 1]):
-        left = cnn_vis.after_tiles(len(done), turns)
+        left = after_tiles(len(done), turns)
         before = {region: np.array(pixels) for region, pixels in before.items()}
         engine = PretendedEngine(slots, batch_size)
         with pool_of(threads) as pool:
-            steps, is_stopping = cnn_vis.Steps(pool), lambda stop=stop: len(done) >= stop
-            for region, downhill, _ in cnn_vis.tile_gradients(
+            steps, is_stopping = Steps(pool), lambda stop=stop: len(done) >= stop
+            for region, downhill, _ in tile_gradients(
                 engine, image, left, steps, before, is_stopping
             ):
                 steps.take(region, step, image, region, downhill)
@@ -141,11 +142,11 @@ def test_the_engine_is_kept_busy():
     image = np.zeros((1, 3, *size))
     turns = [(colour, False) for colour in colours]
     engine, idle = PretendedEngine(slots=3, batch_size=1), 0
-    for _ in cnn_vis.tile_gradients(engine, image, turns, cnn_vis.Steps()):
+    for _ in tile_gradients(engine, image, turns, Steps()):
         idle += not engine.held
     assert idle == 1  # at the end
     engine = PretendedEngine(slots=3, batch_size=5)
-    for _ in cnn_vis.tile_gradients(engine, image, turns, cnn_vis.Steps()):
+    for _ in tile_gradients(engine, image, turns, Steps()):
         pass
     assert np.mean(engine.batches) > 3  # of colours of 11 to 15 tiles
 
@@ -174,7 +175,7 @@ def test_gpus_share_the_tiles_of_a_turn(number):
     size = (1080, 1920)
     turns = [(colour, False) for colour in cnn_vis.tiles(size, (224, 224))] * 4
     engine = Clockwork(number)
-    for _ in cnn_vis.tile_gradients(engine, np.zeros((1, 3, *size)), turns, cnn_vis.Steps()):
+    for _ in tile_gradients(engine, np.zeros((1, 3, *size)), turns, Steps()):
         pass
     assert engine.now / sum(len(colour) for colour, _ in turns) < 1.06 * 20 / number
 

@@ -32,10 +32,17 @@ from conftest import (
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.cluster import Cluster
+from cnn_vis_lib.errors import Stopped
+from cnn_vis_lib.machine import visible_gpu
+from cnn_vis_lib.models import NetworkFiles
+from cnn_vis_lib.network import NetworkSpec
+from cnn_vis_lib.processes import GpuFailed, check_log
+from cnn_vis_lib.workers import Workers
 
-FILES = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+FILES = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
 OBJECTIVE = cnn_vis.Objective((cnn_vis.Target("inception_a/output"),))
-SPEC = cnn_vis.NetworkSpec(FILES, OBJECTIVE.layers(), objective=OBJECTIVE.caffe_layer())
+SPEC = NetworkSpec(FILES, OBJECTIVE.layers(), objective=OBJECTIVE.caffe_layer())
 WORK = SPEC, OBJECTIVE
 
 
@@ -46,7 +53,7 @@ class Local:
         self.others = set(workers(os.getpid()))  # of the test before
 
     def engine(self, spec, objective):
-        return cnn_vis.Workers(spec, objective, 2)
+        return Workers(spec, objective, 2)
 
     def processes(self):
         """The pids of what computes tiles."""
@@ -63,7 +70,7 @@ class OnDask:
         cluster.wait_for_workers(2)
 
     def engine(self, spec, objective):
-        return cnn_vis.Cluster(spec, objective, self.cluster.address)
+        return Cluster(spec, objective, self.cluster.address)
 
     def processes(self):
         servers = [pid for nanny in self.cluster.workers for pid in workers(nanny.pid)]
@@ -168,11 +175,11 @@ def test_an_engine_tells_why_caffe_stopped(kind, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("error", [None, cnn_vis.RunFailed, cnn_vis.Stopped])
+@pytest.mark.parametrize("error", [None, cnn_vis.RunFailed, Stopped])
 def test_an_engine_leaves_nothing_behind(kind, error):
     """However it ends, with tiles under way."""
     assert not kind.processes()
-    with contextlib.suppress(cnn_vis.RunFailed, cnn_vis.Stopped), kind.engine(*WORK) as engine:
+    with contextlib.suppress(cnn_vis.RunFailed, Stopped), kind.engine(*WORK) as engine:
         engine.describe()
         for tile in some_tiles(4):
             engine.send([tile])
@@ -219,9 +226,9 @@ def test_a_run_ends_when_workers_are_killed_too_often(tmp_path):
 
 def test_gpus_are_those_that_this_process_sees(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [cnn_vis.visible_gpu(number) for number in (0, 2)] == ["0", "2"]
+    assert [visible_gpu(number) for number in (0, 2)] == ["0", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a1f")
-    assert [cnn_vis.visible_gpu(number) for number in (0, 1)] == ["3", "GPU-8a1f"]
+    assert [visible_gpu(number) for number in (0, 1)] == ["3", "GPU-8a1f"]
 
 
 def test_a_caffe_that_does_not_work_is_one_line(tmp_path):
@@ -267,14 +274,14 @@ def test_too_few_descriptors_are_one_line(number, tmp_path):
     ],
 )
 def test_what_a_gpu_fails_with_is_told_with_its_remedy(log, words):
-    with pytest.raises(cnn_vis.GpuFailed, match=words) as raised:
-        cnn_vis.check_log(f"F1125 12:00:00.000000 1 syncedmem.cpp:71] {log}\n*** Check failure")
+    with pytest.raises(GpuFailed, match=words) as raised:
+        check_log(f"F1125 12:00:00.000000 1 syncedmem.cpp:71] {log}\n*** Check failure")
     assert "--gpu" in str(raised.value)
     assert "belong together" not in str(raised.value)
 
 
 def test_a_batch_beyond_all_memory_is_a_bad_request():
-    with cnn_vis.Workers(*WORK) as engine:
+    with Workers(*WORK) as engine:
         engine.describe()
         engine.batch_size = 10**13
         with pytest.raises(cnn_vis.BadRequest, match="--batch_size 10000000000000: needs"):
@@ -286,9 +293,10 @@ def test_killed_workers_are_replaced_where_nobody_may_wait_for_them(tmp_path):
     code = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import cnn_vis, conftest, test_engines
+import conftest, test_engines
+from cnn_vis_lib.workers import Workers
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-with cnn_vis.Workers(*test_engines.WORK, 2) as engine:
+with Workers(*test_engines.WORK, 2) as engine:
     engine.describe()
     conftest.kill_workers(os.getpid())
     (tile,) = test_engines.some_tiles(1)

@@ -229,6 +229,7 @@ def test_example_settings(number, tmp_path):
         for name in ("initial_size", "final_size"):
             assert float(changed.pop(name)) * min(size) / max(size) >= 224
     assert changed.keys() <= expected.keys()
+    options.target_layer = str(options.target_layer)
     assert {name: getattr(options, name) for name in expected} == expected
 
 

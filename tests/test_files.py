@@ -31,6 +31,7 @@ from conftest import (
     mutated,
     pixels,
     run_cli,
+    run_process,
     start,
     under_way,
     wait_for,
@@ -38,6 +39,10 @@ from conftest import (
 from PIL import Image, ImageCms, PngImagePlugin
 
 import cnn_vis
+from cnn_vis_lib.behaviors import ARRAYS
+from cnn_vis_lib.checkpoints import Checkpoint
+from cnn_vis_lib.files import part_name, whole_file
+from cnn_vis_lib.writing import FORMATS, write_picture
 
 
 @pytest.fixture
@@ -133,7 +138,7 @@ def test_the_extension_decides_the_format(extension, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / name) as picture:
-        assert cnn_vis.FORMATS[f".{extension}"][0] == picture.format
+        assert FORMATS[f".{extension}"][0] == picture.format
         assert "sRGB" in ImageCms.getProfileDescription(
             ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
         )
@@ -147,7 +152,7 @@ def test_sides_that_a_format_does_not_hold(extension, side, tmp_path):
     done = run_cli(*options, f"--initial_size=32x{side}", cwd=tmp_path)
     assert_one_line(done, 2, "--output", str(side - 1), ".png")
     path = tmp_path / f"long.{extension}"
-    cnn_vis.write_picture(np.zeros((2, side - 1, 3), np.uint8), str(path))
+    write_picture(np.zeros((2, side - 1, 3), np.uint8), str(path))
     assert Image.open(path).width == side - 1
 
 
@@ -256,19 +261,17 @@ def test_parts_of_killed_runs_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     stale = [
-        cnn_vis.part_name(str(tmp_path / name), dead.pid)
+        part_name(str(tmp_path / name), dead.pid)
         for name in ("out.png", "out.png.checkpoint", "out_1_50.png")
     ]
     kept = [
-        cnn_vis.part_name(str(tmp_path / "out.png"), os.getpid()),
-        cnn_vis.part_name(str(tmp_path / "other.png"), dead.pid),
-        cnn_vis.part_name(str(tmp_path / "out.png"), dead.pid).replace(
-            os.uname().nodename, "elsewhere"
-        ),
+        part_name(str(tmp_path / "out.png"), os.getpid()),
+        part_name(str(tmp_path / "other.png"), dead.pid),
+        part_name(str(tmp_path / "out.png"), dead.pid).replace(os.uname().nodename, "elsewhere"),
     ]
     for path in stale + kept:
         open(path, "w").close()
-    assert run_cli(*ONE, cwd=tmp_path).returncode == 0
+    assert run_process(*ONE, cwd=tmp_path).returncode == 0
     assert {path for path in stale + kept if os.path.exists(path)} == set(kept)
 
 
@@ -434,12 +437,12 @@ def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
     were."""
     path, randomly = tmp_path / CHECKPOINT, random.Random(8)
     path.write_bytes(checkpoint)
-    sound = cnn_vis.Checkpoint.read(str(path), cnn_vis.ARRAYS)
+    sound = Checkpoint.read(str(path), ARRAYS)
     refused = 0
     for _ in range(500):
         path.write_bytes(mutated(checkpoint, randomly))
         try:
-            same = cnn_vis.Checkpoint.read(str(path), cnn_vis.ARRAYS)
+            same = Checkpoint.read(str(path), ARRAYS)
         except cnn_vis.BadRequest as error:
             assert len(str(error).splitlines()) == 1
             refused += 1
@@ -597,9 +600,9 @@ def test_a_picture_that_does_not_fit_on_the_disk_leaves_the_old_one(name, tmp_pa
     code = f"""if True:
         import resource, sys
         import numpy as np
-        import cnn_vis
+        from cnn_vis_lib.writing import write_picture
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        cnn_vis.write_picture(np.load("noise.npy"), "{name}")"""
+        write_picture(np.load("noise.npy"), "{name}")"""
     words = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -784,7 +787,7 @@ def test_a_file_that_cannot_be_replaced_survives_a_full_disk(small_disk, monkeyp
     path = small_disk / "out.bin"
     path.write_bytes(b"before")
     (small_disk / "filler").write_bytes(bytes(40_000))
-    with pytest.raises(cnn_vis.RunFailed, match="No space left"), cnn_vis.whole_file(path) as file:
+    with pytest.raises(cnn_vis.RunFailed, match="No space left"), whole_file(path) as file:
         file.write(bytes(15_000))
     assert path.read_bytes() == b"before"
     assert sorted(os.listdir(small_disk)) == ["filler", "out.bin"]
@@ -804,7 +807,7 @@ def test_a_file_that_is_half_overwritten_is_told_with_its_copy(tmp_path, monkeyp
     monkeypatch.setattr(shutil, "copyfileobj", fail)
     path = tmp_path / "out.bin"
     path.write_bytes(b"before")
-    with pytest.raises(cnn_vis.RunFailed) as raised, cnn_vis.whole_file(path) as file:
+    with pytest.raises(cnn_vis.RunFailed) as raised, whole_file(path) as file:
         file.write(b"content")
     assert "halfway" in str(raised.value)
     copy = pathlib.Path(str(raised.value).rpartition(" ")[2])
@@ -819,5 +822,5 @@ def test_devices_are_never_replaced(tmp_path):
         (tmp_path / name).symlink_to("/dev/null")
         assert_one_line(run_cli(*ONE, word, cwd=tmp_path), 2, name, "not a regular file")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    with pytest.raises(cnn_vis.RunFailed, match="regular file"), cnn_vis.whole_file("/dev/null"):
+    with pytest.raises(cnn_vis.RunFailed, match="regular file"), whole_file("/dev/null"):
         pass

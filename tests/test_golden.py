@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, TINY, pixels, psnr, run_cli
 
-import cnn_vis
+from cnn_vis_lib.models import MODELS
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 COMMANDS = [
@@ -49,7 +49,7 @@ def test_tiny_network(case, tmp_path):
 @pytest.mark.parametrize(("case", "bound", "arguments"), COMMANDS, ids=[c[0] for c in COMMANDS])
 def test_googlenet(case, bound, arguments, photographs, tmp_path):
     """The same on BVLC GoogLeNet, as far as rounding noise allows."""
-    if cnn_vis.MODELS["bvlc_googlenet"].find_weights() is None:
+    if MODELS["bvlc_googlenet"].find_weights() is None:
         pytest.skip(
             "BVLC GoogLeNet is not in $CAFFE_ROOT/models, $CNN_VIS_MODELS or the user's cache"
         )

@@ -39,12 +39,17 @@ from test_engines import WORK
 from test_golden import CASES, tiny_pictures
 
 import cnn_vis
+from cnn_vis_lib.engines import can_use_gpu
+from cnn_vis_lib.machine import count_gpus
+from cnn_vis_lib.processes import in_a_worker
+from cnn_vis_lib.records import read_record
+from cnn_vis_lib.workers import Workers
 
 NO_DRIVER = {"PYTHONPATH": EMULATION["PYTHONPATH"], "CUDA_VISIBLE_DEVICES": None}
 EMULATED = NO_DRIVER | EMULATION
-IS_REAL = cnn_vis.count_gpus() > 0 and cnn_vis.in_a_worker(cnn_vis.can_use_gpu)
+IS_REAL = count_gpus() > 0 and in_a_worker(can_use_gpu)
 GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
-COUNT = cnn_vis.count_gpus() if IS_REAL else 2
+COUNT = count_gpus() if IS_REAL else 2
 
 # How far a GPU's pictures may differ from the CPU's, in grey levels and in dB. Adding in another
 # order changes the last bits, and a dream amplifies every difference.
@@ -115,7 +120,8 @@ def assert_near(path, other):
 
 GRADIENT = """
 import dataclasses, sys, numpy, cnn_vis, conftest
-files = cnn_vis.NetworkFiles(*sys.argv[1:3])
+from cnn_vis_lib.models import NetworkFiles
+files = NetworkFiles(*sys.argv[1:3])
 terms, neuron, use_gpu = sys.argv[3:]
 form = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
 targets = cnn_vis.objective(terms).targets
@@ -370,7 +376,10 @@ def test_tf32_is_off_where_it_is_not_asked_for(distances):
 
 @pytest.mark.parametrize(
     "change, kind",
-    [("", "CudnnConvolution"), ("import cnn_vis; cnn_vis.GPU_LAYERS = {}", "Convolution")],
+    [
+        ("", "CudnnConvolution"),
+        ("import cnn_vis_lib.network as room; room.GPU_LAYERS = {}", "Convolution"),
+    ],
 )
 def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_path):
     gpu, _ = gradients(tmp_path, "gpu", "inception_a/output", change=change, **GPU)
@@ -387,7 +396,7 @@ def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
     ratio = psnr(tmp_path / "out.png", on_cpu)
     assert ratio >= 20
     assert IS_REAL or ratio < RATIO
-    record, _ = cnn_vis.read_record(str(tmp_path / "out.png"))
+    record, _ = read_record(str(tmp_path / "out.png"))
     assert "--tf32" in record["command"]
     done = run_cli(*DREAM, "--gpu=-1", "--tf32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -487,7 +496,7 @@ def test_processes_that_cannot_be_started_are_an_error(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", fails_at_the_second)
     with (
         pytest.raises(cnn_vis.RunFailed, match="workers cannot be started"),
-        cnn_vis.Workers(*WORK, gpus=[0]) as workers,
+        Workers(*WORK, gpus=[0]) as workers,
     ):
         workers.describe()
     assert started[0].returncode == -signal.SIGKILL

@@ -117,7 +117,7 @@ def test_it_lists_layers_and_finds_classes(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "inception_4c/output" in done.stdout
     python = command.parent / "python"
-    code = "import cnn_vis; print(*[len(cnn_vis.class_names(n)) for n in cnn_vis.CLASSES])"
+    code = "from cnn_vis_lib.terms import *; print(*[len(class_names(n)) for n in CLASSES])"
     done = run_installed(python, "-c", code, cwd=tmp_path)
     assert done.stdout == "1000 365 205\n", done.stderr
 

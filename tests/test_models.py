@@ -21,6 +21,9 @@ from conftest import GOLDEN, ONE, ROOT, TINY, assert_one_line, psnr, run_cli
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.description import Description, fit_classifier
+from cnn_vis_lib.models import GOOGLENET_DEPLOY, MODELS, Model, find_in_caffe
+from cnn_vis_lib.prototxt import caffe_net
 
 MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
 
@@ -32,12 +35,10 @@ PLACES_NAME = "googlelet_places205_train_iter_2400000.caffemodel"
 def googlenet_weights(classes):
     """The bytes of a caffemodel that fits GoogLeNet's prototxt, with random weights and `classes`
     classes."""
-    net = cnn_vis.Description(
-        cnn_vis.find_in_caffe(cnn_vis.GOOGLENET_DEPLOY, cnn_vis.GOOGLENET_DEPLOY)
-    ).net
-    cnn_vis.fit_classifier(net, {"loss3/classifier": [(classes, 1024), (classes,)]})
+    net = Description(find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)).net
+    fit_classifier(net, {"loss3/classifier": [(classes, 1024), (classes,)]})
     with tempfile.NamedTemporaryFile() as file:
-        cnn_vis.caffe_net(net).save(file.name)
+        caffe_net(net).save(file.name)
         return file.read()
 
 
@@ -140,10 +141,10 @@ def test_a_file_with_the_known_hash_is_verified(server, weights, tmp_path, monke
     """A file with the known hash is installed as verified. Runs in this process, to replace the
     real hash, which no test file has."""
     server["/file"] = weights(1000)
-    model = cnn_vis.Model(
+    model = Model(
         "bvlc_googlenet", "http://unused", (f"sha1:{hashlib.sha1(weights(1000)).hexdigest()}",)
     )
-    monkeypatch.setitem(cnn_vis.MODELS, "bvlc_googlenet", model)
+    monkeypatch.setitem(MODELS, "bvlc_googlenet", model)
     monkeypatch.setenv("CNN_VIS_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("CAFFE_ROOT", raising=False)
     assert (
@@ -217,7 +218,7 @@ def test_a_slow_but_steady_server_is_waited_for(server, weights, tmp_path):
 def test_a_silent_server_is_not_waited_for(server, tmp_path, monkeypatch, capsys):
     release = threading.Event()
     server["/file"] = lambda handler: release.wait(20)
-    monkeypatch.setattr(cnn_vis, "TIMEOUT", 1)
+    monkeypatch.setattr("cnn_vis_lib.download.TIMEOUT", 1)
     monkeypatch.setenv("CNN_VIS_MODELS", str(tmp_path / "models"))
     assert (
         cnn_vis.main(["--download_model=googlenet_places365", f"--model_url={server['url']}/file"])

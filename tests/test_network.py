@@ -10,6 +10,14 @@ import pytest
 from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, Ascent, assert_one_line, mutated, psnr, run_cli
 
 import cnn_vis
+from cnn_vis_lib.description import Description
+from cnn_vis_lib.errors import OutOfMemory
+from cnn_vis_lib.models import MODELS, NetworkFiles, read_mean
+from cnn_vis_lib.network import NetworkSpec, layer_shapes, structure_error
+from cnn_vis_lib.processes import CaffeProcesses, CaffeStopped
+from cnn_vis_lib.prototxt import caffe_net, import_caffe, parse_prototxt
+from cnn_vis_lib.terminal import printable
+from cnn_vis_lib.workers import describe
 
 MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
 
@@ -25,7 +33,7 @@ MINI = ROOT / "models" / "googlenet_mini" / "googlenet_mini.caffemodel"
 )
 def test_the_gradient_through_caffe_is_the_slope(target, objective):
     """From the picture through a real net: slopes of the objective, in single precision."""
-    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    files = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
     network = Ascent(files, cnn_vis.Target(target, objective))
     random = np.random.default_rng(5)
     batch = random.normal(0, 60, (2, 3, 32, 32)).astype(np.float32)
@@ -123,10 +131,10 @@ def test_listed_layers_are_those_that_can_be_targeted(tmp_path):
 
 def test_every_listed_layer_can_be_amplified():
     """Backward from each layer of the small network reaches the picture."""
-    deploy = cnn_vis.MODELS["googlenet_mini"].find_deploy()
+    deploy = MODELS["googlenet_mini"].find_deploy()
     batch = np.random.default_rng(0).normal(0, 50, (1, 3, 224, 224)).astype(np.float32)
-    files = cnn_vis.NetworkFiles(deploy, str(MINI))
-    names = [name for name, *_ in cnn_vis.layer_shapes(files)[0]]
+    files = NetworkFiles(deploy, str(MINI))
+    names = [name for name, *_ in layer_shapes(files)[0]]
     for name in names[::7] + names[-1:]:
         gradient, (loss,) = Ascent(files, cnn_vis.Target(name)).gradients(batch)
         assert np.isfinite(gradient).all()
@@ -140,17 +148,17 @@ def test_every_listed_layer_can_be_amplified():
 def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_path):
     """The width is that of the weights: in the older format of shapes too, where there is no bias,
     and for one class."""
-    cnn_vis.import_caffe()
+    import_caffe()
     from caffe.proto import caffe_pb2
 
     text = (GOLDEN / "deploy.prototxt").read_text()
     if not bias:
         text = re.sub(r"param { lr_mult: 2 } (inner_product_param {)", r"\1 bias_term: false", text)
     (tmp_path / "deploy.prototxt").write_text(text)
-    net = cnn_vis.Description(str(tmp_path / "deploy.prototxt")).net
+    net = Description(str(tmp_path / "deploy.prototxt")).net
     (layer,) = (layer for layer in net.layer if layer.type == "InnerProduct")
     layer.inner_product_param.num_output = classes
-    cnn_vis.caffe_net(net).save(str(tmp_path / "new.caffemodel"))
+    caffe_net(net).save(str(tmp_path / "new.caffemodel"))
     weights = caffe_pb2.NetParameter.FromString((tmp_path / "new.caffemodel").read_bytes())
     for blob in (blob for layer in weights.layer for blob in layer.blobs if legacy):
         blob.num, blob.channels, blob.height, blob.width = [1] * (4 - len(blob.shape.dim)) + list(
@@ -159,8 +167,8 @@ def test_the_classifier_has_the_width_of_the_weights(classes, bias, legacy, tmp_
         blob.ClearField("shape")
     (tmp_path / "new.caffemodel").write_bytes(weights.SerializeToString())
     files = (str(tmp_path / "deploy.prototxt"), str(tmp_path / "new.caffemodel"))
-    assert cnn_vis.structure_error(*files) is None
-    layers, *_ = cnn_vis.layer_shapes(cnn_vis.NetworkFiles(*files, fit_classifier=True))
+    assert structure_error(*files) is None
+    layers, *_ = layer_shapes(NetworkFiles(*files, fit_classifier=True))
     assert (layer.name, (classes,), layer.name) in layers
 
 
@@ -218,22 +226,22 @@ def test_damaged_networks_are_loaded_or_refused_in_one_line(kind, tmp_path):
     line."""
     files = {"deploy": GOLDEN / "deploy.prototxt", "weights": GOLDEN / "tiny_inception.caffemodel"}
     data, randomly, outcomes = files[kind].read_bytes(), random.Random(kind), []
-    with cnn_vis.CaffeProcesses() as processes:
+    with CaffeProcesses() as processes:
         for number in range(200):
             path = tmp_path / str(number)
             path.write_bytes(mutated(data, randomly))
             given = {name: str(path if name == kind else file) for name, file in files.items()}
-            network = cnn_vis.NetworkFiles(**given, fit_classifier=bool(number % 2))
+            network = NetworkFiles(**given, fit_classifier=bool(number % 2))
             objective = cnn_vis.Objective((cnn_vis.Target("inception_a/output"),))
-            spec = cnn_vis.NetworkSpec(network, objective.layers())
+            spec = NetworkSpec(network, objective.layers())
             try:
-                processes.call(cnn_vis.describe, spec, objective)
+                processes.call(describe, spec, objective)
                 outcomes.append("loaded")
             except cnn_vis.BadRequest as error:
-                assert len(cnn_vis.printable(str(error)).splitlines()) == 1, error
+                assert len(printable(str(error)).splitlines()) == 1, error
                 outcomes.append("refused")
-            except (cnn_vis.CaffeStopped, cnn_vis.OutOfMemory) as error:
-                assert len(cnn_vis.printable(str(error)).splitlines()) == 1, error
+            except (CaffeStopped, OutOfMemory) as error:
+                assert len(printable(str(error)).splitlines()) == 1, error
                 outcomes.append("stopped")
                 processes.start()
     assert len(set(outcomes)) >= 2, outcomes
@@ -262,7 +270,7 @@ def test_a_network_of_more_than_512_mb_is_read(tmp_path):
     text += 'layer { name: "large" type: "InnerProduct" bottom: "data" top: "large" '
     text += "inner_product_param { num_output: 44000 } }\n"
     (tmp_path / "large.prototxt").write_text(text)
-    net = cnn_vis.caffe_net(cnn_vis.Description(str(tmp_path / "large.prototxt")).net)
+    net = caffe_net(Description(str(tmp_path / "large.prototxt")).net)
     net.copy_from(f"{GOLDEN}/tiny_inception.caffemodel")
     net.save(str(tmp_path / "large.caffemodel"))
     del net
@@ -276,7 +284,7 @@ def test_a_network_of_more_than_512_mb_is_read(tmp_path):
 def changed_weights(change, tmp_path):
     """Writes the tiny network's weights, edited by change({layer name: layer}); returns the option
     for the file."""
-    cnn_vis.import_caffe()
+    import_caffe()
     from caffe.proto import caffe_pb2
 
     net = caffe_pb2.NetParameter.FromString((GOLDEN / "tiny_inception.caffemodel").read_bytes())
@@ -311,7 +319,7 @@ def test_empty_statistics_of_batch_normalization_are_told(tmp_path):
     text = (GOLDEN / "deploy.prototxt").read_text()
     text += 'layer { name: "bn" type: "BatchNorm" bottom: "classifier" top: "bn" }\n'
     (tmp_path / "bn.prototxt").write_text(text)
-    net = cnn_vis.caffe_net(cnn_vis.Description(str(tmp_path / "bn.prototxt")).net)
+    net = caffe_net(Description(str(tmp_path / "bn.prototxt")).net)
     net.copy_from(f"{GOLDEN}/tiny_inception.caffemodel")
     for factor in (0, 1):
         net.params["bn"][2].data[...] = factor
@@ -331,8 +339,8 @@ def test_empty_statistics_of_batch_normalization_are_told(tmp_path):
 def test_prototxts_may_have_comments_in_any_encoding(comment, mark, tmp_path):
     text = (GOLDEN / "deploy.prototxt").read_bytes()
     (tmp_path / "odd.prototxt").write_bytes(mark + b"# " + comment + b"\n" + text)
-    net = cnn_vis.parse_prototxt(str(tmp_path / "odd.prototxt"))
-    assert net == cnn_vis.parse_prototxt(f"{GOLDEN}/deploy.prototxt")
+    net = parse_prototxt(str(tmp_path / "odd.prototxt"))
+    assert net == parse_prototxt(f"{GOLDEN}/deploy.prototxt")
 
 
 FOREIGN = {
@@ -355,14 +363,14 @@ def test_what_is_not_weights_is_named(kind, tmp_path):
 
 
 def test_a_mean_image_may_be_a_binaryproto(tmp_path):
-    cnn_vis.import_caffe()
+    import_caffe()
     from caffe.proto import caffe_pb2
 
     mean = np.load(GOLDEN / "mean.npy")
     blob = caffe_pb2.BlobProto(data=mean.ravel().tolist())
     (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
-    found = cnn_vis.read_mean(str(tmp_path / "mean.binaryproto"))
-    assert found == pytest.approx(cnn_vis.read_mean(f"{GOLDEN}/mean.npy"), rel=1e-6)
+    found = read_mean(str(tmp_path / "mean.binaryproto"))
+    assert found == pytest.approx(read_mean(f"{GOLDEN}/mean.npy"), rel=1e-6)
     (tmp_path / "bad.binaryproto").write_bytes(b"nonsense")
     done = run_cli(*ONE, "--mean_image=bad.binaryproto", cwd=tmp_path)
     assert_one_line(done, 2, "--mean_image", "bad.binaryproto")
@@ -419,7 +427,7 @@ def test_other_programs_weights_are_told_as_such(name, tmp_path):
 
 def test_the_gradient_of_a_scaled_input_is_the_slope():
     """As without a scale, of the pixels: the network sees the tile times the scale."""
-    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    files = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
     form = cnn_vis.AmplifyLayer(clip=1e9)
     plain, scaled = (
         Ascent(dataclasses.replace(files, scale=scale), cnn_vis.Target("inception_a/output", form))

@@ -16,11 +16,13 @@ from conftest import CARD, GOLDEN, QUICK, TINY, assert_one_line, encoded, mutate
 from PIL import Image, ImageCms, ImageFilter
 
 import cnn_vis
+from cnn_vis_lib.formats import PNG
+from cnn_vis_lib.reading import read_picture
 
 
 def read(data, tmp_path, name="in.png", background="white"):
     (tmp_path / name).write_bytes(data)
-    return cnn_vis.read_picture(str(tmp_path / name), background)
+    return read_picture(str(tmp_path / name), background)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])
@@ -43,7 +45,7 @@ def test_exif_orientation_is_respected(tmp_path):
 
 def test_damaged_exif_is_no_hindrance(tmp_path):
     CARD.save(tmp_path / "in.png", exif=b"garbage")
-    assert np.array_equal(cnn_vis.read_picture(str(tmp_path / "in.png"))[0], np.asarray(CARD))
+    assert np.array_equal(read_picture(str(tmp_path / "in.png"))[0], np.asarray(CARD))
 
 
 def test_the_background_shows_where_a_picture_is_transparent(tmp_path):
@@ -186,7 +188,7 @@ def test_deep_grey_tiffs_have_the_range_that_is_told(kind, tmp_path):
     values, options, expected = DEEP[kind]
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     tifffile.imwrite(tmp_path / "in.tif", values, **{"photometric": "minisblack"} | options)
-    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    seen, remarks = read_picture(str(tmp_path / "in.tif"))
     assert np.abs(seen[:, :, 0].astype(int) - expected).max() <= 1
     is_guess = kind in ("12 bits in 16", "heights below zero", "integers of 32 bits")
     assert [("taken as" in remark) for remark in remarks] == [True] * is_guess
@@ -216,7 +218,7 @@ def test_deep_tiffs_of_several_channels_are_read(kind, planar, tmp_path):
         expected = expected * share + 255 * (1 - share)
     values = np.moveaxis(values, -1, 0) if planar == "separate" else values
     tifffile.imwrite(tmp_path / "in.tif", values, planarconfig=planar, **options)
-    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    seen, remarks = read_picture(str(tmp_path / "in.tif"))
     assert remarks == []
     assert np.abs(seen - expected).max() <= 2
 
@@ -370,7 +372,7 @@ def raw_file(path, magic=None, orientation=1, has_preview=True):
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_the_largest_picture_in_a_camera_raw_is_taken(magic, orientation, tmp_path):
     expected = raw_file(tmp_path / "in.dng", magic, orientation)
-    picture, remarks = cnn_vis.read_picture(str(tmp_path / "in.dng"))
+    picture, remarks = read_picture(str(tmp_path / "in.dng"))
     expected = np.rot90(expected, -1) if orientation == 6 else expected
     assert np.array_equal(picture, expected)
     (remark,) = remarks
@@ -380,7 +382,7 @@ def test_the_largest_picture_in_a_camera_raw_is_taken(magic, orientation, tmp_pa
 
 def test_a_camera_raw_with_a_thumbnail_alone_is_told(tmp_path):
     raw_file(tmp_path / "in.dng", has_preview=False)
-    picture, (remark,) = cnn_vis.read_picture(str(tmp_path / "in.dng"))
+    picture, (remark,) = read_picture(str(tmp_path / "in.dng"))
     assert picture.shape == (40, 60, 3)
     assert "camera raw; the largest picture in it, 40x60, is used" in remark
 
@@ -427,7 +429,7 @@ def test_tiffs_of_other_numbers_are_seen_as_they_are(kind, tmp_path):
     if values.ndim == 3 and values.shape[2] == 4:
         colours["extrasamples"] = ["unassalpha"]
     tifffile.imwrite(tmp_path / "in.tif", values, **colours)
-    picture, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    picture, remarks = read_picture(str(tmp_path / "in.tif"))
     assert picture == pytest.approx(np.repeat(expected[..., None], 3, 2), abs=2)
     assert bool(remarks) == is_guess
 
@@ -466,7 +468,7 @@ def deep_png(values, *chunks, colour=2):
     length = len(rows) // height
     lines = b"".join(b"\0" + rows[i : i + length] for i in range(0, len(rows), length))
     pixels = chunk(b"IDAT", zlib.compress(lines))
-    return cnn_vis.PNG + chunk(b"IHDR", header) + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+    return PNG + chunk(b"IHDR", header) + b"".join(chunks) + pixels + chunk(b"IEND", b"")
 
 
 def cicp(*numbers):
@@ -668,7 +670,7 @@ def test_fewer_bits_in_16_are_told(form, bits, tmp_path):
     white = [(281, "H", 1, 2**bits - 1, True)]
     for tags in ([], white, [(281, "H", 1, 65535, True)]):
         tifffile.imwrite(tmp_path / "in.tif", values.squeeze(), extratags=tags, **options)
-        seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+        seen, remarks = read_picture(str(tmp_path / "in.tif"))
         is_white = tags == white or not tags
         assert np.abs(seen[0, :, 1] - expected * (1 if is_white else 2**bits / 65536)).max() <= 1
         assert ["taken as" in remark for remark in remarks] == [True] * (not tags)
@@ -686,7 +688,7 @@ def test_heights_have_their_contrast_without_what_is_no_data(kind, nothing, tmp_
         heights[:10, :20] = float(nothing)
         tags = [(42113, "s", 0, nothing, True)]
     tifffile.imwrite(tmp_path / "in.tif", heights, extratags=tags, photometric="minisblack")
-    seen, (remark,) = cnn_vis.read_picture(str(tmp_path / "in.tif"), "red")
+    seen, (remark,) = read_picture(str(tmp_path / "in.tif"), "red")
     low, high = (0, 4095) if kind == "<i2" else (100, 2900)
     assert f"taken as {low} (black) to {high} (white)" in remark
     expected = (np.linspace(100, 2900, 300) - low) * (255 / (high - low))
@@ -731,7 +733,7 @@ def test_palettes_of_8_bits_in_a_tiff_are_seen(tmp_path):
         colours = (np.random.default_rng(1).random((3, 256)) * top).astype(np.uint16)
         index = np.arange(200, dtype=np.uint8)[None].repeat(40, 0)
         tifffile.imwrite(tmp_path / "in.tif", index, photometric="palette", colormap=colours)
-        seen, _ = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+        seen, _ = read_picture(str(tmp_path / "in.tif"))
         expected = colours.T[:200] if top == 255 else colours.T[:200] // 256
         assert np.array_equal(seen[0], expected)
 
@@ -743,7 +745,7 @@ def test_the_first_full_page_of_a_tiff_is_taken(depth, tmp_path):
     with tifffile.TiffWriter(tmp_path / "in.tif") as file:
         file.write(pixels[::4, ::4], photometric="rgb", subfiletype=1)
         file.write(pixels, photometric="rgb")
-    seen, _ = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    seen, _ = read_picture(str(tmp_path / "in.tif"))
     assert np.array_equal(seen, CARD)
 
 
@@ -790,7 +792,7 @@ def test_statistics_of_a_tiff_do_not_count_above_its_profile(tmp_path):
     tifffile.imwrite(
         tmp_path / "in.tif", values, photometric="rgb", iccprofile=profile, extratags=tags
     )
-    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"))
+    seen, remarks = read_picture(str(tmp_path / "in.tif"))
     assert seen.max() == 35
     assert remarks == []
 
@@ -808,7 +810,7 @@ def test_a_tiff_whose_first_page_is_a_copy_of_one_below_it(tmp_path):
     with tifffile.TiffWriter(tmp_path / "in.tif") as file:
         file.write(np.asarray(CARD)[::4, ::4], photometric="rgb", subfiletype=1, subifds=1)
         file.write(np.asarray(CARD), photometric="rgb")
-    assert np.array_equal(cnn_vis.read_picture(str(tmp_path / "in.tif"))[0], CARD)
+    assert np.array_equal(read_picture(str(tmp_path / "in.tif"))[0], CARD)
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -824,7 +826,7 @@ def test_a_profile_counts_where_colours_are_premultiplied(depth, tmp_path):
         extrasamples=["assocalpha"],
         iccprofile=srgb,
     )
-    seen, remarks = cnn_vis.read_picture(str(tmp_path / "in.tif"), "black")
+    seen, remarks = read_picture(str(tmp_path / "in.tif"), "black")
     assert np.abs(seen - np.asarray(CARD) * share).max() <= (4 if depth == 8 else 1.1)
     assert remarks == []
 

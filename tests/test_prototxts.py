@@ -20,12 +20,15 @@ from conftest import (
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.description import Description
+from cnn_vis_lib.models import NetworkFiles
+from cnn_vis_lib.prototxt import caffe_net, parse_prototxt
 
 
 def random_weights(path):
     """Writes weights for the prototxt `path`, drawn by its fillers, beside it; returns the options
     that name both."""
-    net = cnn_vis.caffe_net(cnn_vis.Description(str(path)).net)
+    net = caffe_net(Description(str(path)).net)
     for name, blobs in net.params.items():
         if name.startswith("bn"):
             blobs[1].data[...] = blobs[2].data[...] = 1  # variance, and the factor of both
@@ -96,7 +99,7 @@ def test_both_a_blobs_name_and_its_layers_can_be_given(tmp_path):
     ]
     path = written(tmp_path, text.replace("_new", "").replace("act2", "relu2"), "agreed")
     agreed = random_weights(path)
-    net, new = (cnn_vis.caffe_net(cnn_vis.Description(f[0][13:]).net) for f in (agreed, files))
+    net, new = (caffe_net(Description(f[0][13:]).net) for f in (agreed, files))
     new.copy_from(str(tmp_path / "net.caffemodel"))
     for name, blobs in net.params.items():
         for blob, other in zip(blobs, new.params[f"{name}_new"]):
@@ -185,10 +188,10 @@ def test_a_training_prototxt_is_dreamed_on_or_named(data, phases, tmp_path):
             assert_one_line(
                 done, 2, "--deploy_txt", "for training", "deploy.prototxt", "--input_size"
             )
-        net = cnn_vis.Description(str(path), (32, 32))
+        net = Description(str(path), (32, 32))
         assert list(net.inputs.values()) == [(1, 3, 32, 32)]
         return
-    description = cnn_vis.Description(str(path))
+    description = Description(str(path))
     assert description.inputs == {"data": (1, 3, *size)}
     assert list(description.starts) == ["conv1", "fc"]
     assert "needs label" in description.problems["loss"]
@@ -216,7 +219,7 @@ def test_an_input_far_smaller_than_a_picture_is_refused_before_any_work(tmp_path
 def test_input_size_is_the_size_of_tiles(tmp_path):
     """Layers that accept any size have a gradient; one that does not is refused with that reason,
     and is not listed."""
-    files = cnn_vis.NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
+    files = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
     network = Ascent(files, cnn_vis.Target("inception_a/output"), input_size=(48, 64))
     assert network.tile_size == (48, 64)
     assert network.network.shapes == {"inception_a/output": (18, 24, 32)}
@@ -269,11 +272,11 @@ def test_v1_training_prototxts_are_upgraded(tmp_path):
     layers { name: "loss" type: SOFTMAX_LOSS bottom: "conv2" bottom: "label" top: "loss" }
     """
     path = written(tmp_path, text)
-    description = cnn_vis.Description(str(path))
+    description = Description(str(path))
     assert description.inputs == {"data": (1, 3, 32, 32)}
     assert list(description.starts) == ["conv1", "conv2"]
     files = random_weights(path)
-    net = cnn_vis.caffe_net(description.net)
+    net = caffe_net(description.net)
     net.params["conv1"][0].data[...] = 7
     assert (net.params["conv2"][0].data == 7).all()
     dreams(tmp_path, *files, "--layer=conv2")
@@ -281,7 +284,7 @@ def test_v1_training_prototxts_are_upgraded(tmp_path):
 
 def gradient_by_plain_caffe(files, target, start):
     """The gradient of the target's summed activations: the whole network, with force_backward."""
-    net = cnn_vis.caffe_net(forced(cnn_vis.parse_prototxt(files[0][13:])))
+    net = caffe_net(forced(parse_prototxt(files[0][13:])))
     net.copy_from(files[1][14:])
     net.blobs["data"].data[...] = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32))
     net.forward()
@@ -328,9 +331,9 @@ def test_odd_networks_have_the_gradients_of_plain_caffe(kind, tmp_path):
     more, names = ODD[kind]
     text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1") + more
     files = random_weights(written(tmp_path, text))
-    assert list(cnn_vis.Description(files[0][13:]).starts) == ["conv1", *names]
+    assert list(Description(files[0][13:]).starts) == ["conv1", *names]
     for name in names:
-        named = cnn_vis.NetworkFiles(files[0][13:], files[1][14:])
+        named = NetworkFiles(files[0][13:], files[1][14:])
         batch = np.random.default_rng(0).normal(0, 50, (1, 3, 32, 32)).astype(np.float32)
         gradient, _ = Ascent(named, cnn_vis.Target(name, Sum())).gradients(batch)
         if "name" in kind or "stages" in kind:  # by hand: plain Caffe cannot start there
@@ -347,7 +350,7 @@ def test_sums_in_odd_networks_are_those_of_separate_backward_passes(kind, tmp_pa
     more, names = ODD[kind]
     text = given_input("data", 1, 3, 32, 32) + conv("conv1", "data", "conv1") + more
     paths = [word.partition("=")[2] for word in random_weights(written(tmp_path, text))]
-    files = cnn_vis.NetworkFiles(*paths[:2])
+    files = NetworkFiles(*paths[:2])
     batch = np.random.default_rng(0).normal(0, 50, (2, 3, 32, 32)).astype(np.float32)
 
     def network(*layers):
@@ -390,7 +393,7 @@ def test_prototxts_of_digits_have_their_input_at_the_stage_deploy(tmp_path):
         'layer { name: "train" type: "Data" top: "data" top: "label" include { stage: "train" } }'
     )
     path = written(tmp_path, text + conv("conv1", "data", "conv1"))
-    assert cnn_vis.Description(str(path)).inputs == {"data": (1, 3, 32, 32)}
+    assert Description(str(path)).inputs == {"data": (1, 3, 32, 32)}
 
 
 @pytest.mark.parametrize(
@@ -483,7 +486,7 @@ def test_weights_that_are_one_number_fit(kind, tmp_path):
     text += layer("one", kind, "a", "one", WITHOUT_AXES[kind]) + conv("b", "one", "b")
     files = random_weights(written(tmp_path, text))
     seen = dreams(tmp_path, *files, "--layer=b")
-    net = cnn_vis.caffe_net(cnn_vis.Description(files[0][13:]).net)
+    net = caffe_net(Description(files[0][13:]).net)
     net.copy_from(files[1][14:])
     net.params["one"][0].data[...] *= 7
     net.save(files[1][14:])

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2gray
 
-import cnn_vis
+from cnn_vis_lib.prototxt import import_caffe
 
-caffe = cnn_vis.import_caffe()
+caffe = import_caffe()
 io, L, P = caffe.io, caffe.layers, caffe.params
 pytestmark = pytest.mark.filterwarnings("error")
 

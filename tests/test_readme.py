@@ -1,4 +1,5 @@
-"""Runs every command of the README, with a picture in.jpg, few steps and the included network."""
+"""Runs every command of the README and of docs/, with a picture in.jpg, few steps and the included
+network."""
 
 import os
 import re
@@ -13,7 +14,8 @@ from conftest import ROOT, free_port, run_cli, run_script, wait_for
 from PIL import Image
 from test_prototxts import KNOWN, random_weights
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+README = "\n".join(PAGES.values())
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 LINES = [
     line.split("  #")[0].strip()
@@ -209,36 +211,46 @@ def test_options_in_the_readme_exist():
 
     known = {name for action in cnn_vis.PARSER.options for name in action.option_strings}
     known |= {"--help", "--version"}
-    pages = README + (ROOT / "docs/original.md").read_text()
-    mentioned = set(re.findall(r"`(--\w+)", pages)) | {
+    mentioned = set(re.findall(r"`(--\w+)", README)) | {
         word for line in PROGRAM for word in line.split() if word[:2] == "--"
     }
     assert mentioned <= known
 
 
+def headings(path):
+    """What a link to a heading of the page can be."""
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    }
+
+
 @pytest.mark.parametrize(
     "page",
     [
-        "README.md",
+        *(str(path.relative_to(ROOT)) for path in PAGES),
         "CONTRIBUTING.md",
-        "docs/original.md",
-        "docs/speed.md",
         "examples/README.md",
         "tests/README.md",
         "models/googlenet_mini/README.md",
+        "pycaffe/README.md",
     ],
 )
 def test_links_exist(page):
-    """To files, and to headings of the page."""
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    """To files, and to headings of a page."""
+    path = ROOT / page
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text()):
         if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
-    headings = {
-        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+            other = path.parent / target if target else path
+            assert other.exists(), target
+            assert not heading or heading in headings(other), heading
+
+
+def test_every_page_is_in_the_readmes_map():
+    text = (ROOT / "README.md").read_text()
+    for path in ROOT.glob("docs/*.md"):
+        assert f"(docs/{path.name})" in text
+    assert text.count("\n") <= 200
 
 
 def test_gallery():

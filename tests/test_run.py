@@ -41,6 +41,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.behaviors import ARRAYS
+from cnn_vis_lib.checkpoints import Checkpoint
 
 
 def test_a_line_tells_the_run_and_one_its_end(picture, tmp_path):
@@ -180,7 +182,7 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
             break
         assert time.monotonic() - begun < 3
         assert running.returncode == 143, said
-        numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS).numbers
+        numbers = Checkpoint.read(str(tmp_path / CHECKPOINT), ARRAYS).numbers
         places.append((numbers["step"], numbers["tile"]))
         words = [f"--resume={CHECKPOINT}"]
     assert places == sorted(set(places)), places
@@ -291,7 +293,7 @@ def test_checkpoints_count_the_steps_of_all_sizes(tmp_path):
     wait_for((tmp_path / CHECKPOINT).exists)
     running.kill()
     running.communicate()
-    numbers = cnn_vis.Checkpoint.read(str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS).numbers
+    numbers = Checkpoint.read(str(tmp_path / CHECKPOINT), ARRAYS).numbers
     assert ((numbers["size"] - 1) * 2 + numbers["step"]) % 5 == 0
 
 
@@ -358,7 +360,7 @@ def test_resume_of_one_set_aside(tmp_path):
     running.kill()
     running.communicate()
     assert (tmp_path / f"{CHECKPOINT}.old2").read_bytes() == second
-    first = cnn_vis.Checkpoint.read(str(tmp_path / f"{CHECKPOINT}.old1"), cnn_vis.ARRAYS)
+    first = Checkpoint.read(str(tmp_path / f"{CHECKPOINT}.old1"), ARRAYS)
     assert "--seed=1" in first.record["command"]
 
 
@@ -395,7 +397,7 @@ def test_dream_is_the_command_line(tmp_path):
     for image in (f"{GOLDEN}/input.png", np.asarray(picture), picture):
         seen = 0
         for progress in cnn_vis.dream(image, **OPTIONS, **options):
-            expected = Image.open(tmp_path / f"out_{progress.size}_{progress.step}.png")
+            expected = Image.open(tmp_path / f"out_{progress.size_number}_{progress.step}.png")
             assert np.array_equal(progress.picture(), np.asarray(expected))
             seen += 1
         assert seen == 4

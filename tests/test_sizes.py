@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cnn_vis
+from cnn_vis_lib.options import parse_size
 
 GEOMETRY = json.loads((GOLDEN / "geometry.json").read_text())
 
@@ -23,7 +24,7 @@ def test_tiles_are_the_originals(size):
     "case", GEOMETRY["sizes"], ids=lambda case: f"{case['initial']}-{case['final']}-{case['type']}"
 )
 def test_sizes_are_the_originals(case):
-    ends = [cnn_vis.parse_size(case[end], case["base"]) for end in ("initial", "final")]
+    ends = [parse_size(case[end], case["base"]) for end in ("initial", "final")]
     assert cnn_vis.size_sequence(*ends, case["num"], case["type"]) == [
         tuple(size) for size in case["sizes"]
     ]
@@ -46,7 +47,7 @@ def test_tiles_cover_the_axis(total, tile):
     [(None, (426, 640)), ("320", (213, 320)), ("50x60", (50, 60)), ("x0.5", (213, 320))],
 )
 def test_sizes_are_what_the_option_says(text, size):
-    assert cnn_vis.parse_size(text, (426, 640)) == size
+    assert parse_size(text, (426, 640)) == size
 
 
 @pytest.mark.parametrize(

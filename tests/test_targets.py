@@ -24,11 +24,13 @@ from test_terms import assert_gradient
 
 import cnn_vis
 from cnn_vis import AmplifyLayer, AmplifyNeuron, Resemble, Target
+from cnn_vis_lib.models import NetworkFiles, with_guide
+from cnn_vis_lib.network import NetworkSpec
+from cnn_vis_lib.pixels import resize
+from cnn_vis_lib.terms import CLASSES, class_names, class_number
 
 MEAN = 120.0
-FILES = cnn_vis.NetworkFiles(
-    f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel", mean=MEAN
-)
+FILES = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel", mean=MEAN)
 DREAM = [*TINY, "--image=in.png", "--num_steps=4", "--learning_rate=4", "--iter_behavior=none"]
 LAYERS = [
     "conv1/5x5_s2", "pool1/norm1", "inception_a/1x1", "inception_a/3x3_reduce", "inception_a/3x3",
@@ -207,7 +209,7 @@ def test_the_strongest_channels_are_found(folder):
     said = dream("--layer=0.5*inception_a/output:strong3 + pool1/norm1:1", *words, cwd=folder)
     size, mean = (96, 120), float(np.load(GOLDEN / "mean.npy").mean())
     image = np.zeros((1, 3, *size))
-    cnn_vis.from_uint8(cnn_vis.resize(np.asarray(CARD), size, bilinear=True), mean, image)
+    cnn_vis.from_uint8(resize(np.asarray(CARD), size, bilinear=True), mean, image)
     ours = network(Target("inception_a/output"))
     activity = []
     for y0, y1, x0, x1 in cnn_vis.all_tiles(size, (32, 32)):
@@ -277,28 +279,28 @@ NAMES = ["tench, Tinca tinca", "hen", "crane, bird", "great_white shark", "crane
     ("name", "number"), [("hen", 1), ("Tinca  TINCA", 0), ("great white shark", 3)]
 )
 def test_classes_have_names(name, number):
-    assert cnn_vis.class_number(name, NAMES) == number
+    assert class_number(name, NAMES) == number
 
 
 def test_a_class_without_a_name_of_its_own_is_refused():
     with pytest.raises(ValueError, match="classes 2 and 4"):
-        cnn_vis.class_number("crane", NAMES)
+        class_number("crane", NAMES)
     with pytest.raises(ValueError, match="did you mean tench"):
-        cnn_vis.class_number("tensch", NAMES)
+        class_number("tensch", NAMES)
     with pytest.raises(ValueError, match="--list_classes"):
-        cnn_vis.class_number("zzzzzz", NAMES)
+        class_number("zzzzzz", NAMES)
 
 
 def test_every_class_can_be_called_by_a_name_or_its_number():
-    for width in cnn_vis.CLASSES:
-        names = cnn_vis.class_names(width)
+    for width in CLASSES:
+        names = class_names(width)
         assert len(names) == width
         shared = 0
         for number, line in enumerate(names):
             own = []
             for name in line.split(","):
                 try:
-                    own.append(cnn_vis.class_number(name, names))
+                    own.append(class_number(name, names))
                 except ValueError:
                     shared += 1
             assert set(own) <= {number}
@@ -332,11 +334,11 @@ def test_a_guides_gradient_is_its_slope():
 def test_a_guide_is_seen_at_the_networks_size(tmp_path):
     """Its shorter side is fitted; a longer one takes several tiles."""
     guide = np.asarray(CARD)[:, :120]  # 160x120: becomes 43x32
-    with cnn_vis.with_guide(FILES, guide) as files:
+    with with_guide(FILES, guide) as files:
         targets = Target("inception_a/output", Resemble()), Target("pool1/norm1", Resemble(), (2,))
         ours = Ascent(files, *targets)
     image = np.zeros((1, 3, 43, 32))
-    cnn_vis.from_uint8(cnn_vis.resize(guide, (43, 32), bilinear=True), MEAN, image)
+    cnn_vis.from_uint8(resize(guide, (43, 32), bilinear=True), MEAN, image)
     plain, batch = network(*(Target(target.layer) for target in targets)), tiles(1)
     parts = (image[:, :, y : y + 32].astype(np.float32) for y in (0, 11))
     seen = [[a.copy() for a in plain.activations(part).values()] for part in parts]
@@ -404,7 +406,7 @@ def test_a_guide_leads_the_dream_to_what_it_has(folder):
     for name in ("guide.png", "stripes.png"):
         words = [f"--guide={name}", f"--output=by_{name}", "--num_steps=30", "--p_reg=0"]
         dream("--layer=inception_a/output", *words, "--tv_reg=0", cwd=folder)
-        with cnn_vis.with_guide(FILES, pixels(folder / name)) as files:
+        with with_guide(FILES, pixels(folder / name)) as files:
             target = Target("inception_a/output", Resemble())
             ours = Ascent(files, target)
         products.append(lambda a, objective=ours.objective: -objective.loss(a))
@@ -422,8 +424,8 @@ def test_guides_differ_by_content():
     guides = [np.asarray(CARD), np.asarray(CARD)[::-1].copy()]
     specs = []
     for guide in (*guides, guides[0]):
-        with cnn_vis.with_guide(FILES, guide) as files:
-            specs.append(cnn_vis.NetworkSpec(files, ("pool1/norm1",)))
+        with with_guide(FILES, guide) as files:
+            specs.append(NetworkSpec(files, ("pool1/norm1",)))
     assert specs[0].files.guide == specs[1].files.guide
     assert specs[0] != specs[1]
     assert specs[0] == specs[2]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cnn_vis
+from cnn_vis_lib.compiled_step import compiled_step
 
 VALUES = np.load(GOLDEN / "functions.npz")
 
@@ -116,7 +117,7 @@ def test_an_objectives_gradient_is_its_slope(shape, l1, l2, clip, seed):
 EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floats(1, 9))
 
 
-@pytest.mark.skipif(cnn_vis.compiled_step() is None, reason="this Caffe is not ours")
+@pytest.mark.skipif(compiled_step() is None, reason="this Caffe is not ours")
 @settings(max_examples=300, deadline=None)
 @given(
     shape=st.tuples(st.integers(3, 40), st.integers(3, 40)),
@@ -168,7 +169,7 @@ def test_the_compiled_step_is_numpys(
         assert (np.abs(a - b) <= 1e-12 * (size + np.abs(b) + 1)).all()
 
 
-@pytest.mark.skipif(cnn_vis.compiled_step() is None, reason="this Caffe is not ours")
+@pytest.mark.skipif(compiled_step() is None, reason="this Caffe is not ours")
 @pytest.mark.parametrize("channel", range(3))
 @pytest.mark.parametrize("where", ["descent", "cache", "x"])
 def test_an_overflow_leaves_its_channel_as_it_was(channel, where):

@@ -16,6 +16,7 @@ from PIL import Image
 from test_examples import run
 
 import cnn_vis
+from cnn_vis_lib.records import read_record
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -170,7 +171,7 @@ def test_a_dream_of_nothing_adds_nothing(options, bound, tmp_path):
     assert done.returncode == 0, done.stderr
     out = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
     assert out.std() > 1.05 * frame.std()
-    mean = cnn_vis.read_record(str(tmp_path / "out.png"))[0]["mean"]
+    mean = read_record(str(tmp_path / "out.png"))[0]["mean"]
     raised = cnn_vis.GAIN**2 * (frame - mean) + mean
     is_known = ((raised > 0) & (raised < 255)).all(axis=2)  # nothing was cut at black or white
     assert is_known.mean() > 0.5
@@ -254,7 +255,7 @@ def test_flicker(programs):
     frames = [view(100 + 7 * i, 60 + 3 * i) for i in range(8)]
     carried = film(frames, programs)
     made = programs.parent / "out.mp4" / "000001.png"
-    record, words = cnn_vis.read_record(str(made))
+    record, words = read_record(str(made))
 
     def dream(start):
         Image.fromarray(start).save(programs.parent / "start.png")
@@ -362,9 +363,11 @@ done
     )
     (folder / "dream.py").write_text(
         "import sys, cnn_vis\n"
+        "from cnn_vis_lib.reading import read_picture\n"
+        "from cnn_vis_lib.writing import write_picture\n"
         "options = cnn_vis.PARSER.parse_args(sys.argv[1:])\n"
-        "picture, _ = cnn_vis.read_picture(options.initial_image)\n"
-        "cnn_vis.write_picture(picture, options.output_file)\n"
+        "picture, _ = read_picture(options.initial_image)\n"
+        "write_picture(picture, options.output_file)\n"
     )
     (folder / "python").write_text(
         f"""#!/bin/sh

@@ -31,7 +31,8 @@ from conftest import (
 )
 from PIL import Image
 
-import cnn_vis
+from cnn_vis_lib.behaviors import ARRAYS, BEHAVIORS
+from cnn_vis_lib.checkpoints import Checkpoint
 
 
 def test_none_writes_only_the_picture(picture, tmp_path):
@@ -124,7 +125,7 @@ def test_statistics_pass_by_the_bar(tmp_path):
 
 
 def test_all_behaviors_work_together(tmp_path):
-    everything = "+".join(word for word in cnn_vis.BEHAVIORS if word != "none")
+    everything = "+".join(word for word in BEHAVIORS if word != "none")
     done = run_cli(
         *TINY,
         "--layer=inception_a/output",
@@ -182,9 +183,7 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
     for words in ([*RUN, *options], [f"--resume={CHECKPOINT}"]):
         running = under_way(*words, cwd=tmp_path)
         time.sleep(1.5)
-        arrays = cnn_vis.Checkpoint.read(
-            str(tmp_path / CHECKPOINT), cnn_vis.ARRAYS
-        ).arrays  # of a whole step
+        arrays = Checkpoint.read(str(tmp_path / CHECKPOINT), ARRAYS).arrays  # of a whole step
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=20)
         kept = arrays["pixels"]

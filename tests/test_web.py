@@ -19,6 +19,7 @@ from conftest import (
     CHECKPOINT,
     ONE,
     QUICK,
+    ROOT,
     RUN,
     assert_one_line,
     free_port,
@@ -32,6 +33,9 @@ from conftest import (
 from PIL import Image
 
 import cnn_vis
+from cnn_vis_lib.records import read_record
+from cnn_vis_lib.web import Snapshot, Web, open_web_server
+from cnn_vis_lib.writing import encode_jpeg
 
 PLAIN = [word for word in RUN if not word.startswith("--stats")]
 LONG = [*PLAIN, "--num_steps=100000", "--iter_behavior=web"]
@@ -96,7 +100,7 @@ class Listener(threading.Thread):
 
 
 def as_jpeg(path):
-    return cnn_vis.encode_jpeg(pixels(path))
+    return encode_jpeg(pixels(path))
 
 
 def test_the_address_is_told_even_when_quiet(tmp_path):
@@ -141,7 +145,7 @@ def test_only_the_page_is_served_and_only_to_itself(tmp_path):
 
     status, headers, body = get(port, "/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert body.decode() == cnn_vis.PAGE
+    assert body == (ROOT / "cnn_vis_lib" / "page.html").read_bytes()
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert headers["Cache-Control"] == "no-store"
     assert get(port, "/", "HEAD")[::2] == (200, b"")
@@ -196,7 +200,7 @@ def test_only_the_page_is_served_and_only_to_itself(tmp_path):
 )
 def test_names_of_this_server(host, ours, others):
     """A stranger's domain name that leads here is refused (DNS rebinding); addresses are safe."""
-    server = cnn_vis.open_web_server(None, host, 0)
+    server = open_web_server(None, host, 0)
     server.server_close()
     server.port = 80
     assert [name for name in ours if not server.has_name(name)] == []
@@ -221,13 +225,13 @@ def test_it_shows_what_the_run_has(tmp_path):
     page = listener.all()
     assert page["end"] == ["stopped", ""]
     assert listener.picture == as_jpeg(tmp_path / "out.png")
-    assert page["command"] == cnn_vis.read_record(f"{tmp_path}/out.png")[0]["command"]
+    assert page["command"] == read_record(f"{tmp_path}/out.png")[0]["command"]
     assert page["sizes"] == [[40, 50], [64, 96]]
     assert (page["size"], page["steps"]) == (1, 100000)
     assert page["rate"] > 0
     assert page["left"] > 0
     assert page["step"] >= seen[-1]
-    assert len(page["curve"]) <= cnn_vis.Web.POINTS
+    assert len(page["curve"]) <= Web.POINTS
     assert page["curve"][-1][0] <= page["step"]
 
 
@@ -245,7 +249,7 @@ def test_looking_changes_nothing(tmp_path):
             pictures += get(port, "/picture.jpg?after=0")[0] == 200
     begun = time.monotonic()
     _, said = running.communicate(timeout=20)
-    assert time.monotonic() - begun < cnn_vis.Web.FAREWELL + 1
+    assert time.monotonic() - begun < Web.FAREWELL + 1
     assert (running.returncode, "Traceback" in said) == (0, False), said
     assert pictures > 3
     assert listener.all()["end"] == ["done", ""]
@@ -262,11 +266,12 @@ def test_without_anybody_nothing_is_done(tmp_path):
     words = [*PLAIN, "--iter_behavior=web", "--output_iter=20", "--num_sizes=1"]
     code = f"""
 import time, cnn_vis
+from cnn_vis_lib import web
 
 def fail(*_):
     raise AssertionError("somebody looks")
 
-class Timed(cnn_vis.Web):
+class Timed(web.Web):
     def after_step(self, progress):
         assert (progress.stats is not None) == (progress.step % 20 == 0)
         super().after_step(progress)
@@ -277,7 +282,7 @@ class Timed(cnn_vis.Web):
         print(time.monotonic() - begun)
 
 if __name__ == "__main__":
-    cnn_vis.Snapshot = cnn_vis.encode_jpeg = fail
+    web.Snapshot = web.encode_jpeg = fail
     cnn_vis.BEHAVIORS["web"] = Timed
     raise SystemExit(cnn_vis.main({words}))
 """
@@ -347,7 +352,7 @@ def test_too_many_connections_are_closed(tmp_path):
 def web():
     """A Web of a run that is not there."""
     options = cnn_vis.PARSER.parse_args(["--iter_behavior=web", "--output_iter=10"])
-    web = cnn_vis.Web(options, None)
+    web = Web(options, None)
     web._pace = types.SimpleNamespace(advance=lambda progress: 1)
     return web
 
@@ -381,20 +386,20 @@ def test_the_curve_stays_short(web):
 
 def test_a_picture_is_what_the_image_was_when_it_was_taken():
     image = np.full((1, 3, 20, 30), 100.0)
-    snapshot = cnn_vis.Snapshot(progress_of(1, image=image))
+    snapshot = Snapshot(progress_of(1, image=image))
     image += 50
-    assert snapshot.jpeg(False) == cnn_vis.encode_jpeg(np.full((20, 30, 3), 120, np.uint8))
+    assert snapshot.jpeg(False) == encode_jpeg(np.full((20, 30, 3), 120, np.uint8))
 
 
 def test_large_pictures_are_shown_smaller(monkeypatch):
     """By the means of blocks; the run's image stays as it is."""
     image = np.random.default_rng(0).normal(size=(1, 3, 90, 130))
-    monkeypatch.setattr(cnn_vis.Snapshot, "SIDE", 50)
+    monkeypatch.setattr(Snapshot, "SIDE", 50)
     expected = np.stack([
         [image[:, :, y : y + 3, x : x + 3].mean((2, 3)) for x in range(0, 130, 3)]
         for y in range(0, 90, 3)
     ])  # fmt: skip
-    snapshot = cnn_vis.Snapshot(progress_of(1, image=image))
+    snapshot = Snapshot(progress_of(1, image=image))
     assert np.allclose(snapshot._progress.image, expected.transpose(2, 3, 0, 1))
     with Image.open(io.BytesIO(snapshot.jpeg(False))) as picture:
         assert picture.size == (44, 30)

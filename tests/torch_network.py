@@ -1,19 +1,21 @@
 """A Caffe network in PyTorch, with the same weights, for the rows of benchmark.py and gpu_check.py
 that compare with PyTorch. This is not part of the program, and only these rows need PyTorch."""
 
-import cnn_vis
+from cnn_vis_lib.caffemodel import read_weights
+from cnn_vis_lib.description import Description, cut, fit_classifier
+from cnn_vis_lib.prototxt import caffe_net
 
 
 def described(spec):
     """The layers of a NetworkSpec with one layer, cut as the program cuts them, as dicts that say
     what each computes, and their weights, {layer: arrays}. Runs in a process that may load Caffe.
     """
-    description = cnn_vis.Description(spec.files.deploy)
+    description = Description(spec.files.deploy)
     net, (blob,) = description.net, [description.find(layer) for layer in spec.layers]
     if spec.files.fit_classifier:
-        cnn_vis.fit_classifier(net, cnn_vis.read_weights(spec.files.weights))
-    cnn_vis.cut(net, [blob], {})
-    loaded = cnn_vis.caffe_net(net)
+        fit_classifier(net, read_weights(spec.files.weights))
+    cut(net, [blob], {})
+    loaded = caffe_net(net)
     loaded.copy_from(spec.files.weights)
     weights = {name: [blob.data.copy() for blob in blobs] for name, blobs in loaded.params.items()}
     return list(map(as_dict, net.layer)), weights, blob
@@ -60,9 +62,11 @@ class TorchNetwork:
     def __call__(self, x):
         blobs = {}
         for layer in self.layers:
-            bottoms = [blobs[name] for name in layer["bottom"]]
-            way = getattr(self, f"_{layer['type'].lower()}")
-            blobs[layer["top"]] = way(layer, *bottoms) if bottoms else x
+            if layer["type"] == "Input":
+                blobs[layer["top"]] = x
+                continue
+            compute = getattr(self, f"_{layer['type'].lower()}")
+            blobs[layer["top"]] = compute(layer, *(blobs[name] for name in layer["bottom"]))
         return blobs[self.blob]
 
     def _convolution(self, layer, x):

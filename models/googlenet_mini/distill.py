@@ -35,7 +35,12 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-import cnn_vis
+from cnn_vis_lib.description import Description
+from cnn_vis_lib.machine import count_cores
+from cnn_vis_lib.models import MODELS
+from cnn_vis_lib.options import HelpFormatter
+from cnn_vis_lib.prototxt import caffe_net, import_caffe
+from cnn_vis_lib.reading import read_picture
 
 MEAN = np.array([104.0, 117.0, 123.0], np.float32)
 # Channels of the branches 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj: Szegedy et al. 2015,
@@ -145,7 +150,7 @@ class GoogLeNet(nn.Module):
 
 def load_caffemodel(path):
     """The GoogLeNet, of whatever width, in a caffemodel."""
-    cnn_vis.import_caffe()
+    import_caffe()
     from caffe.proto import caffe_pb2
 
     file = caffe_pb2.NetParameter.FromString(pathlib.Path(path).read_bytes())
@@ -162,7 +167,7 @@ def load_caffemodel(path):
 def narrow_prototxt(channels):
     """Caffe's GoogLeNet prototxt up to inception_5b/output with so many channels in each layer, as
     a NetParameter."""
-    net = cnn_vis.Description(cnn_vis.MODELS["bvlc_googlenet"].find_deploy()).net
+    net = Description(MODELS["bvlc_googlenet"].find_deploy()).net
     net.name = "GoogLeNet, narrower"
     last = next(i for i, layer in enumerate(net.layer) if layer.name == "inception_5b/output")
     del net.layer[last + 1 :]
@@ -180,7 +185,7 @@ def narrow_prototxt(channels):
 def save_caffemodel(net, path):
     """Writes `path` (.caffemodel) and its prototxt beside it, each whole or not at all."""
     prototxt = narrow_prototxt(net.channels)
-    loaded = cnn_vis.caffe_net(prototxt)
+    loaded = caffe_net(prototxt)
     for name, layer in net.layers.items():
         for blob, parameter in zip(loaded.params[name], (layer.weight, layer.bias)):
             blob.data[...] = parameter.detach().cpu().numpy()
@@ -415,7 +420,7 @@ def fit_layers(student, teacher, batches, chosen):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=cnn_vis.HelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter
     )
     parser.add_argument("teacher", help="caffemodel of a GoogLeNet")
     parser.add_argument("pictures", help="folder of photographs; every 25th is held out")
@@ -552,7 +557,7 @@ class Training:
             Crops(self.train, self.args.batch, self.args.crop, seed=0),
             sampler=range(self.step, 10**9),
             batch_size=None,
-            num_workers=max(1, cnn_vis.count_cores() - 1) if on_gpu else 0,
+            num_workers=max(1, count_cores() - 1) if on_gpu else 0,
             pin_memory=on_gpu,
         )
 
@@ -586,7 +591,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.manual_seed(0)
     files = sorted(path for path in pathlib.Path(args.pictures).iterdir() if path.is_file())
-    pictures = [cnn_vis.read_picture(str(path))[0] for path in files]
+    pictures = [read_picture(str(path))[0] for path in files]
     train = [picture for i, picture in enumerate(pictures) if i % 25]
     training = Training(args, train, held_out=pictures[::25])
     print(f"step {training.step}, held out {training.report()}", flush=True)
