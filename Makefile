@@ -1,5 +1,5 @@
 # make example   installs everything into .venv, Caffe included, and writes example.png
-# make test      installs the test tools and runs the tests
+# make test      installs the test tools and runs the tests; make quick runs those that take no time
 # make wheel     builds wheels/, from which `make` installs on other machines without a compiler or network access:
 #                make wheel PYCAFFE_ARCH=x86-64-v3; for one kind of GPU, add PYCAFFE_CUDA=1 PYCAFFE_CUDA_ARCH=90
 # make gpu-check tests and times the program on this machine's GPU (make PYCAFFE_CUDA=1 gpu-check also builds for it)
@@ -13,7 +13,7 @@ WHEELS = wheels
 REQUIREMENTS = sed 's|^\./pycaffe|&$(if $(PYCAFFE_CUDA),[cuda])|' requirements.txt
 WHEEL = $(firstword $(wildcard $(WHEELS)/pycaffe-*.whl))
 
-.PHONY: install example test wheel gpu-check lint clean
+.PHONY: install example quick test wheel gpu-check lint clean
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt $(or $(WHEEL),$(shell find pycaffe -type f))
@@ -62,7 +62,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 
 test: lint $(VENV)/cuda_on_cpu/built
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests
+	$(BIN)/python -m pytest -n 4 --dist worksteal tests
+
+quick: lint
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow' tests
 
 wheel:
 	$(PYTHON) -m venv $(VENV)

@@ -332,9 +332,9 @@ class Resemble:
     def gradient(self, a):
         """The gradient of the loss with respect to `a`, of its shape and dtype."""
         gradient = np.empty(a.shape, a.dtype)
-        for n, places, products in self._products(a):
+        for n, columns, products in self._products(a):
             nearest = self.features[:, products.argmax(axis=1)]
-            gradient[n].reshape(a.shape[1], -1)[:, places] = -nearest
+            gradient[n].reshape(a.shape[1], -1)[:, columns] = -nearest
         return gradient
 
     def _products(self, a):
@@ -342,8 +342,8 @@ class Resemble:
         block = max(1, self.BLOCK // self.features.shape[1])
         for n, x in enumerate(a.reshape(*a.shape[:2], -1)):
             for first in range(0, x.shape[1], block):
-                places = slice(first, first + block)
-                yield n, places, x[:, places].T @ self.features
+                columns = slice(first, first + block)
+                yield n, columns, x[:, columns].T @ self.features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -624,12 +624,12 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
     """
     total = 0.0
     for channel in range(3):  # channels are independent, and one's arrays fit the processor's cache
-        place = np.s_[np.newaxis, channel : channel + 1]
-        gradient = descent[place].astype(np.float64)
+        part = np.s_[np.newaxis, channel : channel + 1]
+        gradient = descent[part].astype(np.float64)
         for name, term in terms.items():
-            from_start = None if start is None else start[place]
-            gradient += term.gradient(argument(name, x[place], from_start))
-        step = rmsprop(gradient, cache[place], decay, learning_rate)
+            from_start = None if start is None else start[part]
+            gradient += term.gradient(argument(name, x[part], from_start))
+        step = rmsprop(gradient, cache[part], decay, learning_rate)
         if divisors is not None:
             step /= divisors
         total += float(np.abs(step).sum())
@@ -937,13 +937,13 @@ class Dream:
         regions = [*itertools.chain(*self.tiles(size))]
         if not 0 <= tile <= (len(regions) - 1 if step < most_steps else 0):
             raise ValueError("its tile is outside the run")
-        places = numbers.get("before", [])
+        indices = numbers.get("before", [])
         shapes = {
             "image": ("float64", 1, 3, *size),
             "caches": ("float64", len(regions), 3, *tile_size),
         }
-        if places:
-            shapes["before"] = (np.float32, len(places), 3, *tile_size)
+        if indices:
+            shapes["before"] = (np.float32, len(indices), 3, *tile_size)
         check_arrays({name: arrays[name] for name in shapes}, shapes)
         with np.errstate(all="ignore"):
             if not all(np.isfinite(arrays[name].sum()) for name in shapes):
@@ -951,7 +951,7 @@ class Dream:
         self.learning_rate, self.tv_reg = (float(numbers[n]) for n in ("learning_rate", "tv_reg"))
         self.size_number, self.step, self.tile = size_number, step, tile
         self.image, self.caches = arrays["image"], arrays["caches"]
-        self.before = {regions[i]: pixels for i, pixels in zip(places, arrays.get("before", ()))}
+        self.before = {regions[i]: pixels for i, pixels in zip(indices, arrays.get("before", ()))}
         self.gauge = Gauge(numbers["gauge"]) if numbers.get("gauge") else None
 
 
@@ -1300,14 +1300,14 @@ def numbered(spec, objective, settings, inputs, scratch=None):
     is_strong = any(strong(word) for target in objective.targets for word in target.channels or ())
     activity = mean_activity(network, settings, inputs, scratch) if is_strong else {}
     for target in objective.targets:
-        found = {}
+        numbers = {}
         for word in target.channels or ():
             if number := strong(word):
                 order = np.argsort(-activity[target.layer], kind="stable")
-                found |= dict.fromkeys(sorted(map(int, order[:number])))
+                numbers |= dict.fromkeys(sorted(map(int, order[:number])))
             else:
-                found[class_of(target.layer, word, network.shapes[target.layer])] = None
-        channels = tuple(found) if target.channels else None
+                numbers[class_of(target.layer, word, network.shapes[target.layer])] = None
+        channels = tuple(numbers) if target.channels else None
         targets.append(dataclasses.replace(target, channels=channels))
     return Objective(tuple(targets))
 

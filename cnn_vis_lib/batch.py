@@ -36,8 +36,8 @@ def plan_batch(options):
         if is_folder and os.path.realpath(path) == os.path.realpath(os.path.dirname(output) or "."):
             problem = f"its pictures would mix with those of --image {path}"
             raise refusal("output", output, problem, "use another folder")
-        found, skipped = pictures_in(path) if is_folder else ([path], [])
-        images += found
+        pictures, skipped = pictures_in(path) if is_folder else ([path], [])
+        images += pictures
         if skipped:
             why = "not a picture, or its reader is not installed"
             notices.append(f"{path}: skipped {some(skipped)}: {why}")
@@ -85,8 +85,8 @@ def check_batch_apart(jobs):
                 continue
             real = os.path.realpath(path)
             pictures, their_stems = Files.owners(real)
-            own = {real} if option == "output" else set()
-            if outputs & pictures - own or stems & their_stems:
+            ours = {real} if option == "output" else set()
+            if outputs & pictures - ours or stems & their_stems:
                 problem = f"the run would overwrite --{option} {path}"
                 raise refusal("output", job.output_file, problem, "choose another name")
 
@@ -95,7 +95,7 @@ def filled(template, name, layer):
     """The file name `template`, with {name} and {layer} replaced by a start picture's name and the
     --layer, the latter without what shells or file systems reserve."""
     values = {"{name}": name, "{layer}": re.sub(r"[^\w.,+-]+", "-", str(layer))}
-    return re.sub("|".join(values), lambda found: values[found[0]], template)
+    return re.sub("|".join(values), lambda match: values[match[0]], template)
 
 
 def names_of(images):

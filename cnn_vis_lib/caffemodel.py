@@ -16,31 +16,33 @@ HTML = (b"<!doctype", b"<html", b"<head", b"<!--", b"<?xml")  # how a web page s
 def varint(data, start):
     """Returns (the integer that starts at data[start], the position after it)."""
     value = 0
-    for place in range(10):
-        byte = data[start + place]
-        value |= (byte & 127) << 7 * place
+    for number in range(10):
+        byte = data[start + number]
+        value |= (byte & 127) << 7 * number
         if byte < 128:
-            return value, start + place + 1
+            return value, start + number + 1
     raise ValueError("it is damaged or in another format")
 
 
 def wire_fields(data):
     """Yields (number, value) for each field of a message in wire format, a memoryview. Values are
     integers, or memoryviews if they have a length or a fixed size. Raises ValueError."""
-    place = 0
+    position = 0
     try:
-        while place < len(data):
-            tag, place = varint(data, place)
+        while position < len(data):
+            tag, position = varint(data, position)
             number, kind = divmod(tag, 8)
             if kind == 0:
-                value, place = varint(data, place)
+                value, position = varint(data, position)
                 yield number, value
                 continue
-            length, place = varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
-            if place + length > len(data):
+            length, position = (
+                varint(data, position) if kind == 2 else ({1: 8, 5: 4}[kind], position)
+            )
+            if position + length > len(data):
                 raise IndexError
-            yield number, data[place : place + length]
-            place += length
+            yield number, data[position : position + length]
+            position += length
     except IndexError:
         raise ValueError("it ends too early") from None
     except KeyError:
@@ -64,9 +66,9 @@ def wire_integers(shape):
     for number, value in wire_fields(shape):
         if number != 1:
             continue
-        place = 0
-        while isinstance(value, memoryview) and place < len(value):
-            side, place = varint(value, place)
+        position = 0
+        while isinstance(value, memoryview) and position < len(value):
+            side, position = varint(value, position)
             yield side
         if not isinstance(value, memoryview):
             yield value
@@ -166,9 +168,9 @@ def without_leading_ones(shape):
 def misfits(net, weights):
     """{layer: (shapes of its blobs in `weights`, shapes that it needs)} for the layers of the
     caffe.Net for which they differ. `weights` comes from read_weights."""
-    found = {}
+    wrong = {}
     for name, blobs in net.params.items():
-        given, taken = weights.get(name, []), [tuple(blob.shape) for blob in blobs]
-        if list(map(without_leading_ones, given)) != list(map(without_leading_ones, taken)):
-            found[name] = given, taken
-    return found
+        stored, needed = weights.get(name, []), [tuple(blob.shape) for blob in blobs]
+        if list(map(without_leading_ones, stored)) != list(map(without_leading_ones, needed)):
+            wrong[name] = stored, needed
+    return wrong

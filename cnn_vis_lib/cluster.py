@@ -133,15 +133,15 @@ class Crew:
 
     def _welcome(self, address, threads):
         """Prepares a new worker, and tries the network there."""
-        problem, found = None, None
+        problem, facts = None, None
         try:
             problem = self._other_version(address)
             if not problem:
                 self._send_files(address)
                 future = self.submit("examine", [address])
                 self._trials.append(future)
-                is_fit, found = future.result()
-                problem = None if is_fit else self.exception(found, address)
+                is_fit, facts = future.result()
+                problem = None if is_fit else self.exception(facts, address)
         except Exception as error:
             with contextlib.suppress(Exception):
                 if address not in self.client.nthreads():
@@ -156,10 +156,10 @@ class Crew:
                     log.warning(f"note: {problem}; this worker is not used")
                 return
             self.threads = self.threads | {address: threads}
-            self.found = self.found or found
-        if found[1] != self.found[1]:
+            self.found = self.found or facts
+        if facts[1] != self.found[1]:
             log.warning(
-                f"note: worker {address} ({found[2]}) computes slightly different pixels from the "
+                f"note: worker {address} ({facts[2]}) computes slightly different pixels from the "
                 f"first ({self.found[2]}): the picture will depend on which tiles go where"
             )
 
@@ -177,21 +177,22 @@ class Crew:
             version = code = None
         if code == fingerprint()[1]:
             return None
-        found = f"has another cnn-vis ({version})" if version else "has no cnn-vis"
+        problem = f"has another cnn-vis ({version})" if version else "has no cnn-vis"
         remedy = f"install this one ({VERSION}) in its Python"
-        return self.exception(RunFailed(f"its Python {found}; {remedy}"), address)
+        return self.exception(RunFailed(f"its Python {problem}; {remedy}"), address)
 
     def _send_files(self, address):
         """Sends a worker's machine the files that it lacks."""
-        there = functools.partial(self._on, address)
-        with self._sending[there(cache_place)]:  # others on the machine wait, then find the files
-            for sha256 in there(missing_files, list(self._files)):
+        on_worker = functools.partial(self._on, address)
+        machine = on_worker(cache_place)
+        with self._sending[machine]:  # others on the machine wait, then find the files
+            for sha256 in on_worker(missing_files, list(self._files)):
                 with open(self._files[sha256], "rb") as file:
                     size, ends = os.fstat(file.fileno()).st_size, (True, False)
                     while not ends[1]:
                         data = file.read(self.PART)
                         ends = (file.tell() == len(data), file.tell() >= size or not data)
-                        there(keep_part, sha256, self._run, data, *ends)
+                        on_worker(keep_part, sha256, self._run, data, *ends)
 
 
 @dataclasses.dataclass
@@ -272,8 +273,8 @@ class Cluster(Engine):
 
         async def identity():
             arguments = distributed.Security().get_connection_args("client")
-            async with distributed.rpc(self.address, connection_args=arguments) as there:
-                return await asyncio.wait_for(there.identity(), 5)
+            async with distributed.rpc(self.address, connection_args=arguments) as scheduler:
+                return await asyncio.wait_for(scheduler.identity(), 5)
 
         try:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop may be running here
@@ -331,10 +332,10 @@ class Cluster(Engine):
     def receive(self, ticket):
         while not self.is_done(ticket):
             pass
-        is_done, found = self._jobs.pop(ticket).found
+        is_done, answer = self._jobs.pop(ticket).found
         if not is_done:
-            raise self._crew.exception(found, f"of {self.address}")
-        return [found]
+            raise self._crew.exception(answer, f"of {self.address}")
+        return [answer]
 
     def end(self, at_once=False):
         if self._crew is not None:

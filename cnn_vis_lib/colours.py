@@ -110,9 +110,9 @@ class Colours:
         """The uint8 sRGB picture (H, W, 3) of `values`, uint16 (H, W, 3) or (H, W, 1)."""
         steps = np.arange(65536) / 65535
         light = {curve: curve(steps) for curve in self.curves}
-        made = np.empty((*values.shape[:2], 3), np.uint8)
+        picture = np.empty((*values.shape[:2], 3), np.uint8)
         for rows in strips(len(values)):
-            bands = np.broadcast_to(values[rows], made[rows].shape)
+            bands = np.broadcast_to(values[rows], picture[rows].shape)
             linear = np.stack([light[c][bands[..., i]] for i, c in enumerate(self.curves)], axis=-1)
             if self.hdr == "HLG":  # brighter parts are shown on a screen with more contrast
                 scene = linear @ (0.2627, 0.6780, 0.0593)
@@ -122,8 +122,8 @@ class Colours:
                 linear = compressed(np.maximum(linear, 0))
             linear = np.clip(linear, 0, 1)
             power_law = 1.055 * linear ** (1 / 2.4) - 0.055
-            made[rows] = 255 * np.where(linear <= 0.0031308, 12.92 * linear, power_law) + 0.5
-        return made
+            picture[rows] = 255 * np.where(linear <= 0.0031308, 12.92 * linear, power_law) + 0.5
+        return picture
 
 
 def to_xyz(primaries):
@@ -208,36 +208,40 @@ def from_matrix_profile(profile, channels):
     and a matrix, or of one curve for grey; None for any other. LittleCMS, as Pillow offers it,
     knows only 8 bits. Raises ValueError or LookupError if the profile is damaged."""
 
-    def number(place):
-        return int.from_bytes(profile[place : place + 4], "big", signed=True) / 65536
+    def number(offset):
+        return int.from_bytes(profile[offset : offset + 4], "big", signed=True) / 65536
 
     space, count = profile[16:20], int.from_bytes(profile[128:132], "big")
     entries = (profile[132 + 12 * i : 144 + 12 * i] for i in range(min(count, 100)))
-    place = {entry[:4]: int.from_bytes(entry[4:8], "big") for entry in entries}
-    if b"A2B0" in place or channels not in (1, 3):
+    offsets = {entry[:4]: int.from_bytes(entry[4:8], "big") for entry in entries}
+    if b"A2B0" in offsets or channels not in (1, 3):
         return None
-    if space == b"GRAY" and channels == 1 and b"kTRC" in place:
-        return Colours((icc_curve(profile, place[b"kTRC"]),) * 3, np.eye(3))
+    if space == b"GRAY" and channels == 1 and b"kTRC" in offsets:
+        return Colours((icc_curve(profile, offsets[b"kTRC"]),) * 3, np.eye(3))
     if space != b"RGB " or profile[20:24] != b"XYZ ":
         return None
-    curves = tuple(icc_curve(profile, place[name]) for name in (b"rTRC", b"gTRC", b"bTRC"))
+    curves = tuple(icc_curve(profile, offsets[name]) for name in (b"rTRC", b"gTRC", b"bTRC"))
     columns = [
-        [number(place[name] + 8 + 4 * i) for i in range(3)] for name in (b"rXYZ", b"gXYZ", b"bXYZ")
+        [number(offsets[name] + 8 + 4 * i) for i in range(3)]
+        for name in (b"rXYZ", b"gXYZ", b"bXYZ")
     ]
     return Colours(curves, np.linalg.solve(SRGB_UNDER_D50, np.transpose(columns)))
 
 
-def icc_curve(profile, place):
-    """The curve at a `place` of an ICC profile, as a function."""
-    kind, count = profile[place : place + 4], int.from_bytes(profile[place + 8 : place + 12], "big")
+def icc_curve(profile, offset):
+    """The curve at an `offset` of an ICC profile, as a function."""
+    kind, count = (
+        profile[offset : offset + 4],
+        int.from_bytes(profile[offset + 8 : offset + 12], "big"),
+    )
     if kind == b"curv":
-        table = np.frombuffer(profile, ">u2", count, place + 12) / 65535
+        table = np.frombuffer(profile, ">u2", count, offset + 12) / 65535
         if count > 1:
             return lambda t: np.interp(t, np.linspace(0, 1, count), table)
         gamma = table[0] * 65535 / 256 if count else 1.0
         return lambda t: t**gamma
-    form = int.from_bytes(profile[place + 8 : place + 10], "big")
-    numbers = np.frombuffer(profile, ">i4", (1, 3, 4, 5, 7)[form], place + 12) / 65536
+    form = int.from_bytes(profile[offset + 8 : offset + 10], "big")
+    numbers = np.frombuffer(profile, ">i4", (1, 3, 4, 5, 7)[form], offset + 12) / 65536
     g, a, b, c, d, e, f = (*numbers, *np.zeros(7 - len(numbers)))
     if form == 0:
         return lambda t: t**g
@@ -333,11 +337,11 @@ def scaled(scan, limits, dtype):
     range."""
     (low, high), top = limits, np.iinfo(dtype).max
     if limits == (0, top) and scan.values.dtype == dtype:
-        made = scan.values
+        levels = scan.values
     else:
         values = np.nan_to_num(scan.values.astype(np.float64), nan=low, posinf=low, neginf=low)
-        made = np.clip((values - low) * (top / ((high - low) or 1)) + 0.5, 0, top).astype(dtype)
-    return top - made if scan.is_inverted else made
+        levels = np.clip((values - low) * (top / ((high - low) or 1)) + 0.5, 0, top).astype(dtype)
+    return top - levels if scan.is_inverted else levels
 
 
 def value_limits(scan, is_declared, path, remarks):

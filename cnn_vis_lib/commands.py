@@ -125,8 +125,8 @@ def download_model(options):
     if not re.match("https?://.", url, re.IGNORECASE):
         raise refusal("model_url", url, "use the address of a file, http://... or https://...")
     download(model, url, check)
-    place = model.cache_place()
-    say(f"{model.name}: {standing(place, model)}, {file_hash(place, 'sha256')}, {place}")
+    path = model.cache_place()
+    say(f"{model.name}: {standing(path, model)}, {file_hash(path, 'sha256')}, {path}")
 
 
 def reproduce(options):

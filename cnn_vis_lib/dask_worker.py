@@ -104,12 +104,12 @@ class Loan:
     def examine(self):
         """What `describe` found; the hash of the network's gradient for one picture; and the
         pycaffe version and processor, on which that depends."""
-        found = {name: getattr(self._workers, name) for name in DESCRIBED}
-        gradient, _ = self.compute(np.random.default_rng(0).normal(0, 50, (3, *found["tile_size"])))
+        facts = {name: getattr(self._workers, name) for name in DESCRIBED}
+        gradient, _ = self.compute(np.random.default_rng(0).normal(0, 50, (3, *facts["tile_size"])))
         cpu = re.search(r"^model name\s*: (.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
         cpu = cpu[1] if cpu else "unknown processor"
         made_by = f"pycaffe {versions().get('pycaffe', 'unknown')}, {cpu}"
-        return found, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by
+        return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by
 
     def compute(self, tile, measure=False):
         """The gradient of one tile, and its loss."""

@@ -121,12 +121,12 @@ class Description:
         if layer.bottom and problem:
             self.problems |= dict.fromkeys([layer.name, *layer.top], problem)
         elif layer.bottom and layer.top:
-            made = [top for top in layer.top if top not in layer.bottom]
-            made = made[:1] if layer.type == "Pooling" else made  # the second is only positions
-            for top in [*made, *([layer.name] if layer.name in layer.top else [])]:
+            tops = [top for top in layer.top if top not in layer.bottom]
+            tops = tops[:1] if layer.type == "Pooling" else tops  # the second is only positions
+            for top in [*tops, *([layer.name] if layer.name in layer.top else [])]:
                 self.starts[top] = layer.name
-            self.aliases |= {layer.name: made[0]} if len(made) == 1 else {}
-            self.holders |= {} if made else {layer.name: layer.top[0]}
+            self.aliases |= {layer.name: tops[0]} if len(tops) == 1 else {}
+            self.holders |= {} if tops else {layer.name: layer.top[0]}
 
     def find(self, name):
         """The blob to amplify for `name`, which names a blob or a layer. Raises BadRequest."""
@@ -177,11 +177,11 @@ def fit_classifier(net, weights):
 def followers(net, names):
     """The blobs that are written by the layers `names` of the NetParameter `net`, or by layers that
     depend on them."""
-    found = set()
+    blobs = set()
     for layer in net.layer:
-        if layer.name in names or not found.isdisjoint(layer.bottom):
-            found.update(layer.top)
-    return found
+        if layer.name in names or not blobs.isdisjoint(layer.bottom):
+            blobs.update(layer.top)
+    return blobs
 
 
 def cut(net, targets, blob_counts):

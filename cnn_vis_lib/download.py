@@ -60,10 +60,10 @@ def download(model, url, check_structure):
     """Downloads the model's weights to its cache_place(). They are moved there only once they have
     been checked: they have a known hash, or else check_structure(path), which returns what is wrong
     or None, has found no fault. Raises RunFailed."""
-    place = model.cache_place()
-    folder = os.path.dirname(place)
-    if problem := unwritable(place):
-        raise RunFailed(f"{place} is {problem}; remove it, or set CNN_VIS_MODELS to another folder")
+    path = model.cache_place()
+    folder = os.path.dirname(path)
+    if problem := unwritable(path):
+        raise RunFailed(f"{path} is {problem}; remove it, or set CNN_VIS_MODELS to another folder")
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
@@ -83,9 +83,9 @@ def download(model, url, check_structure):
             is_known = has_known_hash(weights, model)
             if not is_known:
                 check_unknown(model, url, weights, check_structure)
-            put_in_place(weights, place)
+            put_in_place(weights, path)
             if not is_known:
-                put_in_place(f"{weights}.checked", f"{place}.checked")
+                put_in_place(f"{weights}.checked", f"{path}.checked")
     except OSError as error:
         remedy = "free some space, or set CNN_VIS_MODELS to another folder"
         raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
@@ -95,8 +95,8 @@ def check_unknown(model, url, weights, check_structure):
     """Checks downloaded weights that match no known hash, and writes their SHA-256 to a file named
     like them plus ".checked". Raises RunFailed."""
     if model.member is None and model.hashes:
-        expected, found = model.hashes[0], file_hash(weights, "sha1")
-        raise RunFailed(f"{url}: wrong file, deleted: expected {expected}, got {found}")
+        expected, actual = model.hashes[0], file_hash(weights, "sha1")
+        raise RunFailed(f"{url}: wrong file, deleted: expected {expected}, got {actual}")
     error = check_structure(weights)
     if error is not None:
         raise RunFailed(f"{url}: not {model.name} weights, deleted: {error}")

@@ -40,11 +40,11 @@ def choose_gpus(gpus):
         remedy = "use --gpu -1 for the CPU, or build with PYCAFFE_CUDA=1"
         raise refusal("gpu", asked, "Caffe was built without CUDA", remedy)
     if max(gpus) >= present:
-        found = f"{present} found, numbered from 0" if present else "none found"
+        told = f"{present} found, numbered from 0" if present else "none found"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found += f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
+        told += f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
         remedy = "use another number, or -1 for the CPU"
-        raise refusal("gpu", asked, f"no such GPU ({found})", remedy)
+        raise refusal("gpu", asked, f"no such GPU ({told})", remedy)
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 

@@ -24,8 +24,8 @@ def expanded(path, is_literal):
 def existing_file(option, path):
     """Returns `path` if it is a file; otherwise raises BadRequest, naming the `option`."""
     if not os.path.isfile(path):
-        there = "this is a folder" if os.path.isdir(path) else "this is not a regular file"
-        reason = there if os.path.exists(path) else "no such file"
+        kind = "this is a folder" if os.path.isdir(path) else "this is not a regular file"
+        reason = kind if os.path.exists(path) else "no such file"
         raise refusal(option, path, reason, "use another path")
     if not os.access(path, os.R_OK):
         raise refusal(option, path, "this file cannot be read", "run chmod u+r on it")
@@ -73,14 +73,14 @@ def whole_file(path, name=None):
     is written and on disk, and is removed if that fails. Raises RunFailed, whose message calls the
     file `name`."""
     try:
-        place = os.path.realpath(path)
-        if os.path.exists(place) and not os.path.isfile(place):
+        target = os.path.realpath(path)
+        if os.path.exists(target) and not os.path.isfile(target):
             raise OSError("it is not a regular file")
-        with open_part(place) as raw:
+        with open_part(target) as raw:
             try:
                 with Undescribed(raw) as file:
                     yield file
-                put_in_place(raw.name, place)
+                put_in_place(raw.name, target)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.remove(raw.name)
@@ -90,15 +90,15 @@ def whole_file(path, name=None):
         raise RunFailed(f"{name or path}: {problem}; an existing file is unchanged") from None
 
 
-def open_part(place):
-    """A new file, unbuffered, for put_in_place: beside `place`, or in the temporary folder if
-    `place` exists in a folder that cannot be written."""
+def open_part(target):
+    """A new file, unbuffered, for put_in_place: beside `target`, or in the temporary folder if
+    `target` exists in a folder that cannot be written."""
     try:
-        return open(part_name(place, os.getpid()), "w+b", buffering=0)
+        return open(part_name(target, os.getpid()), "w+b", buffering=0)
     except OSError:
-        if not os.path.isfile(place):
+        if not os.path.isfile(target):
             raise
-        elsewhere = os.path.join(tempfile.gettempdir(), os.path.basename(place))
+        elsewhere = os.path.join(tempfile.gettempdir(), os.path.basename(target))
         return open(part_name(elsewhere, os.getpid()), "x+b", buffering=0)
 
 

@@ -19,9 +19,9 @@ def find_network(options):
     files = find_files(options)
     if files.weights is None:
         model = choose_model(options.model, options.deploy_txt)
-        places = " or ".join(model.weights_places()[:-1])
+        paths = " or ".join(model.weights_places()[:-1])
         remedy = f"use --download_model {model.name}, or name its weights with --caffe_model"
-        raise refusal("model", model.name, f"not installed at {places}", remedy)
+        raise refusal("model", model.name, f"not installed at {paths}", remedy)
     files = as_in_training(files, options)
     if files.mean is not None:
         return files
@@ -37,24 +37,24 @@ def as_in_training(files, options):
     """The NetworkFiles with scale and mean from the options or, if these leave them open, as a
     training prototxt states them. Raises BadRequest."""
     scale, mean, notices = options.input_scale, files.mean, []
-    found = {}
+    training = {}
     content = read_bytes(files.deploy) if options.deploy_txt else b""
     if re.search(rb"\b(scale|mean_\w+)\s*:", content):
-        found = known_training_input(files.deploy, content).copy()
-    if "scale" in found and scale in (None, found["scale"]):
-        scale = found["scale"]
+        training = known_training_input(files.deploy, content).copy()
+    if "scale" in training and scale in (None, training["scale"]):
+        scale = training["scale"]
         if not 0 < scale < math.inf:
             raise refusal(
                 "deploy_txt", files.deploy, f"its scale is {scale:g}", "set --input_scale"
             )
         notices.append(f"the network's input is scaled by {scale:g}, as {files.deploy} says")
-    if not options.mean_image and (path := found.get("mean_file")):
+    if not options.mean_image and (path := training.get("mean_file")):
         if os.path.isfile(path):
-            found["mean"] = read_mean(path)
+            training["mean"] = read_mean(path)
         else:
             notices.append(f"{path}, named in {files.deploy}, does not exist; see --mean_image")
-    if not options.mean_image and "mean" in found:
-        mean = found["mean"]
+    if not options.mean_image and "mean" in training:
+        mean = training["mean"]
         if not 0 <= mean <= 255:
             problem = f"its mean_value is {mean:g}, but pixels range from 0 to 255"
             raise refusal("deploy_txt", files.deploy, problem, "name a --mean_image")

@@ -66,9 +66,9 @@ def from_full_page(data):
     if page is first:
         return data
     order = "little" if data[:2] == b"II" else "big"
-    place = slice(8, 16) if 43 in data[2:4] else slice(4, 8)  # of the first page's address
+    address = slice(8, 16) if 43 in data[2:4] else slice(4, 8)  # of the first page's address
     changed = bytearray(data)
-    changed[place] = page.offset.to_bytes(place.stop - place.start, order)
+    changed[address] = page.offset.to_bytes(address.stop - address.start, order)
     return bytes(changed)
 
 
@@ -90,8 +90,8 @@ def read_raw_preview(data, path, remarks):
     is_sensor = any(page.tags.valueof(262) in (32803, 34892) for page in pages)
     if not is_sensor and data[:4] not in RAW_MAGIC and data[8:11] != b"CR\2":  # Canon
         return None
-    found = [picture for page in pages for picture in previews(data, page)]
-    for picture in sorted(found, key=lambda picture: math.prod(picture.size), reverse=True):
+    pictures = [picture for page in pages for picture in previews(data, page)]
+    for picture in sorted(pictures, key=lambda picture: math.prod(picture.size), reverse=True):
         with contextlib.suppress(Exception):  # skips sensor data, which can be JPEG-compressed too
             picture.load()
             exif = picture.getexif()
@@ -116,10 +116,10 @@ def previews(data, page):
     from PIL import Image
 
     starts, lengths = (np.ravel(page.tags.valueof(tag, default=())) for tag in (513, 514))
-    places = [*zip(starts, lengths)]
+    parts = [*zip(starts, lengths)]
     if len(page.dataoffsets) == 1:
-        places += zip(page.dataoffsets, page.databytecounts)
-    jpegs = [data[start : start + length] for start, length in places]
+        parts += zip(page.dataoffsets, page.databytecounts)
+    jpegs = [data[start : start + length] for start, length in parts]
     panasonic = page.tags.valueof(46)
     jpegs += [panasonic] if isinstance(panasonic, bytes) else []
     for jpeg in jpegs:
@@ -134,14 +134,14 @@ def previews(data, page):
 def png_chunks(data):
     """Yields (name, content, bytes of the whole chunk) for the chunks of a PNG that are sound or
     needed."""
-    place = len(PNG)
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        chunk, checksum = data[place + 4 : end - 4], int.from_bytes(data[end - 4 : end], "big")
+    start = len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        chunk, checksum = data[start + 4 : end - 4], int.from_bytes(data[end - 4 : end], "big")
         is_needed = not chunk or chunk[0] < ord("a")  # its name begins with a capital letter
         if is_needed or zlib.crc32(chunk) == checksum:
-            yield chunk[:4], chunk[4:], data[place:end]
-        place = end
+            yield chunk[:4], chunk[4:], data[start:end]
+        start = end
 
 
 def without_damaged_chunks(data):
@@ -197,10 +197,10 @@ def unmultiplied(values, alpha):
     top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
     share = alpha[..., np.newaxis] / top
     with np.errstate(all="ignore"):
-        found = np.where(share > 0, values / share, 0)
+        colours = np.where(share > 0, values / share, 0)
     if top > 1:
-        found = np.minimum(found + 0.5, top)
-    return found.astype(values.dtype)
+        colours = np.minimum(colours + 0.5, top)
+    return colours.astype(values.dtype)
 
 
 def read_tiff(scan, data, tell):
@@ -297,11 +297,11 @@ def read_ppm(scan, data, tell):
 
 def read_psd(scan, data, tell):
     """What a further channel of a PSD is: opacity only if the number of layers is negative."""
-    place = 26
+    start = 26
     for _ in range(2):  # past the palette and the resources
-        place += 4 + int.from_bytes(data[place : place + 4], "big")
-    layers = int.from_bytes(data[place + 8 : place + 10], "big", signed=True)
-    has_layers = int.from_bytes(data[place : place + 4], "big") > 0
+        start += 4 + int.from_bytes(data[start : start + 4], "big")
+    layers = int.from_bytes(data[start + 8 : start + 10], "big", signed=True)
+    has_layers = int.from_bytes(data[start : start + 4], "big") > 0
     scan.has_alpha = has_layers and layers < 0
     if scan.has_alpha and scan.picture.mode != "RGBA":
         tell("its transparency is not read")
@@ -325,23 +325,23 @@ def read_tga(scan, data, tell):
 
 def read_fits(scan, data, tell):
     """The numbers that a FITS file means, by its scale and offset."""
-    found, place = {}, 0
-    while not int(found.get(b"NAXIS", 0)) and place < len(data):  # the first header of a picture
-        found = {}
-        while place < len(data) and data[place : place + 8].rstrip() != b"END":
-            card = data[place : place + 80]
+    header, start = {}, 0
+    while not int(header.get(b"NAXIS", 0)) and start < len(data):  # the first header of a picture
+        header = {}
+        while start < len(data) and data[start : start + 8].rstrip() != b"END":
+            card = data[start : start + 80]
             if number := re.match(rb"(\w+) *= +([-+]?[\d.]+(?:[ED][-+]?\d+)?) *(/|$)", card):
-                found[number[1]] = float(number[2].replace(b"D", b"E"))
-            place += 80
-        place += 2880 - place % 2880
-    if found.get(b"NAXIS3", 1) > 1:
-        tell(f"the first of {found[b'NAXIS3']:g} planes is used")
-    scale, zero = found.get(b"BSCALE", 1.0), found.get(b"BZERO", 0.0)
+                header[number[1]] = float(number[2].replace(b"D", b"E"))
+            start += 80
+        start += 2880 - start % 2880
+    if header.get(b"NAXIS3", 1) > 1:
+        tell(f"the first of {header[b'NAXIS3']:g} planes is used")
+    scale, zero = header.get(b"BSCALE", 1.0), header.get(b"BZERO", 0.0)
     values = np.asarray(scan.picture)
     values = values.view(np.int16) if values.dtype == np.uint16 else values
     scan.values = values[..., np.newaxis]
-    if b"BLANK" in found:
-        take_holes(scan, found[b"BLANK"])
+    if b"BLANK" in header:
+        take_holes(scan, header[b"BLANK"])
     if (scale, zero) != (1, 0):
         is_unsigned = (scale, zero, values.dtype) == (1, 32768, np.int16)
         scan.values = (scan.values * scale + zero).astype(np.uint16 if is_unsigned else np.float64)
@@ -351,17 +351,20 @@ def read_fits(scan, data, tell):
 
 def boxes(data):
     """Yields (name, content) of the boxes in ISO's container or JPEG 2000's."""
-    place = 0
-    while place + 8 <= len(data):
-        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        start = place + 8
+    position = 0
+    while position + 8 <= len(data):
+        size, name = (
+            int.from_bytes(data[position : position + 4], "big"),
+            data[position + 4 : position + 8],
+        )
+        start = position + 8
         if size == 1:
             size, start = int.from_bytes(data[start : start + 8], "big"), start + 8
-        end = place + size if size else len(data)
+        end = position + size if size else len(data)
         if end < start:
             return
         yield name, data[start:end]
-        place = end
+        position = end
 
 
 def read_iso(scan, data, tell):
@@ -370,9 +373,9 @@ def read_iso(scan, data, tell):
         return  # here the profile comes first
     meta = dict(boxes(dict(boxes(data)).get(b"meta", b"")[4:]))  # after its version
     properties = dict(boxes(meta.get(b"iprp", b"")))
-    found = [*boxes(properties.get(b"ipco", b""))]
+    entries = [*boxes(properties.get(b"ipco", b""))]
     for number in properties_of(meta.get(b"pitm", b""), properties.get(b"ipma", b"")):
-        name, content = found[number - 1] if 0 < number <= len(found) else (b"", b"")
+        name, content = entries[number - 1] if 0 < number <= len(entries) else (b"", b"")
         if name == b"colr" and content[:4] == b"nclx":
             primaries, curve = (int.from_bytes(content[i : i + 2], "big") for i in (4, 6))
             scan.cicp = None if (primaries, curve) == (2, 2) else (primaries, curve, True)

@@ -98,12 +98,12 @@ def cgroup_folders(controller):
     """Yields the folders with this process's limits by a controller, "cpu" or "memory": those of
     its cgroup and its parents, of version 1 and version 2."""
     with contextlib.suppress(OSError):
-        places = {"": "/", controller: "/"}
+        paths = {"": "/", controller: "/"}
         for line in read_text("/proc/self/cgroup").splitlines():
             _, together, path = line.split(":", 2)  # version 2's line names no controllers
             if {"", controller}.intersection(together.split(",")):
-                places |= {together: path, together and controller: path}
-        for name, path in places.items():
+                paths |= {together: path, together and controller: path}
+        for name, path in paths.items():
             parts = path.strip("/").split("/")
             for depth in range(len(parts), -1, -1):
                 yield os.path.join(CGROUPS, name, *parts[:depth])
@@ -150,11 +150,11 @@ def versions():
     import importlib.metadata
     import platform
 
-    found = {"python": platform.python_version()}
+    software = {"python": platform.python_version()}
     for name in ("numpy", "scipy", "pillow", "pycaffe"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            software[name] = importlib.metadata.version(name)
+    return software
 
 
 LEAST_LIMITS = {  # ulimit's letter: (the resource, the fewest bytes that libraries need)

@@ -37,8 +37,8 @@ class Model:
         """The paths to search for the weights; the first one that exists is used."""
         below, root = f"{self.name}/{self.name}.caffemodel", os.environ.get("CAFFE_ROOT")
         in_caffe = (below, *self.other_weights) if root else ()
-        places = [os.path.join(root, "models", path) for path in in_caffe]
-        return [*places, self.cache_place(), os.path.join(INCLUDED, below)]
+        paths = [os.path.join(root, "models", path) for path in in_caffe]
+        return [*paths, self.cache_place(), os.path.join(INCLUDED, below)]
 
     def cache_place(self):
         """The path to which the weights are downloaded."""
@@ -50,8 +50,8 @@ class Model:
 
     def find_deploy(self):
         """The path of the prototxt, or None. All full GoogLeNets share one prototxt."""
-        own = os.path.join(INCLUDED, self.name, "deploy.prototxt")
-        return own if os.path.isfile(own) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
+        path = os.path.join(INCLUDED, self.name, "deploy.prototxt")
+        return path if os.path.isfile(path) else find_in_caffe(GOOGLENET_DEPLOY, GOOGLENET_DEPLOY)
 
 
 MODELS = {
@@ -96,10 +96,10 @@ def find_in_caffe(below_root, below_package):
     """The path of a file that comes with Caffe: below $CAFFE_ROOT, or else in the installed Python
     package. None if neither has it."""
     root, package = os.environ.get("CAFFE_ROOT"), importlib.util.find_spec("caffe")
-    places = [os.path.join(root, below_root)] if root else []
+    paths = [os.path.join(root, below_root)] if root else []
     if package is not None and package.submodule_search_locations:
-        places.append(os.path.join(package.submodule_search_locations[0], below_package))
-    return next(filter(os.path.isfile, places), None)
+        paths.append(os.path.join(package.submodule_search_locations[0], below_package))
+    return next(filter(os.path.isfile, paths), None)
 
 
 def check_caffe():
@@ -156,8 +156,8 @@ class NetworkFiles:
 def find_files(options):
     """The NetworkFiles for the options. Its weights are None if they are not installed; its mean is
     None if it has yet to be read from the mean image. Raises BadRequest."""
-    own = options.deploy_txt or options.caffe_model
-    model = choose_model(options.model, own)
+    named = options.deploy_txt or options.caffe_model
+    model = choose_model(options.model, named)
     weights, deploy = options.caffe_model, options.deploy_txt
     weights = existing_file("caffe_model", weights) if weights else model.find_weights()
     deploy = existing_file("deploy_txt", deploy) if deploy else model.find_deploy()
@@ -166,7 +166,7 @@ def find_files(options):
         remedy = f"name one with --deploy_txt, or {how_to_install('pycaffe')}"
         raise refusal("model", model.name, "no deploy.prototxt found", remedy)
     mean = None if options.mean_image else model.mean
-    name = "network" if own else model.name
+    name = "network" if named else model.name
     return NetworkFiles(deploy, weights, name, not options.deploy_txt, mean)
 
 

@@ -42,8 +42,8 @@ def structure_error(deploy, path):
     net = Description(deploy).net
     fit_classifier(net, weights)
     loaded = caffe_net(net)
-    for name, (given, taken) in misfits(loaded, weights).items():
-        return f"layer {name} has weights of shape {given or None}, not {taken}"
+    for name, (stored, needed) in misfits(loaded, weights).items():
+        return f"layer {name} has weights of shape {stored or None}, not {needed}"
     loaded.copy_from(path)
     return None
 
@@ -79,11 +79,11 @@ def layer_shapes(files, input_size=None, without=(), first=None):
     notices = [*description.notices, *(f"{LEFT_OUT}: {problem}" for problem in problems)]
     loaded = caffe_net(net)
     if input_size:
-        wrong = [name for name, (given, _) in misfits(loaded, weights).items() if given]
+        wrong = [name for name, (stored, _) in misfits(loaded, weights).items() if stored]
         lost |= followers(net, wrong)
         notices += [f"{LEFT_OUT}: {name} works only at the prototxt's size" for name in wrong]
-    there = [blob for blob in starts if blob in loaded.blobs and blob not in lost]
-    shapes = {blob: tuple(loaded.blobs[blob].shape)[1:] for blob in there}
+    loaded_blobs = [blob for blob in starts if blob in loaded.blobs and blob not in lost]
+    shapes = {blob: tuple(loaded.blobs[blob].shape)[1:] for blob in loaded_blobs}
     listed = [(blob, shape, starts[blob]) for blob, shape in shapes.items() if shape]
     return listed, notices, [layer.name for layer in kept]
 
@@ -100,13 +100,13 @@ def check_fit(spec, net, weights):
         problem = f"this has no weights for {some(missing)} in {deploy}"
         raise refusal("caffe_model", path, problem, "use a complete file")
     for name, shapes in wrong.items():
-        given, taken = (
+        stored, needed = (
             " and ".join("x".join(map(str, s)) or "one number" for s in shape) for shape in shapes
         )
         if spec.input_size and net.layer_dict[name].type == "InnerProduct":
             problem = f"{name} works only at the prototxt's size"
             raise input_size_refusal(spec.input_size, problem, "choose an earlier layer")
-        problem = f"{name} has weights of shape {given}, but {deploy} needs {taken}"
+        problem = f"{name} has weights of shape {stored}, but {deploy} needs {needed}"
         raise refusal("caffe_model", path, problem, "use files that belong together")
 
 

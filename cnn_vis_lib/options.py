@@ -40,10 +40,10 @@ def parse_size(text, base):
     `base` with the longer side N), or None (`base`). Raises ValueError."""
     if text is None:
         return tuple(base)
-    found = SIZE.fullmatch(text.strip().lower())
-    if not found:
+    match = SIZE.fullmatch(text.strip().lower())
+    if not match:
         raise ValueError("this is not a size")
-    height, width, factor, longer = found.groups()
+    height, width, factor, longer = match.groups()
     if longer:
         longer = min(int(longer), 2 * MAX_SIDE)
         size = tuple(min(longer, max(1, round(longer * b / max(base)))) for b in base)
@@ -103,9 +103,9 @@ class Parser(argparse.ArgumentParser):
         if preset.preset in PRESETS:  # is applied first, so that all other options override it
             namespace, _ = super().parse_known_args(PRESETS[preset.preset].split(), namespace)
             settle(namespace)
-        found, rest = super().parse_known_args(self._args, namespace)
-        settle(found)
-        return found, rest
+        options, rest = super().parse_known_args(self._args, namespace)
+        settle(options)
+        return options, rest
 
     def _underscored(self, arg):
         name, equals, value = arg.partition("=")
@@ -122,10 +122,10 @@ class Parser(argparse.ArgumentParser):
 
     def _read_files(self, words, outer=()):
         """The words, with each @FILE replaced by the words in that file."""
-        found = []
+        replaced = []
         for word in words:
             if not word.startswith("@"):
-                found.append(self._underscored(word))
+                replaced.append(self._underscored(word))
                 continue
             path = os.path.realpath(word[1:])
             try:
@@ -139,8 +139,8 @@ class Parser(argparse.ArgumentParser):
                     problem = "this is not a text file in UTF-8"
                 remedy = f"an argument that starts with @ names a file of options (use ./{word})"
                 raise BadRequest(f"{word}: {problem}", remedy) from None
-            found += self._read_files(inner, (*outer, path))
-        return found
+            replaced += self._read_files(inner, (*outer, path))
+        return replaced
 
     def error(self, message):
         remedy = "see --help"
@@ -186,12 +186,12 @@ class Parser(argparse.ArgumentParser):
                 with_reason = reason if reason.startswith("without ") else f"with {reason}"
                 yield f"--{action.dest} has no effect {with_reason}"
 
-    def words(self, options, **found):
-        """The options that differ from their defaults, as words of a command line; `found` has the
+    def words(self, options, **chosen):
+        """The options that differ from their defaults, as words of a command line; `chosen` has the
         values that the run chose for options left open."""
         words = []
         for action in self.options:
-            value = found.get(action.dest, getattr(options, action.dest))
+            value = chosen.get(action.dest, getattr(options, action.dest))
             if action.text is None or value in (None, getattr(self.defaults, action.dest)):
                 continue
             name = action.option_strings[0]

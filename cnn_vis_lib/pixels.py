@@ -30,23 +30,23 @@ def resize(picture, size, bilinear=False):
 def composed(picture, start, mask):
     """Blends two pictures of the same size and depth: `picture` where the mask, uint8 (H, W), is
     white, `start` where it is black."""
-    made = np.empty_like(picture)
+    blended = np.empty_like(picture)
     for rows in strips(len(picture)):
         share = mask[rows, :, np.newaxis].astype(np.uint32)
-        made[rows] = (picture[rows] * share + start[rows] * (255 - share) + 127) // 255
-    return made
+        blended[rows] = (picture[rows] * share + start[rows] * (255 - share) + 127) // 255
+    return blended
 
 
 def with_colors_of(start, picture):
     """`picture` in the colours of `start`, which has the same size and depth: the brightness of
     `picture` with the hue and saturation of `start` (in JPEG's YCbCr, where equal chroma is an
     equal distance from the brightness)."""
-    made = np.empty_like(picture)
+    coloured = np.empty_like(picture)
     for rows in strips(len(picture)):
         brighter = (picture[rows].astype(float) - start[rows]) @ (0.299, 0.587, 0.114)
         exact = start[rows] + brighter[:, :, np.newaxis]
-        made[rows] = np.clip(exact.round(), 0, np.iinfo(made.dtype).max)
-    return made
+        coloured[rows] = np.clip(exact.round(), 0, np.iinfo(coloured.dtype).max)
+    return coloured
 
 
 MAX_SIDE = 1_000_000

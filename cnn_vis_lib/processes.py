@@ -106,19 +106,19 @@ class Worker:
 
     def __init__(self, log, gpu, memory, shared=()):
         self._owner, self.has_answered = os.getpid(), False
-        self._connection, there = multiprocessing.Pipe()
+        self._connection, other_end = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
-        numbers = map(str, (there.fileno(), os.getpid(), memory))
-        places = (place for place in sys.path if isinstance(place, str) and "\0" not in place)
-        words = (*numbers, *places, HERE)
-        with there:
+        numbers = map(str, (other_end.fileno(), os.getpid(), memory))
+        folders = (place for place in sys.path if isinstance(place, str) and "\0" not in place)
+        words = (*numbers, *folders, HERE)
+        with other_end:
             self._process = subprocess.Popen(
                 [*python_command(), "-c", BOOTSTRAP, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[there.fileno(), *(file.fileno() for file in shared)],
+                pass_fds=[other_end.fileno(), *(file.fileno() for file in shared)],
                 env=os.environ | ONE_THREAD | visible,
             )
 

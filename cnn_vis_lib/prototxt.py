@@ -91,10 +91,10 @@ def in_this_dialect(text):
     if "ceil_mode" in fields or "round_mode" not in fields:
         return text
 
-    def translated(found):
-        if found[1] is None:  # a string or a comment
-            return found[0]
-        return f"round_mode: {'CEIL' if found[1].lower() in ('true', 't', '1') else 'FLOOR'}"
+    def translated(match):
+        if match[1] is None:  # a string or a comment
+            return match[0]
+        return f"round_mode: {'CEIL' if match[1].lower() in ('true', 't', '1') else 'FLOOR'}"
 
     truth = r"\bceil_mode\s*:\s*([Tt]rue|[Ff]alse|[tf]|[01])\b"
     return re.sub(f"{UNSPOKEN}|{truth}", translated, text)
@@ -134,8 +134,8 @@ def upgraded(net):
         for name in old.param:
             new.param.add(name=name)
         for field, value in old.ListFields():
-            own = ("type", "param", "blobs", "blobs_lr", "weight_decay", "blob_share_mode")
-            if field.name in own:
+            handled = ("type", "param", "blobs", "blobs_lr", "weight_decay", "blob_share_mode")
+            if field.name in handled:
                 continue
             if isinstance(value, str):
                 setattr(new, field.name, value)
@@ -203,15 +203,17 @@ def data_param(layer):
 def picture_shape(layer):
     """The (channels, height, width) of the pictures that a data layer reads; height and width are 0
     if it does not state them."""
-    own = data_param(layer)
+    parameters = data_param(layer)
     if layer.type == "MemoryData":
-        return own.channels, own.height, own.width
+        return parameters.channels, parameters.height, parameters.width
     if layer.type == "DummyData":
-        old = (own.channels[:1], own.height[:1], own.width[:1])
-        return tuple(own.shape[0].dim[1:]) if own.shape else tuple(itertools.chain(*old))
-    side = layer.transform_param.crop_size or getattr(own, "crop_size", 0)
+        old = (parameters.channels[:1], parameters.height[:1], parameters.width[:1])
+        return (
+            tuple(parameters.shape[0].dim[1:]) if parameters.shape else tuple(itertools.chain(*old))
+        )
+    side = layer.transform_param.crop_size or getattr(parameters, "crop_size", 0)
     if layer.type == "ImageData" and not side:
-        return 3, own.new_height, own.new_width
+        return 3, parameters.new_height, parameters.new_width
     return 3, side, side
 
 
@@ -246,16 +248,16 @@ def training_input(path):
     net = parse_prototxt(path)
     net = upgraded(net) if net.layers else net
     keep_test_layers(net)
-    found = {}
+    states = {}
     layers = data_layers(net)
     sized = [layer for layer in layers if min(picture_shape(layer)[1:], default=0)]
     for layer in (sized or layers)[:1]:
-        own, new = data_param(layer), layer.transform_param  # the older place, and today's
-        scale = new.scale if new.HasField("scale") else getattr(own, "scale", 1)
+        older, current = data_param(layer), layer.transform_param  # the older place, and today's
+        scale = current.scale if current.HasField("scale") else getattr(older, "scale", 1)
         if scale != 1:
-            found["scale"] = float(f"{scale:.7g}")  # a float32, as it was written
-        if new.mean_value:
-            found["mean"] = sum(new.mean_value) / len(new.mean_value)
-        elif mean_file := new.mean_file or getattr(own, "mean_file", ""):
-            found["mean_file"] = mean_file
-    return found
+            states["scale"] = float(f"{scale:.7g}")  # a float32, as it was written
+        if current.mean_value:
+            states["mean"] = sum(current.mean_value) / len(current.mean_value)
+        elif mean_file := current.mean_file or getattr(older, "mean_file", ""):
+            states["mean_file"] = mean_file
+    return states

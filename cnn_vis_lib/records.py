@@ -30,14 +30,14 @@ def make_record(options, settings, network, sizes, earlier=None):
     """The record of a run: program and versions; the command, including values that the program
     chose; what identifies the network and the input pictures; the layer as requested; the sizes
     and the seed. If the run is resumed, `earlier` is its earlier record."""
-    found = {"seed": settings.seed, "target_layer": settings.target_layer}
+    chosen = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.scale != 1:
-        found["input_scale"] = network.scale
+        chosen["input_scale"] = network.scale
     if network.name in MODELS:
-        found["model"] = network.name
+        chosen["model"] = network.name
     return {
         "program": f"cnn_vis.py {VERSION}",
-        "command": f"{COMMAND} {shlex.join(PARSER.words(options, **found))}",
+        "command": f"{COMMAND} {shlex.join(PARSER.words(options, **chosen))}",
         "network": network.name,
         "layer": (earlier or {}).get("layer", str(options.target_layer)),
         "inputs": earlier.get("inputs") if earlier else inputs_of(options),

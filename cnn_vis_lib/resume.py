@@ -69,11 +69,11 @@ def check_unchanged(path, saved, options):
 
 def check_same_network(path, record, network):
     """Raises BadRequest if the run in the checkpoint `path` was started with another network."""
-    found = identify(network)
+    identity = identify(network)
     options = {"weights_sha256": "caffe_model", "deploy_sha256": "deploy_txt", "mean": "mean_image"}
     for name, option in options.items():
-        if record[name] != found[name]:
-            is_not = f"{name} {found[name]}, not {record[name]}"
+        if record[name] != identity[name]:
+            is_not = f"{name} {identity[name]}, not {record[name]}"
             problem = f"differs from what {path} was started with ({is_not})"
             raise refusal(option, "", problem, "pass the original file")
 

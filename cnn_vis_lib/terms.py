@@ -20,11 +20,11 @@ TERM = re.compile(  # weight, layer with or without quotes, channels, "+" or the
 def parse_terms(text):
     """The terms that --layer names, "[WEIGHT*]LAYER[:CHANNELS] + ...", a list of (weight, layer,
     channels or None). Raises BadRequest, pointing at the mistake."""
-    terms, place, joint = [], 0, "+"
+    terms, position, joint = [], 0, "+"
     while joint:
-        term = TERM.match(text, place)
+        term = TERM.match(text, position)
         if term is None:
-            where = f"character {place + 1}, {text[place:].strip()[:40] or 'the end'}"
+            where = f"character {position + 1}, {text[position:].strip()[:40] or 'the end'}"
             form = "[WEIGHT*]LAYER[:CHANNELS], with quotes around names that contain +, * or :"
             raise refusal("layer", text, f"at {where}: a term is {form}")
         weight, quoted, plain, channels, joint = term.groups()
@@ -33,22 +33,22 @@ def parse_terms(text):
             problem = "a weight must be between 1e-6 and 1e6, or between -1e6 and -1e-6"
             raise refusal("layer", term[0].strip(" +"), problem)
         terms.append((weight, quoted or plain, channels))
-        place = term.end()
+        position = term.end()
     return terms
 
 
 def parse_channels(text, term):
     """The channels that a term of --layer names: numbers, and words that stand for numbers.
     Raises BadRequest."""
-    found = {}
+    channels = {}
     for word in map(str.strip, text.split(",")):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word)
         numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
         if not (numbers or word) or ends and not numbers or re.fullmatch("strong0*", word):
             problem = f"at {word or text!r}: use {CHANNELS}"
             raise refusal("layer", term.strip(" +"), problem)
-        found |= dict.fromkeys(numbers or [word])
-    return tuple(found)
+        channels |= dict.fromkeys(numbers or [word])
+    return tuple(channels)
 
 
 CLASSES = {1000: "imagenet", 365: "places365", 205: "places205"}  # by a classifier's width
@@ -71,11 +71,11 @@ def class_number(name, names):
     for number, line in enumerate(names):
         for synonym in dict.fromkeys(map(plain, line.split(","))):
             by_name[synonym].append(number)
-    found = by_name.get(plain(name), [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"classes {' and '.join(map(str, found))} have this name; use a number")
+    numbers = by_name.get(plain(name), [])
+    if len(numbers) == 1:
+        return numbers[0]
+    if numbers:
+        raise ValueError(f"classes {' and '.join(map(str, numbers))} have this name; use a number")
     close = difflib.get_close_matches(plain(name), by_name, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --list_classes"
     raise ValueError(f"no class has this name; {hint}")
@@ -88,8 +88,8 @@ def quoted(layer):
 
 def strong(word):
     """The N of "strongN", or None for any other channel of a Target."""
-    found = re.fullmatch(r"strong(\d{1,6})", str(word))
-    return found and int(found[1])
+    match = re.fullmatch(r"strong(\d{1,6})", str(word))
+    return match and int(match[1])
 
 
 def class_of(layer, word, shape):

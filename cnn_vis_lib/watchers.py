@@ -186,8 +186,8 @@ class PlotPix(Drawing):
     def when_due(self, progress):
         self.figure.clf()
         history = np.array(self.history).reshape(-1, 6)
-        for place, (y, x) in enumerate(self.PIXELS, 1):
-            axes = self.figure.add_subplot(2, 2, place, title=f"pixel {(y, x)}", xlabel="step")
+        for number, (y, x) in enumerate(self.PIXELS, 1):
+            axes = self.figure.add_subplot(2, 2, number, title=f"pixel {(y, x)}", xlabel="step")
             rows = history[(history[:, 1:3] == (y, x)).all(axis=1)]
             for colour, channel in zip("bgr", (3, 4, 5)):
                 axes.plot(rows[:, 0], rows[:, channel], colour)

@@ -87,8 +87,8 @@ class Web(Watcher):
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
         lines = [f"watch the run at {self._server.url}"]
         if not self._server.is_local:
-            place = f"port {self._server.port} of this machine"
-            lines.append(f"whoever can reach {place} can see the picture and the command")
+            port = f"port {self._server.port} of this machine"
+            lines.append(f"whoever can reach {port} can see the picture and the command")
         for line in lines:  # even with --quiet: nobody can find the page without its address
             say(printable(f"note: {line}"), "stderr")
 
@@ -256,9 +256,9 @@ def web_handler(web):
                 return
             after = re.fullmatch(r"after=(\d{1,15})", query)
             with web.visitor():
-                found = web.picture(int(after[1]) if after else -1)
-                if found:
-                    self.reply(200, found[1], "image/jpeg", Steps=found[0])
+                shot = web.picture(int(after[1]) if after else -1)
+                if shot:
+                    self.reply(200, shot[1], "image/jpeg", Steps=shot[0])
                 else:
                     self.reply(204)
 

@@ -234,7 +234,7 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            found = self.processes.restarting(self._described)
+            facts = self.processes.restarting(self._described)
         except LayerFailed:
             raise self._bad_layer() from None
         except CaffeStopped as error:
@@ -243,7 +243,7 @@ class Workers(Engine):
                 raise input_size_refusal(self.spec.input_size, problem, "drop the option") from None
             files = f"{self.spec.files.deploy} and {self.spec.files.weights}"
             raise RunFailed(f"{error}; do {files} belong together?") from None
-        self.tile_size, self.shapes, notices = found
+        self.tile_size, self.shapes, notices = facts
         self.notices += notices
 
     def _bad_layer(self):
@@ -271,13 +271,13 @@ class Workers(Engine):
             for _ in range(self._cpu_number - 1):  # the others load the network meanwhile
                 self.processes.submit(describe, *work)
             return self.processes.submit(describe, *work).result()
-        found = self.processes.on_each(describe, *work)[0]
+        facts = self.processes.on_each(describe, *work)[0]
         arguments = (self.spec, "batch_for_memory", self._each)
         fitting = self.processes.on_each(with_network, *arguments)
         self.batch_size = self._batch_size or min(fitting)
-        check_batch(self.batch_size, 1, found[0])
+        check_batch(self.batch_size, 1, facts[0])
         self.processes.on_each(try_batch, *work, self.batch_size)
-        return found
+        return facts
 
     def _map_slots(self):
         """Makes two slots for each worker, one being computed and one to do next, and a spare."""

@@ -46,7 +46,8 @@ run=$!
 work() {
     machine=$1
     shift
-    setsid "$@" env PYTHONSAFEPATH=1 "$python" -m dask worker "$address" --no-dashboard --death-timeout 60 --local-directory /tmp \
+    setsid "$@" env PYTHONSAFEPATH=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m dask worker "$address" \
+        --no-dashboard --death-timeout 60 --local-directory /tmp \
         > "$folder/$machine.log" 2>&1 || ! kill -0 "$run" 2> /dev/null ||
         tail -n 1 "$folder/$machine.log" | sed "s/^/cluster.sh: $machine: /" >&2
 }

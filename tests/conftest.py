@@ -149,6 +149,22 @@ def pytest_addoption(parser):
     parser.addoption("--times", metavar="CSV", help="write each test's seconds and CPU seconds")
 
 
+# The tests that start many processes of the program, or other programs.
+SLOW = {
+    f"test_{name}"
+    for name in (
+        "batch cluster commands engines examples gpu install models network readme run video "
+        "watchers web"
+    ).split()
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 def pytest_configure(config):
     global IS_REAL_RUN
     IS_REAL_RUN = config.getoption("--real")
@@ -221,7 +237,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-QUICK = [*TINY, "--layer=inception_a/output", "--num_steps=2"]
+QUICK = [*TINY, "--layer=inception_a/output", "--num_steps=2", "--workers=1"]
 
 
 ONE = [
@@ -230,6 +246,7 @@ ONE = [
     "--num_steps=1",
     "--initial_size=32x32",
     "--seed=1",
+    "--workers=1",
     "--quiet",
     "--iter_behavior=none",
 ]
@@ -240,6 +257,7 @@ ONE = [
 RUN = [
     *TINY,
     "--layer=inception_a/output",
+    "--workers=1",
     "--initialization_scale=20",
     "--seed=5",
     "--initial_size=40x50",

@@ -10,7 +10,7 @@ from conftest import CARD, TINY, assert_one_line, pixels, run_cli, start, wait_f
 from PIL import Image
 
 LAYERS = ["--layer=inception_a/output", "--layer=pool1/norm1:1,3"]
-DREAM = [*TINY, "--num_steps=3", "--learning_rate=4", "--iter_behavior=none"]
+DREAM = [*TINY, "--workers=1", "--num_steps=3", "--learning_rate=4", "--iter_behavior=none"]
 MADE = [
     f"{name}_{layer}.png" for layer in ("inception_a-output", "pool1-norm1-1,3") for name in "ab"
 ]
@@ -88,7 +88,7 @@ def test_workers_are_started_once(folder):
 @pytest.mark.parametrize("layer", ["pool1/norm1:1,3", "pool1/norm1:strong2"])
 def test_a_stopped_batch_goes_on_where_it_stopped(layer, folder):
     """Stopped during the second picture: it is resumed, not started over."""
-    words = [*DREAM, "--image=in", f"--layer={layer}", "--num_steps=150", "--checkpoint_iter=1"]
+    words = [*DREAM, "--image=in", f"--layer={layer}", "--num_steps=60", "--checkpoint_iter=1"]
     assert run_cli(*words, "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--output=out/", cwd=folder)
     name = f"b_{layer.replace('/', '-').replace(':', '-')}.png"
@@ -174,7 +174,7 @@ def stop_in_the_first(words, folder, name):
 def test_one_that_is_stopped_twice_is_continued_in_every_format(ending, folder):
     """It keeps the channels that `strong2` selected; an unfinished picture is not taken for a
     finished one."""
-    words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=300"]
+    words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=100"]
     whole = [*words, f"--output=whole/{{name}}.{ending}"]
     assert run_cli(*whole, cwd=folder).returncode == 0
     words += ["--checkpoint_iter=1", f"--output=out/{{name}}.{ending}"]
@@ -202,7 +202,7 @@ def test_another_photograph_of_the_same_name_is_made(folder):
 
 
 def test_a_checkpoint_that_does_not_fit_is_set_aside(folder):
-    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=300", "--checkpoint_iter=1"]
+    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=100", "--checkpoint_iter=1"]
     stop_in_the_first([*words, "--output=out/{name}.png"], folder, "a.png")
     path = folder / "out/a.png.checkpoint"
     with np.load(path) as file:
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(folder):
     done = run_cli(*words, "--output=out/{name}.png", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "was kept" in done.stderr
-    expected = alone(folder, LAYERS[0], "--image=in/a.png", "--num_steps=300")
+    expected = alone(folder, LAYERS[0], "--image=in/a.png", "--num_steps=100")
     assert np.array_equal(pixels(folder / "out/a.png"), expected)
 
 
@@ -229,7 +229,7 @@ def test_a_sidecar_of_an_earlier_picture_does_not_stay(folder):
 
 
 def test_a_resumed_run_makes_one_picture(folder):
-    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=300", "--checkpoint_iter=1"]
+    words = [*DREAM, LAYERS[0], "--image=in/a.png", "--num_steps=100", "--checkpoint_iter=1"]
     stop_in_the_first([*words, "--output=out/{name}.png"], folder, "a.png")
     done = run_cli("--resume=out/a.png.checkpoint", "--output=b/", cwd=folder)
     assert_one_line(done, 2, "--output b/", "one picture")
@@ -249,7 +249,7 @@ def test_another_network_makes_all_again(folder):
 
 
 def test_noise_without_a_seed_goes_on_as_it_began(folder):
-    words = [*DREAM, LAYERS[0], "--initial_size=60x60", "--num_steps=300", "--checkpoint_iter=1"]
+    words = [*DREAM, LAYERS[0], "--initial_size=60x60", "--num_steps=100", "--checkpoint_iter=1"]
     words += ["--output=out/{name}.png"]
     stop_in_the_first(words, folder, "noise.png")
     done = run_cli(*words, cwd=folder)
@@ -257,7 +257,7 @@ def test_noise_without_a_seed_goes_on_as_it_began(folder):
     assert "was kept" not in done.stderr
     command = Image.open(folder / "out/noise.png").info["Comment"]
     seed = command.partition("--seed=")[2].split()[0]
-    more = ["--initial_size=60x60", "--num_steps=300", f"--seed={seed}"]
+    more = ["--initial_size=60x60", "--num_steps=100", f"--seed={seed}"]
     expected = alone(folder, LAYERS[0], *more)
     assert np.array_equal(pixels(folder / "out/noise.png"), expected)
 

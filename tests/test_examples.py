@@ -347,7 +347,7 @@ def test_neurons_are_no_more_than_there_are(tmp_path):
     folder.mkdir()
     for neuron in range(8):
         Image.new("RGB", (8, 6)).save(folder / f"{neuron}.png")
-    run("neurons.sh", "inception_3a/5x5_reduce", "--model=googlenet_mini", cwd=tmp_path)
+    run("neurons.sh", "inception_3a/5x5_reduce", *SMALL, cwd=tmp_path)
     assert Image.open(folder / "sheet.png").width == 4 * (240 + 8) + 8
 
 

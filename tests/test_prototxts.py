@@ -734,25 +734,28 @@ KNOWN = {  # the prototxt of a network, thinned; a layer amid it and one that en
 
 
 @pytest.mark.parametrize("network", KNOWN)
-def test_known_networks_are_listed_dreamed_on_and_resumed(network, tmp_path):
-    """By structure, with a sixteenth of the channels."""
+def test_known_networks_are_listed_and_dreamed_on(network, tmp_path):
+    """By structure, with a sixteenth of the channels. One is stopped and resumed, which knows
+    nothing of networks."""
     make, amid, end = KNOWN[network]
     files = random_weights(written(tmp_path, make(16)))
     listed = run_cli("--list_layers", files[0], cwd=tmp_path)
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert {amid, end, "prob"} <= set(names)
     assert not any("relu" in name or name.startswith("bn") for name in names)
-    common = [*DREAM, *files, "--initial_size=300x227", f"--layer={amid}", "--num_steps=20"]
-    common += ["--checkpoint_iter=1"]
+    common = [*DREAM, *files, "--initial_size=300x227", f"--layer={amid}", "--num_steps=5"]
     done = run_cli(*common, "--output=whole.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert pixels(tmp_path / "whole.png").std() > 1
-    running = under_way(*common, cwd=tmp_path)
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=30)
-    assert running.returncode == 143
-    assert run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path).returncode == 0
-    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "whole.png"))
+    if network == "SqueezeNet":
+        running = under_way(*common, "--num_steps=40", "--checkpoint_iter=1", cwd=tmp_path)
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=30)
+        assert running.returncode == 143
+        assert run_cli(f"--resume={CHECKPOINT}", cwd=tmp_path).returncode == 0
+        done = run_cli(*common, "--num_steps=40", "--output=whole.png", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "whole.png"))
     done = run_cli(*common, f"--layer={end}", "--num_steps=1", "--output=end.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

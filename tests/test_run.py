@@ -163,7 +163,7 @@ if __name__ == "__main__":
 
 def test_a_signal_ends_a_run_amid_a_step(tmp_path):
     """Between two of hundreds of tiles, within a second; all is saved, and goes on from there."""
-    options = [*TINY, "--layer=inception_a/output", "--initial_size=900x900", "--seed=4"]
+    options = [*TINY, "--layer=inception_a/output", "--initial_size=700x700", "--seed=4"]
     options += ["--num_steps=2", "--learning_rate=9", "--stats=stats.csv", "--iter_behavior=gif"]
     options += ["--output_iter=1", "--tv_reg=0.1"]
     alone = tmp_path / "alone"
@@ -173,7 +173,7 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
     words = options
     for _ in range(20):
         running = start(*words, cwd=tmp_path)
-        assert "sizes 900x900" in running.stderr.readline()
+        assert "sizes 700x700" in running.stderr.readline()
         time.sleep(0.3)
         begun = time.monotonic()
         running.send_signal(signal.SIGTERM)
@@ -515,10 +515,10 @@ def test_the_notebook_runs(monkeypatch):
 
 def test_a_step_begun_with_statistics_goes_on_without(tmp_path):
     """Whether statistics are needed may change when a run resumes in the middle of a step."""
-    options = [*TINY, "--layer=inception_a/output", "--initial_size=900x900", "--seed=4"]
+    options = [*TINY, "--layer=inception_a/output", "--initial_size=700x700", "--seed=4"]
     options += ["--num_steps=2", "--output_iter=1", "--iter_behavior=plot"]
     running = start(*options, cwd=tmp_path)
-    assert "sizes 900x900" in running.stderr.readline()
+    assert "sizes 700x700" in running.stderr.readline()
     time.sleep(0.3)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)

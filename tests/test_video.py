@@ -248,6 +248,7 @@ def film(frames, programs, *options, dreamed=(), **environment):
     return [np.asarray(Image.open(path)) for path in sorted((cwd / "out.mp4").iterdir())]
 
 
+@pytest.mark.timeout(300)
 def test_flicker(programs):
     """Flicker is the mean difference between frames, with the motion undone. A dream that is
     carried along flickers much less than if every frame is dreamed separately, equally strongly, or

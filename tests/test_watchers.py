@@ -27,7 +27,7 @@ from conftest import (
     assert_one_line,
     psnr,
     run_cli,
-    under_way,
+    start,
 )
 from PIL import Image
 
@@ -179,14 +179,20 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
     """Also after --resume, and only those that the picture has."""
     options = ["--num_sizes=1", "--initial_size=104x110", "--num_steps=100000"]
     options += ["--iter_behavior=plot_pix", "--checkpoint_iter=3"]
-    seen = 0
+    seen = written = 0
+
+    def changed():
+        path = tmp_path / CHECKPOINT
+        return path.stat().st_mtime_ns if path.exists() else 0
+
     for words in ([*RUN, *options], [f"--resume={CHECKPOINT}"]):
-        running = under_way(*words, cwd=tmp_path)
-        time.sleep(1.5)
+        running = start(*words, cwd=tmp_path)
+        while changed() <= written:
+            time.sleep(0.01)
         arrays = Checkpoint.read(str(tmp_path / CHECKPOINT), ARRAYS).arrays  # of a whole step
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=20)
-        kept = arrays["pixels"]
+        written, kept = changed(), arrays["pixels"]
         assert kept[:, 0].tolist() == list(range(1, len(kept) + 1))
         assert (kept[:, 1:3] == 100).all()
         assert (kept[-1, 3:] == arrays["image"][0, :, 100, 100]).all()
