@@ -150,18 +150,13 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = {
-    f"test_{name}"
-    for name in (
-        "batch cluster commands engines examples gpu install models network readme run video "
-        "watchers web"
-    ).split()
-}
+SLOW = ("batch", "cluster", "commands", "engines", "examples", "gpu", "install", "models")
+SLOW += ("network", "readme", "run", "video", "watchers", "web")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in SLOW:
+        if item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
 
 
