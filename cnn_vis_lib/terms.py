@@ -2,6 +2,7 @@
 
 import collections
 import difflib
+import functools
 import math
 import os
 import re
@@ -60,17 +61,25 @@ def class_names(width):
     return read_text(path).splitlines() if os.path.isfile(path) else None
 
 
-def class_number(name, names):
-    """The number of the class called `name`. Raises ValueError with the problem and the remedy as
-    its message."""
+def plain(name):
+    """A class's name, without capitals and with single spaces."""
+    return " ".join(re.split(r"[\s_]+", name.strip().lower()))
 
-    def plain(text):
-        return " ".join(re.split(r"[\s_]+", text.strip().lower()))
 
+@functools.lru_cache(4)
+def numbers_by_name(names):
+    """{plain name: numbers of the classes that have it}; `names` are lines of synonyms."""
     by_name = collections.defaultdict(list)
     for number, line in enumerate(names):
         for synonym in dict.fromkeys(map(plain, line.split(","))):
             by_name[synonym].append(number)
+    return by_name
+
+
+def class_number(name, names):
+    """The number of the class called `name`. Raises ValueError with the problem and the remedy as
+    its message."""
+    by_name = numbers_by_name(tuple(names))
     numbers = by_name.get(plain(name), [])
     if len(numbers) == 1:
         return numbers[0]

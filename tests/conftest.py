@@ -427,7 +427,7 @@ def whole(tmp_path_factory):
     """The folder of RUN left alone, and how long it took."""
     folder = tmp_path_factory.mktemp("whole")
     begun = time.monotonic()
-    done = run_cli(*RUN, cwd=folder)
+    done = run_process(*RUN, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(folder)) == ["out.png", "out_run.gif", "stats.csv"]
     return folder, time.monotonic() - begun

@@ -174,7 +174,8 @@ def stop_in_the_first(words, folder, name):
 def test_one_that_is_stopped_twice_is_continued_in_every_format(ending, folder):
     """It keeps the channels that `strong2` selected; an unfinished picture is not taken for a
     finished one."""
-    words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=100"]
+    words = [*DREAM, "--image=in/a.png", "--layer=pool1/norm1:strong2", "--num_steps=40"]
+    words.append("--initial_size=x0.5")
     whole = [*words, f"--output=whole/{{name}}.{ending}"]
     assert run_cli(*whole, cwd=folder).returncode == 0
     words += ["--checkpoint_iter=1", f"--output=out/{{name}}.{ending}"]

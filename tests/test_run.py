@@ -67,12 +67,11 @@ def test_seed_makes_noise_repeatable(tmp_path):
     assert psnr(tmp_path / "a.png", tmp_path / "c.png") < 30
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_kill_and_resume_at_random_moments(seed, whole, tmp_path):
+def test_kill_and_resume_at_random_moments(whole, tmp_path):
     """kill -9 eight times, anywhere from the start of Python to the last step, then left to end:
     bitwise the same picture."""
     folder, seconds = whole
-    moments = random.Random(seed)
+    moments = random.Random(0)
     memory = set()
     for _ in range(8):
         resume = [f"--resume={CHECKPOINT}"] if (tmp_path / CHECKPOINT).exists() else RUN

@@ -41,16 +41,18 @@ PLAIN = [word for word in RUN if not word.startswith("--stats")]
 LONG = [*PLAIN, "--num_steps=100000", "--iter_behavior=web"]
 
 
-def is_open(port):
-    with socket.socket() as client:
-        return not client.connect_ex(("127.0.0.1", port))
+def is_served(port):
+    """Whether the page can be had. (Before the run, the port is tried for a moment.)"""
+    with contextlib.suppress(OSError):
+        return get(port, "/")[0] == 200
+    return False
 
 
 def watched(*arguments, cwd, begin=start):
     """(process, port) of a run with a page that answers."""
     port = free_port()
     running = begin(*arguments, f"--web_port={port}", cwd=cwd)
-    wait_for(lambda: is_open(port) and get(port, "/")[0] == 200)
+    wait_for(lambda: is_served(port))
     return running, port
 
 
@@ -312,7 +314,7 @@ def test_a_resumed_run_is_shown(tmp_path):
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)
     running = start(f"--resume={CHECKPOINT}", "--output_iter=1", cwd=tmp_path)
-    wait_for(lambda: is_open(port))
+    wait_for(lambda: is_served(port))
     listener = Listener(port)
     wait_for(lambda: any(event.get("curve") for event in listener.events))
     running.send_signal(signal.SIGTERM)
