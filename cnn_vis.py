@@ -11,23 +11,25 @@
     python cnn_vis.py --help
 
 Faithful to Justin Johnson's cnn-vis (2015): the picture is cut into overlapping tiles of the
-network's input size. Each step runs every tile forward and backward through Caffe, adds the
-gradients of two p-norms and of total variation, and takes an RMSProp step. After num_steps steps
-the picture is enlarged and the steps start again, from initial_size up to final_size.
+network's input size. A step runs the even tiles, then the odd ones, forward and backward through
+Caffe; each tile's gradient, with those of two p-norms and of total variation, is its own RMSProp
+step. After num_steps steps the picture is enlarged and the steps start again, from initial_size up
+to final_size.
 
-This file is the method, in the order in which data flows: pictures in memory; sizes and tiles; the
-objective; regularizers and step; the dream; the options; making a picture; the command line.
-Everything else is in cnn_vis_lib, one file for each subject, and nothing there imports this file.
+This file is the method, from the numbers up to the command line: pictures in memory; sizes and
+tiles; the objective; regularizers and step; the dream; the options; making a picture. Everything
+else is in cnn_vis_lib, one file for each subject, of which only __main__, which starts the program,
+imports this file.
 
-A picture in memory ("image") is float64, shape (1, 3, H, W), channels B, G, R, minus the mean of
-the mean image. A picture as people see it ("picture") is uint8, shape (H, W, 3), channels R, G, B.
+An image is a picture in memory: float64 (1, 3, H, W), channels B, G, R, minus the mean of the mean
+image. A picture is what people see: uint8 (H, W, 3), channels R, G, B.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # The program is the module of this name, in which workers find its classes.
+    # Runs the module cnn_vis instead of this one, so that workers find its classes by that name.
     folder = os.path.dirname(os.path.realpath(__file__))
     if not os.path.isdir(os.path.join(folder, "cnn_vis_lib")):
         problem = "the folder cnn_vis_lib must lie beside cnn_vis.py; take the whole repository"
@@ -86,6 +88,7 @@ from cnn_vis_lib.options import (
     PARSER,
     Several,
     colour,
+    end_sizes,
     file_name,
     gpu_numbers,
     input_size,
@@ -94,8 +97,8 @@ from cnn_vis_lib.options import (
     not_empty,
     number,
     output_name,
-    parse_size,
     scratch_folder,
+    size_refusal,
     too_few_steps,
     when,
 )
@@ -226,50 +229,37 @@ def tile_counts(size, tile_size):
 
 
 def plan_sizes(settings, base, tile_size):
-    """(sizes of a run, remarks); `base` is the size that factors refer to. A longer side with which
-    the other would be below the network's input is raised. Raises BadRequest if a size is below
-    that input for other reasons."""
-
-    def refuse(name, *why):
-        value = getattr(settings, name)
-        return refusal(name, "unset" if value is None else value or "''", *why)
-
-    ends, remarks = [], []
-    enough = max(t / b for t, b in zip(tile_size, base))
-    for name in ("initial_size", "final_size")[: settings.num_sizes]:
-        text = getattr(settings, name)
-        try:
-            size = parse_size(text, base)
-        except ValueError as error:
-            remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
-            raise refuse(name, error, remedy) from None
-        if text and text.strip().isdigit() and any(a < t for a, t in zip(size, tile_size)):
-            least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
-            problem = "{}x{} is smaller than the network's input, so it is {}x{}"
-            remarks.append(f"--{name} {text}: {problem.format(*size, *least)}")
-            size = least
-        ends.append(size)
-    sizes = size_sequence(ends[0], ends[-1], settings.num_sizes, settings.resize_type)
+    """(sizes of a run, remarks); `base` is the size that factors refer to. Raises BadRequest if a
+    size is below the network's input."""
+    first, last, remarks = end_sizes(settings, base, tile_size)
+    sizes = size_sequence(first, last, settings.num_sizes, settings.resize_type)
     for size in sizes:
         if size[0] < tile_size[0] or size[1] < tile_size[1]:
             name = "initial_size" if size == sizes[0] else "final_size"
-            factor = math.ceil(100 * enough) / 100
+            factor = math.ceil(100 * max(t / b for t, b in zip(tile_size, base))) / 100
             least = f"{tile_size[0]}x{tile_size[1]}"
             problem = f"{size[0]}x{size[1]} is smaller than the network's input, {least}"
-            raise refuse(name, problem, f"use x{factor:g} or more")
+            raise size_refusal(settings, name, problem, f"use x{factor:g} or more")
     return sizes, remarks
 
 
 # ---- Objective --------------------------------------------------------------------------------
-# A step minimizes a sum of terms. Each has loss(x), a number, and gradient(x), of x's shape. For a
-# target, x is a layer's activations, float32 (N, C, ...); there are three forms of targets. For a
-# regularizer, x is an image or a part of it, float64 (1, C, H, W), and its weight is included.
+# Terms have loss(x), a number, and gradient(x), of x's shape. For a target, x is a layer's
+# activations, float32 (N, C, ...); there are three forms of targets. For a regularizer, x is an
+# image or a part of it, float64 (1, C, H, W), and its weight is included. Steps follow the
+# gradients downhill; losses are for statistics.
+#
+# A worker has the network: its compute_batch (cnn_vis_lib/workers.py) runs tiles forward to the
+# layers, calls Objective.gradients with their activations, and runs those backward to the tiles. If
+# a layer works in place on a target's (as ReLU does), the activations are those after it, and the
+# target's own gradient enters before it.
 
 
 @dataclasses.dataclass(frozen=True)
 class AmplifyLayer:
-    """Makes every activation `a` grow. The loss is minus the sum of l1 a|a| / 2 + l2 a^2 / 2, where
-    the square continues as a straight line beyond `clip`."""
+    """Makes activations `a` grow (l1), or move away from 0 (l2). The loss is minus the sum of
+    l1 a|a| / 2 + l2 a^2 / 2, where the square continues as a straight line beyond `clip`. The layer
+    of this name in pycaffe takes the fields in this order."""
 
     l1: float = 1.0
     l2: float = 1.0
@@ -286,8 +276,7 @@ class AmplifyLayer:
         return -float(self.l1 * (a @ size) / 2 + self.l2 * (slope @ (size - slope / 2)))
 
     def gradient(self, a):
-        """The gradient of the loss with respect to `a`, of its shape and dtype. As in the
-        original, the l1 part is |a| whatever the sign of `a`."""
+        """The gradient of the loss with respect to `a`, of its shape and dtype."""
         return -self.l1 * np.abs(a) - self.l2 * np.clip(a, -self.clip, self.clip)
 
 
@@ -419,8 +408,9 @@ class Objective:
     def gradients(self, activations):
         """[(layer, gradient of the loss with respect to its activations), ...] for each target, in
         order. `activations` are {layer: float32 (N, C, ...)}. In each of the N tiles a target's
-        gradient is scaled to the L2 norm of the first target's (the first that is not zero there)
-        and then weighted. If there is only one target, only the sign of its weight counts."""
+        gradient is scaled to the L2 norm of the first one that is not zero there, and weighted; so
+        together these are not the gradient of `loss`. If there is only one target, only the sign of
+        its weight counts."""
         gradients = [target.gradient(activations[target.layer]) for target in self.targets]
         if len(gradients) == 1:
             gradients = gradients if self.targets[0].weight > 0 else [-gradients[0]]
@@ -439,7 +429,8 @@ class Objective:
         return sum(weight * loss for weight, loss in zip(weights, losses))
 
     def prepared(self, network):
-        """The same objective with what it has to know of the Network: a guide's features."""
+        """This objective, completed with what it needs of the Network: with a guide, all targets
+        have the form Resemble, with the guide's features."""
         guide = network.guide()
         if guide is None:
             return self
@@ -456,7 +447,7 @@ def guide_features(network, guide):
     scale = max(n / side for n, side in zip(network.tile_size, guide.shape))
     sides = zip(network.tile_size, guide.shape)
     size = tuple(max(n, round(scale * side)) for n, side in sides)
-    image = from_uint8(resize(guide, size, bilinear=True), network.mean())
+    image = from_uint8(resize(guide, size, bilinear=True), network.mean)
     seen = collections.defaultdict(list)
     for region in all_tiles(size, network.tile_size):
         network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
@@ -512,6 +503,7 @@ class PNorm:
 
 
 TV_FLOOR = 1e-3  # lower limit of the squared slope in total variation
+# The compiled step knows these three, too: see compiled_step_tile.
 TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as correlation kernels
     "naive": ((1, -1), (1, 0)),
     "sobel": ((-1, 0, 1), (1, 2, 1)),
@@ -522,7 +514,8 @@ TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as co
 @dataclasses.dataclass(frozen=True)
 class TotalVariation:
     """weight * sum (dx^2 + dy^2)^(beta / 2) of x / scale, for each channel separately (Mahendran
-    and Vedaldi 2015, equation 4), with slopes dx and dy as one of TV_OPERATORS measures them."""
+    and Vedaldi 2015, equation 4), with slopes dx and dy as one of TV_OPERATORS measures them, and
+    at least TV_FLOOR for dx^2 + dy^2."""
 
     weight: float
     beta: float
@@ -534,8 +527,8 @@ class TotalVariation:
         return self.weight * float(power(self._slopes(x)[2], self.beta / 2).sum())
 
     def gradient(self, x):
-        """Its gradient. As in the original, the floor is not masked out, so a flat place has a
-        gradient of nearly 0."""
+        """Its gradient. As in the original, it does not become 0 below the floor, where the loss is
+        constant."""
         dx, dy, factor = self._slopes(x)
         factor = power(factor, self.beta / 2 - 1)
         factor *= self.weight * self.beta / self.scale
@@ -658,14 +651,19 @@ def argument(name, x, start):
 
 
 # ---- The dream --------------------------------------------------------------------------------
+# A turn is one colour of tiles in one step. The network's gradients of its tiles are all of the
+# image as it was before the turn's first step; steps and regularizers see the image as it is when
+# their tile's step is taken, changed by the turn's earlier tiles where they overlap. In
+# cnn_vis_lib/ahead.py, tile_gradients sends tiles as early as this allows.
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The state of a run after a step. `size_number` and `step` (at this size) count from 1.
-    `image` is the run's own and must not be changed. `stats` is {name: number}, with the names in
-    STATS, or None if the step was not measured. `is_silent` is true if the network's gradient was
-    zero everywhere. `look` turns a picture of the run into the one that is shown and saved."""
+    """The state of a run after a step, valid until the next one. `size_number` and `step`, at this
+    size, count from 1. `image` is the run's own and must not be changed. `stats` is {name: number},
+    with the names in STATS, or None if the step was not measured. `is_silent` is true if the
+    network's gradient was zero everywhere. `look` turns a picture of the run into the one that is
+    shown and saved."""
 
     sizes: list
     size_number: int
@@ -707,9 +705,16 @@ class Dream:
     number subtracted from its pixels, `engine` is an Engine that has described its network, and
     `scratch` is a folder for arrays that do not fit in memory, or None. `mask` is None or uint8 of
     the picture's size: white areas dream, black ones stay as they are.
-    `size_number` counts from 1, `step` is the number of steps done at this size, and `tile` is the
-    number of tiles done in the next step. `remarks` are lines for the user about the sizes. Raises
-    BadRequest for impossible sizes.
+    `remarks` are lines for the user about the sizes. Raises BadRequest for impossible sizes.
+
+    `size_number` counts from 1, `step` is the number of steps done at this size, and `tile` is how
+    many tiles of the next step have been stepped. `image` is float64 (1, 3, H, W); `caches` are
+    RMSProp's, float64 (tiles, 3, h, w), where `cache_index` says which is a region's; `before` is
+    {region: pixels, float32 (3, h, w), as they were before the turn} for tiles still to come that
+    others of their turn have begun to change. Of this size only: `start`, the start picture, uint8
+    (1, 3, H, W), blue first and with the mean; `divisors` of steps, float64 (H, W), infinite where
+    the mask is black; both can be None. Of this step only: `gauge` measures it, `is_silent` is true
+    while no gradient was nonzero, and `is_still` while no step was.
     """
 
     def __init__(self, settings, picture, mean, engine, scratch=None, mask=None):
@@ -720,8 +725,9 @@ class Dream:
         self._tiles = {}
         self.size_number, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, settings.tv_reg
-        self.image, self.caches, self.before = None, None, {}
-        self.gauge, self.is_silent = None, False
+        self.image, self.caches, self.cache_index, self.before = None, None, {}, {}
+        self.start, self.divisors = None, None
+        self.gauge, self.is_silent, self.is_still = None, False, False
         self.step_tile = compiled_step_tile if compiled_step() else step_tile
 
     @property
@@ -778,7 +784,7 @@ class Dream:
         picture = None
         if self.image is not None:
             picture = resize(to_picture(self.image, self.mean), size)
-            if self.mask is not None:
+            if self.mask is not None:  # what must stay gains no contrast
                 start = resize(self.picture, size, bilinear=True)
                 picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
         self.caches = None  # frees memory; the image stays until the next one is complete
@@ -805,7 +811,7 @@ class Dream:
                 self.gauge = Gauge()
             self.is_silent = self.is_still = is_whole
             terms = self._regularizers()
-            with np.errstate(over="ignore"):  # in pixels that are sent: the step will detect it
+            with np.errstate(over="ignore"):  # tiles are sent as float32; the step will detect it
                 for region, gradient, loss in itertools.islice(gradients, count - self.tile):
                     self._step_tile(steps, region, gradient, loss, terms)
                     self.tile += 1
@@ -907,7 +913,7 @@ class Dream:
         """Whether all steps have been done."""
         return self.size_number == len(self.sizes) and self.step == self.settings.num_steps
 
-    def is_laid_out(self):
+    def has_state(self):
         """Whether there is a state to continue from; not while a size is being prepared."""
         return self.caches is not None and self.image.shape[2:] == tuple(self.size)
 
@@ -960,8 +966,9 @@ class Dream:
 # its entry below. cnn_vis_lib/options.py says what an entry can have besides argparse's arguments.
 
 
-def objective(text):
-    """A type for argparse: the Objective that --layer names, of targets in the default form."""
+def layer_terms(text):
+    """A type for argparse: the Objective that --layer names, of targets in the default form, which
+    Settings.objective replaces."""
     terms = parse_terms(not_empty(text))
     return Objective(
         tuple(Target(layer, channels=channels, weight=weight) for weight, layer, channels in terms)
@@ -1017,7 +1024,7 @@ class Settings:
 
     @classmethod
     def of(cls, options):
-        """The Settings among the options; draws a random seed if noise needs one."""
+        """The Settings among the parsed options; draws a random seed if noise needs one."""
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
         if values["initial_image"] is None and values["seed"] is None:
             values["seed"] = np.random.SeedSequence().entropy % 2**32
@@ -1069,6 +1076,9 @@ def network_options(add):
     add("--input_scale", metavar="S", type=number(float, above=0),
         help="number by which the network's input is multiplied after the mean is subtracted, for "
         "networks trained on scaled pictures (default: 1, or what a training prototxt says)")
+
+
+def device_options(add):
     add("--gpu", metavar="N", type=gpu_numbers,
         idle=lambda o: o.gpu and o.scheduler and "--scheduler",
         text=lambda gpus: ",".join(map(str, gpus)) or "-1",
@@ -1103,7 +1113,7 @@ def target_options(add):
     add("--image_type", choices=("amplify_layer", "amplify_neuron"),
         idle=lambda o: o.guide and "--guide",
         help="amplify the whole layer, or one channel of it")
-    add("--target_layer", "--layer", metavar="TERMS", type=objective, action=Several,
+    add("--target_layer", "--layer", metavar="TERMS", type=layer_terms, action=Several,
         help="layer to amplify, or a sum of terms: [WEIGHT*]LAYER[:CHANNELS] + ...; CHANNELS are "
         "numbers and ranges, such as 17,40-47; or strong5, the five strongest in the start "
         "picture; or, in a classifier, names of classes; with --output FOLDER/, repeat the option "
@@ -1275,7 +1285,9 @@ def fill_parser():
     program's; the others are those in its README."""
     PARSER.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     group = functools.partial(PARSER.group, settings=Settings)
-    network_options(group("network"))
+    network = group("network")
+    network_options(network)
+    device_options(network)
     target_options(group("target"))
     start_options(group("start picture"))
     size_options(group("sizes"))
@@ -1292,13 +1304,12 @@ fill_parser()
 
 
 def numbered(spec, objective, settings, inputs, scratch=None):
-    """Task: the Objective with all words for channels replaced by numbers: "strongN" by the N
-    channels with the largest mean absolute activation in the start image at the first size, and
-    class names by their numbers. The other arguments are those of start_image. Raises
+    """(In a worker.) The Objective with all words for channels replaced by numbers: "strongN" by
+    the N channels with the largest total_activity, and class names by their numbers. Raises
     BadRequest."""
     network, targets = Network(spec), []
     is_strong = any(strong(word) for target in objective.targets for word in target.channels or ())
-    activity = mean_activity(network, settings, inputs, scratch) if is_strong else {}
+    activity = total_activity(network, settings, inputs, scratch) if is_strong else {}
     for target in objective.targets:
         numbers = {}
         for word in target.channels or ():
@@ -1312,12 +1323,12 @@ def numbered(spec, objective, settings, inputs, scratch=None):
     return Objective(tuple(targets))
 
 
-def mean_activity(network, settings, inputs, scratch=None):
-    """The mean absolute activation of each layer's channels, {layer: array (C,)}, over the tiles of
-    the start image at the first size."""
+def total_activity(network, settings, inputs, scratch=None):
+    """The mean absolute activation of each layer's channels, {layer: array (C,)}, summed over the
+    tiles of the start image at the first size, except those that are all black in the mask."""
     base = network.tile_size if inputs.picture is None else inputs.picture.shape[:2]
     size = plan_sizes(settings, base, network.tile_size)[0][0]
-    image = start_image(settings, inputs.picture, size, network.mean(), scratch)
+    image = start_image(settings, inputs.picture, size, network.mean, scratch)
     activity = {layer: np.zeros(shape[0]) for layer, shape in network.shapes.items()}
     for region in itertools.chain(*dreaming_tiles(size, network.tile_size, inputs.mask)):
         network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
@@ -1355,8 +1366,9 @@ def prepared_dream(settings, inputs, network, engines, options, held=0):
         )
         engine = engines.get(spec, objective)
         dream = Dream(settings, inputs.picture, network.mean, engine, options.scratch, inputs.mask)
-        cached = [tile_number(size, engine.tile_size) for size in dream.sizes]
-        cached = [number * math.prod(engine.tile_size) for number in cached]
+        # All tiles, even if a mask spares some: to know which, one needs memory for a mask.
+        tile = math.prod(engine.tile_size)
+        cached = [tile * tile_number(size, engine.tile_size) for size in dream.sizes]
         check_room(settings, dream.sizes, cached, options.scratch, held)
         for size in dream.sizes:
             dream.tiles(size)  # checks the mask
@@ -1412,18 +1424,18 @@ def dream(image=None, **options):
 
     `image` is a file name, an RGB array, uint8 (H, W, 3) (or what NumPy can convert to one), or
     None for noise. The options are those of the command line, by any of their names and with the
-    same defaults; output options have no effect. Notices go to the logger "cnn_vis". Raises
-    BadRequest, when the first step is requested, and RunFailed.
-    """
+    same defaults; of those for output only `quiet` has an effect. A Progress is valid until the
+    next one is requested; close the generator to end a run early. Notices go to the logger
+    "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed."""
     parsed = keyword_options(options)
     image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
         parsed.initial_image = expanded(os.fspath(image), os.path.exists(image))
         image = None
-    settings = Settings.of(parsed)
     if image is not None:
         image = checked_array(image)
         parsed.initial_image = "an array"  # for notices
+    settings = Settings.of(parsed)
     inputs, remarks = read_inputs(settings, image)
     network = find_network(parsed)
     if not parsed.quiet and (notice := stand_in_notice(parsed.model, network.name)):
@@ -1449,7 +1461,8 @@ def command_line(argv, signals):
     log.setLevel(logging.ERROR if options.quiet else logging.INFO)
     for name, command in COMMANDS.items():
         if getattr(options, name):
-            return command(options)
+            command(options)
+            return
     checkpoint = None
     if options.resume:
         options, checkpoint = resume(options.resume, argv, options.scratch)
@@ -1457,9 +1470,9 @@ def command_line(argv, signals):
     jobs, notices = (None, []) if checkpoint else plan_batch(options)
     with Engines(options) as engines:
         if jobs:
-            work = (signals, engines, make_picture, check_layers)
-            return make_pictures(jobs, notices, *work)
-        return make_picture(options, signals, engines, checkpoint)
+            make_pictures(jobs, notices, signals, engines, make_picture, check_layers)
+        else:
+            make_picture(options, signals, engines, checkpoint)
 
 
 def main(argv=None):

@@ -149,7 +149,7 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
         except Stopped as stop:
             hint = "run the same command again to make the rest"
             raise Stopped(stop.signum, f"{stop}; {hint}") from None
-        except (BadRequest, RunFailed, MemoryError) as error:
+        except (BadRequest, RunFailed, MemoryError, OSError) as error:
             engines.end()
             if batch.number == 1 and isinstance(error, BadRequest) and not is_of_one(error):
                 raise

@@ -146,9 +146,13 @@ def to_disk(file):
 
 def part_name(path, pid):
     """The temporary file in which process `pid` on this machine writes `path`."""
+    return f"{part_stem(path)}.{os.uname().nodename}.{pid}.part"
+
+
+def part_stem(path):
+    """How the names of temporary files begin in which `path` is written."""
     folder, name = os.path.split(path)
-    name = os.fsdecode(os.fsencode(name)[:100])
-    return os.path.join(folder, f".{name}.{os.uname().nodename}.{pid}.part")
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:100])}")
 
 
 @contextlib.contextmanager
@@ -174,7 +178,8 @@ def remove_parts(path):
     """Removes the temporary files of runs to `path` that were killed while writing."""
     stem = os.path.splitext(os.path.realpath(path))[0]
     elsewhere = os.path.join(tempfile.gettempdir(), os.path.basename(stem))
-    patterns = [part_name(f"{glob.escape(stem)}*", "*") for stem in (stem, elsewhere)]
+    node = glob.escape(os.uname().nodename)
+    patterns = [f"{glob.escape(part_stem(s))}*.{node}.*.part" for s in (stem, elsewhere)]
     for part in itertools.chain(*map(glob.glob, patterns)):
         pid = part.split(".")[-2]
         if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):

@@ -174,8 +174,8 @@ class Network:
     """A Caffe net from its input to some layers. Raises BadRequest if `spec` cannot be loaded.
 
     Attributes: tile_size, (height, width) of the input; shapes, {layer: (C, ...) of one tile's
-    activations}; has_objective, whether the net itself computes the objective's gradient; notices,
-    a list of lines for the user.
+    activations}; mean, the number that is subtracted from pixels; has_objective, whether the net
+    itself computes the objective's gradient; notices, a list of lines for the user.
     """
 
     def __init__(self, spec):
@@ -189,7 +189,7 @@ class Network:
         use_fast_layers(net, spec.fast_layers())
         is_one = spec.objective is not None
         self.has_objective = is_one and end_in_objective(net, blobs[0], *spec.objective)
-        self.spec, self._net = spec, caffe_net(net)
+        self.spec, self.mean, self._net = spec, spec.files.mean, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
         self.notices = description.notices + check_values(spec, self._net)
@@ -239,10 +239,6 @@ class Network:
             self._net._backward(start, following + 1)
         gradient, scale = read_only(self._input, "diff"), self.spec.files.scale
         return gradient if scale == 1 else gradient * np.float32(scale)
-
-    def mean(self):
-        """The number that is subtracted from pixels."""
-        return self.spec.files.mean
 
     def guide(self):
         """The guide of the run, uint8 (H, W, 3), or None."""

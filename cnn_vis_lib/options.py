@@ -58,6 +58,34 @@ def parse_size(text, base):
     return size
 
 
+def size_refusal(settings, name, *why):
+    """The BadRequest for --initial_size or --final_size, with problem and remedy."""
+    value = getattr(settings, name)
+    return refusal(name, "unset" if value is None else value or "''", *why)
+
+
+def end_sizes(settings, base, tile_size):
+    """(first size, last size, remarks) that the settings ask for; `base` is the size that factors
+    refer to. If a longer side is so small that the other would be below the network's input, it is
+    raised. Raises BadRequest."""
+    ends, remarks = [], []
+    enough = max(t / b for t, b in zip(tile_size, base))
+    for name in ("initial_size", "final_size")[: settings.num_sizes]:  # of one size, only the first
+        text = getattr(settings, name)
+        try:
+            size = parse_size(text, base)
+        except ValueError as error:
+            remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
+            raise size_refusal(settings, name, str(error), remedy) from None
+        if text and text.strip().isdigit() and any(a < t for a, t in zip(size, tile_size)):
+            least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
+            problem = "{}x{} is smaller than the network's input, so it is {}x{}"
+            remarks.append(f"--{name} {text}: {problem.format(*size, *least)}")
+            size = least
+        ends.append(size)
+    return ends[0], ends[-1], remarks
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that accepts dashes in option names, negative numbers such as -1e-4, presets and
     files of options, reports errors in one line, and keeps the attributes listed above for each

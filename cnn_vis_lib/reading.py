@@ -223,14 +223,11 @@ def pictures_in(folder):
 
 
 def is_picture(path):
-    """Whether a file, whatever its name, begins like a picture that can be read."""
-    from PIL import Image
-
+    """Whether a file, whatever its name, contains a picture that can be read."""
     try:
-        with open(path, "rb") as file:
-            import_plugins(file.read(64))
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return f".{picture.format.lower()}" not in NOT_PICTURES
+            with open_picture(read_bytes(path), path, []):
+                return True
     except Exception:  # it may contain anything
         return False

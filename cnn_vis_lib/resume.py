@@ -1,11 +1,12 @@
 """Continuing a run from its checkpoint."""
 
+import contextlib
 import copy
 import os
 
 from .behaviors import ARRAYS
 from .checkpoints import RUN_ARRAYS, Checkpoint, unusable
-from .errors import one_line, refusal
+from .errors import BadRequest, one_line, refusal
 from .files import existing_file
 from .options import PARSER, listed, names_file, names_several
 from .outputs import Files
@@ -51,7 +52,9 @@ def repeated_layer(options, saved, checkpoint):
 
 def is_layer_of(record, objective):
     """Whether a run with this record was started with `objective` as its --layer."""
-    return PARSER.parse_args([f"--layer={record.get('layer')}"]).target_layer == objective
+    with contextlib.suppress(BadRequest):
+        return PARSER.parse_args([f"--layer={record.get('layer')}"]).target_layer == objective
+    return False
 
 
 def check_unchanged(path, saved, options):

@@ -181,7 +181,7 @@ def conclude(run, end, error, signum):
     """Saves what is to be saved when a run has ended in one of the ways in ENDS. Raises RunFailed
     or Stopped, which tell how to continue, unless the run is done."""
     files, (saves_checkpoint, saves_picture) = run.files, ENDS[end]
-    if saves_checkpoint and run.options.checkpoint_iter != 0 and run.dream.is_laid_out():
+    if saves_checkpoint and run.options.checkpoint_iter != 0 and run.dream.has_state():
         try:
             run.checkpoint().write(files.checkpoint)
         except RunFailed as problem:

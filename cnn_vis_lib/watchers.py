@@ -17,8 +17,8 @@ from .writing import write_picture
 
 
 class Watcher:
-    """Something that a run does along the way. To add one, write a class and put it in BEHAVIORS
-    under its word for --iter_behavior.
+    """Something that a run does along the way. To add one, write a class, put it in BEHAVIORS, in
+    behaviors.py, under its word for --iter_behavior, and its `ending` in ENDINGS, in outputs.py.
 
     A RunFailed from after_step or when_due is reported, and the run continues; any other failure
     ends it. Once the run has begun, `self.run` is the Run: its options, files, record and so on.
@@ -38,7 +38,8 @@ class Watcher:
         return [self.files.beside(self.ending)] if self.ending else []
 
     def wants_stats(self, step):
-        """Whether a step, counted from 1, is to be measured."""
+        """Whether a step, counted from 1, is to be measured. It is asked several times for each
+        step, even before that begins; the answer must not change until the step is done."""
         return False
 
     def begin(self, run):

@@ -336,7 +336,7 @@ def load(args):
 
     words = [f"--layer={args.layer}", *([f"--model={args.model}"] if args.model else [])]
     files = find_network(cnn_vis.PARSER.parse_args(words))
-    objective = cnn_vis.objective(args.layer)
+    objective = cnn_vis.layer_terms(args.layer)
     spec = NetworkSpec(files, objective.layers(), objective=objective.caffe_layer())
     return spec, files.mean, resize(skimage.data.coffee(), SIZE)
 

@@ -150,7 +150,7 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = ("batch", "cluster", "commands", "engines", "examples", "gpu", "install", "models")
+SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "models")
 SLOW += ("network", "readme", "run", "video", "watchers", "web")
 
 

@@ -54,7 +54,7 @@ class Work:
             self.commands = {"64x96": 4}
         self.words.append(f"--layer={layer}")
         self.files = find_network(cnn_vis.PARSER.parse_args(self.words))
-        self.objective = cnn_vis.objective(layer)
+        self.objective = cnn_vis.layer_terms(layer)
         layers, own = self.objective.layers(), self.objective.caffe_layer()
         self.spec = NetworkSpec(self.files, layers, use_gpu=True, objective=own)
 

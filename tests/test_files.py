@@ -264,6 +264,8 @@ def test_parts_of_killed_runs_are_removed(tmp_path):
         part_name(str(tmp_path / name), dead.pid)
         for name in ("out.png", "out.png.checkpoint", "out_1_50.png")
     ]
+    long = "[1] " * 40 + ".png"
+    stale.append(part_name(str(tmp_path / long), dead.pid))
     kept = [
         part_name(str(tmp_path / "out.png"), os.getpid()),
         part_name(str(tmp_path / "other.png"), dead.pid),
@@ -271,7 +273,8 @@ def test_parts_of_killed_runs_are_removed(tmp_path):
     ]
     for path in stale + kept:
         open(path, "w").close()
-    assert run_process(*ONE, cwd=tmp_path).returncode == 0
+    for output in ("out.png", long):
+        assert run_process(*ONE, f"--output={output}", cwd=tmp_path).returncode == 0
     assert {path for path in stale + kept if os.path.exists(path)} == set(kept)
 
 

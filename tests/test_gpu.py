@@ -124,7 +124,7 @@ from cnn_vis_lib.models import NetworkFiles
 files = NetworkFiles(*sys.argv[1:3])
 terms, neuron, use_gpu = sys.argv[3:]
 form = cnn_vis.AmplifyNeuron(int(neuron)) if neuron else cnn_vis.AmplifyLayer()
-targets = cnn_vis.objective(terms).targets
+targets = cnn_vis.layer_terms(terms).targets
 targets = (dataclasses.replace(target, form=form) for target in targets)
 network = conftest.Ascent(files, *targets, use_gpu=use_gpu == "gpu")
 batch = numpy.random.default_rng(1).normal(0, 50, (3, 3, *network.tile_size)).astype("float32")

@@ -28,7 +28,7 @@ def imported(path):
 
 
 def test_the_picture_shows_all_rooms():
-    assert sorted(FLOOR_OF) == sorted(FILES)
+    assert sorted(FLOOR_OF) == sorted(FILES), "CONTRIBUTING.md shows all files of cnn_vis_lib"
     assert sum(map(len, FLOORS)) == len(FLOOR_OF)
 
 

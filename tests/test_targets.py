@@ -77,8 +77,8 @@ def tiles(number=2):
 )  # fmt: skip
 def test_terms_are_read_and_written(text, targets):
     objective = cnn_vis.Objective(tuple(targets))
-    assert cnn_vis.objective(text) == objective
-    assert cnn_vis.objective(str(objective)) == objective
+    assert cnn_vis.layer_terms(text) == objective
+    assert cnn_vis.layer_terms(str(objective)) == objective
 
 
 @pytest.mark.parametrize(
