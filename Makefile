@@ -30,7 +30,7 @@ else
 endif
 	$(if $(PYCAFFE_CUDA),,rm -f $(VENV)/for-gpus)
 	@# `import cnn_vis` works in this environment, also in the workers of a Dask cluster.
-	$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/cnn_vis.pth", "w").write("$(CURDIR)\n")'
+	@$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/cnn_vis.pth", "w").write("$(CURDIR)\n")'
 	touch $@
 
 # With PYCAFFE_CUDA=1, a Caffe that was built for the CPU is rebuilt.
