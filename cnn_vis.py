@@ -29,16 +29,18 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # Runs the module cnn_vis instead of this one, so that workers find its classes by that name.
     folder = os.path.dirname(os.path.realpath(__file__))
     if not os.path.isdir(os.path.join(folder, "cnn_vis_lib")):
         problem = "the folder cnn_vis_lib must lie beside cnn_vis.py; take the whole repository"
         print(f"cnn_vis.py: error: {problem}", file=sys.stderr)
         sys.exit(2)
-    sys.path[:0] = [] if folder in sys.path else [folder]  # with -P or -I, Python omits it
+    # Runs the module cnn_vis instead of this one, so that workers find its classes by that name.
+    sys.path.insert(0, folder)  # with -P or -I, Python omits it
     from cnn_vis_lib.__main__ import start
 
     sys.exit(start())
+if os.path.dirname(os.path.realpath(__file__)) not in sys.path:  # imported through a link
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 
 import collections
 import concurrent.futures
@@ -347,7 +349,7 @@ class Target:
 
     def __str__(self):
         """The term as --layer takes it."""
-        weight = "" if self.weight == 1 else f"{self.weight:.12g}*"
+        weight = "" if self.weight == 1 else f"{float(self.weight)!r}*".replace(".0*", "*")
         channels = "" if self.channels is None else f":{','.join(map(str, self.channels))}"
         return f"{weight}{quoted(self.layer)}{channels}"
 
@@ -378,13 +380,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A sum of Targets, to be minimized."""
+    """A sum of Targets, to be minimized, and the text that it was read from, if any."""
 
     targets: tuple
+    text: str = dataclasses.field(default="", compare=False)
 
     def __str__(self):
         """The terms as --layer takes them."""
-        return " + ".join(map(str, self.targets))
+        return self.text or " + ".join(map(str, self.targets))
 
     def layers(self):
         """The names of the targets' layers, each once."""
@@ -967,12 +970,10 @@ class Dream:
 
 
 def layer_terms(text):
-    """A type for argparse: the Objective that --layer names, of targets in the default form, which
-    Settings.objective replaces."""
+    """A type for argparse: the Objective that --layer names. Settings.objective sets its form."""
     terms = parse_terms(not_empty(text))
-    return Objective(
-        tuple(Target(layer, channels=channels, weight=weight) for weight, layer, channels in terms)
-    )
+    targets = (Target(layer, channels=channels, weight=weight) for weight, layer, channels in terms)
+    return Objective(tuple(targets), text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1283,6 +1284,7 @@ def output_options(add):
 def fill_parser():
     """Adds the options to PARSER, in the groups of --help. An option's first name is the original
     program's; the others are those in its README."""
+    PARSER.clear()  # this module may be loaded again
     PARSER.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     group = functools.partial(PARSER.group, settings=Settings)
     network = group("network")
@@ -1304,9 +1306,8 @@ fill_parser()
 
 
 def numbered(spec, objective, settings, inputs, scratch=None):
-    """(In a worker.) The Objective with all words for channels replaced by numbers: "strongN" by
-    the N channels with the largest total_activity, and class names by their numbers. Raises
-    BadRequest."""
+    """(In a worker.) The Objective with words for channels replaced by numbers: "strongN" by the N
+    channels with the largest total_activity, class names by their numbers. Raises BadRequest."""
     network, targets = Network(spec), []
     is_strong = any(strong(word) for target in objective.targets for word in target.channels or ())
     activity = total_activity(network, settings, inputs, scratch) if is_strong else {}

@@ -94,7 +94,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, **arguments)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-        self.options, self._args = [], []
+        self.options, self._args, self._arguments = [], [], arguments
+
+    def clear(self):
+        """Forgets all options."""
+        arguments = self._arguments
+        self.__dict__.clear()
+        self.__init__(**arguments)
 
     def group(self, title, description=None, settings=None):
         """Starts a group in the help; returns a function that adds an option to it. An option that

@@ -9,6 +9,8 @@ import pytest
 from conftest import CARD, TINY, assert_one_line, pixels, run_cli, start, wait_for, workers
 from PIL import Image
 
+from cnn_vis_lib.records import read_record
+
 LAYERS = ["--layer=inception_a/output", "--layer=pool1/norm1:1,3"]
 DREAM = [*TINY, "--workers=1", "--num_steps=3", "--learning_rate=4", "--iter_behavior=none"]
 MADE = [
@@ -70,6 +72,19 @@ def test_names_by_a_template(folder):
     noise = run_cli(*DREAM, "--output={name}.png", LAYERS[0], "--initial_size=40x40", cwd=folder)
     assert noise.returncode == 0, noise.stderr
     assert (folder / "noise.png").exists()
+
+
+def test_a_layer_is_in_names_and_records_as_it_was_typed(folder):
+    """Also ranges, and more digits than one prints."""
+    words = [*DREAM, "--image=in/a.png", "--output={layer}.png", "--num_steps=1"]
+    for layer, name in (
+        ("pool1/norm1:0-9", "pool1-norm1-0-9.png"),
+        ("0.12345678901234567*inception_a/output+pool1/norm1",
+         "0.12345678901234567-inception_a-output+pool1-norm1.png"),
+    ):  # fmt: skip
+        assert run_cli(*words, f"--layer={layer}", cwd=folder).returncode == 0
+        assert read_record(str(folder / name))[0]["layer"] == layer
+        assert "1 of 1 pictures are there" in run_cli(*words, f"--layer={layer}", cwd=folder).stderr
 
 
 def test_workers_are_started_once(folder):

@@ -43,6 +43,23 @@ def test_the_script_alone_is_told_what_it_lacks(tmp_path):
     assert_one_line(done, 2, "the folder cnn_vis_lib must lie beside cnn_vis.py")
 
 
+def test_the_module_can_be_loaded_again_and_through_a_link(tmp_path):
+    """Also where its folder is not on the path."""
+    (tmp_path / "cnn_vis.py").symlink_to(ROOT / "cnn_vis.py")
+    code = f"""if True:
+        import importlib, sys
+        sys.path = [p for p in sys.path if p != {str(ROOT)!r}]
+        import cnn_vis
+        importlib.reload(cnn_vis)
+        del sys.modules["cnn_vis"]
+        import cnn_vis
+        print(cnn_vis.PARSER.parse_args(["--layer=a:0-9"]).target_layer)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("a:0-9\n", "")
+
+
 @pytest.mark.parametrize("flags", [["-P"], ["-I"]])
 def test_the_script_runs_where_its_folder_is_not_imported_from(flags, tmp_path):
     if sys.version_info < (3, 11) and "-P" in flags:

@@ -79,6 +79,7 @@ def test_terms_are_read_and_written(text, targets):
     objective = cnn_vis.Objective(tuple(targets))
     assert cnn_vis.layer_terms(text) == objective
     assert cnn_vis.layer_terms(str(objective)) == objective
+    assert str(cnn_vis.layer_terms(text)) == text  # as in names of files and in records
 
 
 @pytest.mark.parametrize(
