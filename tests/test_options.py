@@ -19,21 +19,23 @@ from cnn_vis_lib.presets import PRESETS
 
 def test_help_is_instant():
     """It takes twice as long as importing NumPy at most, whatever the machine, and however busy it
-    is: compared is the work, not the time."""
+    is: compared is the least work, not the time, of as many tries as that takes."""
 
-    def work():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    commands = {"help": [ROOT / "cnn_vis.py", "--help"], "numpy": ["-c", "import numpy"]}
-    seconds = dict.fromkeys(commands, np.inf)
-    for name, words in 10 * list(commands.items()):
-        before = work()
+    def work(*words):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = os.environ | {"OPENBLAS_NUM_THREADS": ""}
         words = [sys.executable, *words]
         subprocess.run(words, stdout=subprocess.DEVNULL, env=environment, check=True)
-        seconds[name] = min(seconds[name], work() - before)
-    assert seconds["help"] < 2 * seconds["numpy"]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    of_help = of_numpy = np.inf
+    for number in range(40):
+        of_help = min(of_help, work(ROOT / "cnn_vis.py", "--help"))
+        of_numpy = min(of_numpy, work("-c", "import numpy"))
+        if number >= 4 and of_help < 2 * of_numpy:
+            break
+    assert of_help < 2 * of_numpy
 
 
 def test_the_script_alone_is_told_what_it_lacks(tmp_path):
