@@ -105,7 +105,7 @@ from cnn_vis_lib.options import (
     when,
 )
 from cnn_vis_lib.outputs import Files, check_apart, make_room, plan_outputs
-from cnn_vis_lib.pixels import DEPTHS, mixed, planes, power, resize, strips
+from cnn_vis_lib.pixels import DEPTHS, from_planes, mixed, planes, power, resize, strips
 from cnn_vis_lib.presets import PRESETS
 from cnn_vis_lib.processes import CaffeStopped, in_a_worker
 from cnn_vis_lib.records import make_record
@@ -148,12 +148,12 @@ def from_uint8(picture, mean, out=None):
     return image
 
 
-def start_image(settings, picture, size, mean, scratch=None):
-    """The image at the first size, from the start picture or, if that is None, from noise; its
-    array in the folder `scratch` if there is one."""
+def start_image(settings, start, size, mean, scratch=None):
+    """The image at the first size, from the start picture of that size or, if it is None, from
+    noise; its array in the folder `scratch` if there is one."""
     image = zeros((1, 3, *size), scratch)
-    if picture is not None:
-        return from_uint8(resize(picture, size, bilinear=True), mean, image)
+    if start is not None:
+        return from_uint8(start, mean, image)
     scale, blur = settings.initialization_scale, settings.initialization_blur
     noise(image, scale, blur, mean, settings.seed)
     return image
@@ -445,18 +445,23 @@ class Objective:
 
 def guide_features(network, guide):
     """The activations of each layer, {layer: float32 (C, Q)}, at the Q places of the picture
-    `guide`, uint8 (H, W, 3). It is scaled to just cover a tile of the Network; its longer side may
-    take several tiles."""
-    scale = max(n / side for n, side in zip(network.tile_size, guide.shape))
-    sides = zip(network.tile_size, guide.shape)
+    `guide`, uint8 (H, W, 3), scaled to just cover a tile; its longer side may take several."""
+    sides = [*zip(network.tile_size, guide.shape)]
+    scale = max(n / side for n, side in sides)
     size = tuple(max(n, round(scale * side)) for n, side in sides)
     image = from_uint8(resize(guide, size, bilinear=True), network.mean)
     seen = collections.defaultdict(list)
-    for region in all_tiles(size, network.tile_size):
+    for layer, a in tile_activations(network, image, all_tiles(size, network.tile_size)):
+        seen[layer].append(a.copy())
+    return {layer: np.concatenate(parts, axis=1) for layer, parts in seen.items()}
+
+
+def tile_activations(network, image, regions):
+    """Yields (layer, its activations, float32 (C, places)) for each region of an image."""
+    for region in regions:
         network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
         for layer, a in network.activations().items():
-            seen[layer].append(a[0].reshape(a.shape[1], -1).copy())
-    return {layer: np.concatenate(parts, axis=1) for layer, parts in seen.items()}
+            yield layer, a[0].reshape(a.shape[1], -1)
 
 
 def rows(a):
@@ -756,8 +761,7 @@ class Dream:
                 self.size_number, self.step, is_begun = self.size_number + 1, 0, False
 
     def tiles(self, size):
-        """The regions at a size, as dreaming_tiles returns them. Raises BadRequest if there are
-        none."""
+        """The regions at a size, by dreaming_tiles. Raises BadRequest if there are none."""
         size = tuple(size)
         if size not in self._tiles:
             colours = dreaming_tiles(size, self.engine.tile_size, self.mask)
@@ -783,17 +787,16 @@ class Dream:
 
     def begin_size(self):
         """Brings the image to the size that lay_out prepared; caches and schedules start over."""
-        s, size = self.settings, self.size
-        picture = None
+        s, size, picture = self.settings, self.size, None
+        start = None if self.start is None else from_planes(self.start)
         if self.image is not None:
             picture = resize(to_picture(self.image, self.mean), size)
             if self.mask is not None:  # what must stay gains no contrast
-                start = resize(self.picture, size, bilinear=True)
                 picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
         self.caches = None  # frees memory; the image stays until the next one is complete
         caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
         if picture is None:
-            image = start_image(s, self.picture, size, self.mean, self.scratch)
+            image = start_image(s, start, size, self.mean, self.scratch)
         else:
             image = from_uint8(picture, self.mean, zeros((1, 3, *size), self.scratch))
         self.image, self.caches = image, caches
@@ -849,13 +852,10 @@ class Dream:
         start image or no term needs it."""
         if self.start is None or "p" not in terms:
             return None
-        start = cut_tile(self.start, region).astype(np.float64)
-        start -= self.mean
-        return start
+        return cut_tile(self.start, region).astype(np.float64) - self.mean
 
     def _take_step(self, region, descent, terms):
-        """Takes the step of a tile; returns its mean absolute value. Raises RunFailed,
-        NotFinite."""
+        """Takes a tile's step; returns its mean absolute value. Raises RunFailed, NotFinite."""
         y0, y1, x0, x1 = region
         x, start = cut_tile(self.image, region), self._start_of(region, terms)
         cache = self.caches[self.cache_index[region]]
@@ -1329,12 +1329,12 @@ def total_activity(network, settings, inputs, scratch=None):
     tiles of the start image at the first size, except those that are all black in the mask."""
     base = network.tile_size if inputs.picture is None else inputs.picture.shape[:2]
     size = plan_sizes(settings, base, network.tile_size)[0][0]
-    image = start_image(settings, inputs.picture, size, network.mean, scratch)
+    start = None if inputs.picture is None else resize(inputs.picture, size, bilinear=True)
+    image = start_image(settings, start, size, network.mean, scratch)
+    regions = itertools.chain(*dreaming_tiles(size, network.tile_size, inputs.mask))
     activity = {layer: np.zeros(shape[0]) for layer, shape in network.shapes.items()}
-    for region in itertools.chain(*dreaming_tiles(size, network.tile_size, inputs.mask)):
-        network.forward(cut_tile(image, region)[np.newaxis].astype(np.float32))
-        for layer, a in network.activations().items():
-            activity[layer] += np.abs(a[0].reshape(a.shape[1], -1)).mean(axis=1, dtype=np.float64)
+    for layer, a in tile_activations(network, image, regions):
+        activity[layer] += np.abs(a).mean(axis=1, dtype=np.float64)
     return activity
 
 
@@ -1410,8 +1410,7 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
 
 
 def check_layers(jobs, network):
-    """Raises BadRequest if the network lacks a layer or channel that one of the `jobs`, which are
-    options, asks for."""
+    """Raises BadRequest if the network lacks a layer or channel that one of the jobs asks for."""
     targets = dict.fromkeys(t for job in jobs for t in Settings.of(job).objective().targets)
     with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
         in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))

@@ -93,16 +93,12 @@ class Crew:
     def exception(self, error, address):
         """The exception to raise here for one that a worker raised: with the names of files here,
         and the worker's address unless an option is to blame."""
-        where = f"worker {address}: "
-        if not isinstance(error, BadRequest):
-            return RunFailed(where + self.with_files_here(str(error)))
-        problem, value = (
-            self.with_files_here(str(error.problem)),
-            self.with_files_here(str(error.value)),
-        )
-        return BadRequest(
-            problem if error.option else where + problem, error.remedy, error.option, value
-        )
+        here = self.with_files_here
+        if isinstance(error, BadRequest) and error.option:
+            value = here(str(error.value))
+            return BadRequest(here(error.problem), error.remedy, error.option, value)
+        kind = BadRequest if isinstance(error, BadRequest) else RunFailed
+        return kind(f"worker {address}: {here(str(error))}")
 
     def with_files_here(self, message):
         """A worker's message, with the names that its files have on this machine."""

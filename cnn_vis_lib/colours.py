@@ -230,10 +230,8 @@ def from_matrix_profile(profile, channels):
 
 def icc_curve(profile, offset):
     """The curve at an `offset` of an ICC profile, as a function."""
-    kind, count = (
-        profile[offset : offset + 4],
-        int.from_bytes(profile[offset + 8 : offset + 12], "big"),
-    )
+    kind = profile[offset : offset + 4]
+    count = int.from_bytes(profile[offset + 8 : offset + 12], "big")
     if kind == b"curv":
         table = np.frombuffer(profile, ">u2", count, offset + 12) / 65535
         if count > 1:

@@ -169,8 +169,9 @@ def sole_writer(paths):
             try:
                 lock.bind(f"\0cnn-vis {hashlib.sha256(os.fsencode(path)).hexdigest()}")
             except OSError:
-                problem = f"another run is writing {path}; choose another name, or stop that run"
-                raise refusal("output", "", problem) from None
+                problem = f"another run is writing {path}"
+                remedy = "choose another name, or stop that run"
+                raise refusal("output", "", problem, remedy) from None
         yield
 
 

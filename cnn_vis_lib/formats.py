@@ -353,10 +353,8 @@ def boxes(data):
     """Yields (name, content) of the boxes in ISO's container or JPEG 2000's."""
     position = 0
     while position + 8 <= len(data):
-        size, name = (
-            int.from_bytes(data[position : position + 4], "big"),
-            data[position + 4 : position + 8],
-        )
+        size = int.from_bytes(data[position : position + 4], "big")
+        name = data[position + 4 : position + 8]
         start = position + 8
         if size == 1:
             size, start = int.from_bytes(data[start : start + 8], "big"), start + 8

@@ -18,7 +18,7 @@ COLUMNS = ("size", "height", "width", "step", *STATS)  # of the table that --sta
 
 class Gauge:
     """Measures one step over all its tiles; the original printed the statistics of the last tile
-    only. Inputs the `state` of an earlier Gauge, it continues from there."""
+    only. Given the `state` of an earlier Gauge, it continues from there."""
 
     def __init__(self, state=()):
         self._sums = collections.Counter({name: float(n) for name, n in dict(state).items()})

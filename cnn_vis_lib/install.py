@@ -36,7 +36,8 @@ VERSION = "1.1.0"
 def fingerprint():
     """(version of this program, SHA-256 of its code): other code may give other pixels."""
     digest = hashlib.sha256()
-    for path in [os.path.join(HERE, "cnn_vis.py"), *sorted(glob.glob(f"{HERE}/cnn_vis_lib/*.py"))]:
+    rooms = glob.glob(f"{glob.escape(HERE)}/cnn_vis_lib/*.py")
+    for path in [os.path.join(HERE, "cnn_vis.py"), *sorted(rooms)]:
         with open(path, "rb") as file:
             digest.update(file.read())
     return VERSION, digest.hexdigest()

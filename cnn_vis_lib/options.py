@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         self.__dict__.clear()
         self.__init__(**arguments)
 
-    def group(self, title, description=None, settings=None):
+    def group(self, title, description=None, *, settings):
         """Starts a group in the help; returns a function that adds an option to it. An option that
         is a field of the dataclass `settings` has its default, and is fixed: a resumed run cannot
         change it."""
@@ -111,16 +111,11 @@ class Parser(argparse.ArgumentParser):
 
         def add(*names, idle=None, file=None, words=(), text=str, **arguments):
             dest = names[0].removeprefix("--")
-            if dest in fields and arguments.get("action") != "store_true":
+            if dest in fields:
                 arguments["default"] = fields[dest]
             action = group.add_argument(*names, **arguments)
-            action.free, action.idle, action.file, action.text = (
-                dest not in fields,
-                idle,
-                file,
-                text,
-            )
-            action.words = words
+            action.free, action.idle = dest not in fields, idle
+            action.file, action.words, action.text = file, words, text
             self.options.append(action)
 
         return add
@@ -189,7 +184,7 @@ class Parser(argparse.ArgumentParser):
             values = (value for name, value in pairs if name in names)
             value = next((v for v in values if re.match("-(?!-)", v)), None)
             remedy = f"write {names[-1]}={value}" if value else remedy
-        raise BadRequest(f"{message.removeprefix('argument ')}", remedy)
+        raise BadRequest(message.removeprefix("argument "), remedy)
 
     def several(self, options):
         """The options that have several values, by name."""

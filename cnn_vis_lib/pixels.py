@@ -19,6 +19,11 @@ def planes(picture):
     return np.ascontiguousarray(picture[:, :, ::-1].transpose(2, 0, 1)[np.newaxis])
 
 
+def from_planes(planes):
+    """The picture whose planes these are, a view: uint8 (H, W, 3), red first."""
+    return planes[0, ::-1].transpose(1, 2, 0)
+
+
 def resize(picture, size, bilinear=False):
     """The picture at `size` (height, width) as PIL resizes it, bicubic unless `bilinear`."""
     from PIL import Image

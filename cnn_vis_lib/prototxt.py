@@ -207,10 +207,9 @@ def picture_shape(layer):
     if layer.type == "MemoryData":
         return parameters.channels, parameters.height, parameters.width
     if layer.type == "DummyData":
-        old = (parameters.channels[:1], parameters.height[:1], parameters.width[:1])
-        return (
-            tuple(parameters.shape[0].dim[1:]) if parameters.shape else tuple(itertools.chain(*old))
-        )
+        if parameters.shape:
+            return tuple(parameters.shape[0].dim[1:])
+        return (*parameters.channels[:1], *parameters.height[:1], *parameters.width[:1])
     side = layer.transform_param.crop_size or getattr(parameters, "crop_size", 0)
     if layer.type == "ImageData" and not side:
         return 3, parameters.new_height, parameters.new_width

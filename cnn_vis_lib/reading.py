@@ -223,11 +223,20 @@ def pictures_in(folder):
 
 
 def is_picture(path):
-    """Whether a file, whatever its name, contains a picture that can be read."""
+    """Whether a file, whatever its name, begins like a picture that can be read. Kinds that Pillow
+    alone does not always open are read as --image reads them."""
+    from PIL import Image
+
     try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        import_plugins(start)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with open_picture(read_bytes(path), path, []):
-                return True
+            if start.startswith((PNG, *TIFF_MAGIC, *RAW_MAGIC)):
+                with open_picture(read_bytes(path), path, []):
+                    return True
+            with Image.open(path) as picture:
+                return f".{picture.format.lower()}" not in NOT_PICTURES
     except Exception:  # it may contain anything
         return False

@@ -151,7 +151,7 @@ def watch(run, signals):
             watcher.begin(run)
             stack.callback(watcher.close)
         try:
-            conclude(run, *take_steps(run, signals), signals.signum)
+            conclude(run, *take_steps(run, signals), signals)
         except BaseException as error:
             run.error = error  # for watchers, when they are closed
             raise
@@ -177,7 +177,7 @@ def take_steps(run, signals):
         raise
 
 
-def conclude(run, end, error, signum):
+def conclude(run, end, error, signals):
     """Saves what is to be saved when a run has ended in one of the ways in ENDS. Raises RunFailed
     or Stopped, which tell how to continue, unless the run is done."""
     files, (saves_checkpoint, saves_picture) = run.files, ENDS[end]
@@ -202,9 +202,11 @@ def conclude(run, end, error, signum):
         return
     where = f"; the picture so far is in {files.picture}" if is_written else ""
     hint = "" if end == "overflowed" or run.dream.image is None else files.hint()
-    if end.startswith("stopped"):
-        told = "immediately" if error else "" if is_written else "before the first step"
-        raise Stopped(signum, f"stopped {told}".strip() + where + hint) from None
+    if end == "stopped twice":
+        raise Stopped(error.signum, f"stopped immediately{hint}") from None
+    if end == "stopped":
+        told = "stopped" if is_written else "stopped before the first step"
+        raise Stopped(signals.signum, f"{told}{where}{hint}")
     raise RunFailed(f"{error}{where}{hint}") from None
 
 

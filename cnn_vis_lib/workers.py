@@ -260,7 +260,7 @@ class Workers(Engine):
             except WorkerDied:
                 culprit = names[number]
         problem = f"Caffe cannot compute a gradient for {culprit}"
-        return refusal("layer", self.objective, problem, ANOTHER_LAYER)
+        return refusal("layer", str(self.objective), problem, ANOTHER_LAYER)
 
     def _described(self):
         """What `describe` found. Finds the batch size. Raises what a task raises, WorkerDied."""

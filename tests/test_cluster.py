@@ -276,7 +276,7 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
     assert len(os.listdir(dask_cluster.folder / "cache/cluster")) == 2
 
 
-def test_another_scheduler_at_the_same_address_gets_the_script(dask_cluster, whole, tmp_path):
+def test_another_scheduler_at_the_same_address_is_used(dask_cluster, whole, tmp_path):
     """The scheduler is restarted amid the run, and its workers with it."""
     worker = dask_cluster.add_worker()
     cluster = f"--scheduler={dask_cluster.address}"
