@@ -60,6 +60,11 @@ class Crew:
         self._lock, self._sending = threading.Lock(), collections.defaultdict(threading.Lock)
         self._trials, self._closing = [], threading.Event()
 
+    def check_scheduler(self):
+        """Raises RunFailed if the scheduler is gone, and the client has given up on it."""
+        if self.client.status in ("closing", "closed"):
+            raise RunFailed(f"the scheduler {self.address} is gone")
+
     def start(self):
         """Starts watching the workers, in a thread."""
         threading.Thread(target=self._look_after, daemon=True).start()
@@ -139,9 +144,10 @@ class Crew:
                 is_fit, facts = future.result()
                 problem = None if is_fit else self.exception(facts, address)
         except Exception as error:
-            with contextlib.suppress(Exception):
-                if address not in self.client.nthreads():
-                    return  # it is gone; if it comes back, it counts as new
+            if not self._is_present(address):
+                with self._lock:  # if it comes back, it counts as new
+                    self.known = self.known - {address}
+                return
             problem = self.exception(RunFailed(one_line(error)), address)
         with self._lock:
             if address not in self.known or self._closing.is_set():
@@ -158,6 +164,13 @@ class Crew:
                 f"note: worker {address} ({facts[2]}) computes slightly different pixels from the "
                 f"first ({self.found[2]}): the picture will depend on which tiles go where"
             )
+
+    def _is_present(self, address):
+        """Whether the scheduler has the worker; not if the scheduler itself is gone."""
+        try:
+            return address in self.client.nthreads()
+        except Exception:
+            return False
 
     def _on(self, address, function, *arguments):
         """Returns function(*arguments), called in a worker."""
@@ -225,6 +238,7 @@ class Cluster(Engine):
         crew.start()
         begun, is_told = time.monotonic(), False
         while True:
+            crew.check_scheduler()
             waited, pending = time.monotonic() - begun, crew.pending()
             if crew.found and (not pending or waited > 20):
                 break
@@ -306,8 +320,7 @@ class Cluster(Engine):
         if job.found:
             return True
         self._place_jobs()
-        if self._crew.client.status in ("closing", "closed"):
-            raise RunFailed(f"the scheduler {self.address} is gone")
+        self._crew.check_scheduler()
         if job.future is None:
             time.sleep(0.3)
             return False
