@@ -55,7 +55,7 @@ import numpy as np
 
 from cnn_vis_lib.ahead import Steps, after_tiles, cut_tile, tile_gradients
 from cnn_vis_lib.batch import make_pictures, plan_batch
-from cnn_vis_lib.behaviors import BEHAVIORS, Watchers, behaviors
+from cnn_vis_lib.behaviors import Watchers
 from cnn_vis_lib.checkpoints import check_arrays
 from cnn_vis_lib.commands import COMMANDS, keyword_options
 from cnn_vis_lib.compiled_step import compiled_step
@@ -84,7 +84,7 @@ from cnn_vis_lib.machine import (
     keep_freed_memory,
     zeros,
 )
-from cnn_vis_lib.models import MODELS, stand_in_notice, with_guide
+from cnn_vis_lib.models import stand_in_notice, with_guide
 from cnn_vis_lib.network import Network, NetworkSpec, check_targets
 from cnn_vis_lib.options import (
     PARSER,
@@ -92,13 +92,10 @@ from cnn_vis_lib.options import (
     colour,
     end_sizes,
     file_name,
-    gpu_numbers,
-    input_size,
     listed,
     mask_name,
     not_empty,
     number,
-    output_name,
     scratch_folder,
     size_refusal,
     too_few_steps,
@@ -106,27 +103,29 @@ from cnn_vis_lib.options import (
 )
 from cnn_vis_lib.outputs import Files, check_apart, make_room, plan_outputs
 from cnn_vis_lib.pixels import DEPTHS, from_planes, mixed, planes, power, resize, strips
-from cnn_vis_lib.presets import PRESETS
 from cnn_vis_lib.processes import CaffeStopped, in_a_worker
 from cnn_vis_lib.records import make_record
 from cnn_vis_lib.resume import check_same_network, go_on, resume
 from cnn_vis_lib.run import Batch, Run, Signals, announce, watch
+from cnn_vis_lib.run_options import device_options, network_options, output_options
 from cnn_vis_lib.terminal import LineHandler, mend_streams
 from cnn_vis_lib.terms import class_of, parse_terms, quoted, strong
 from cnn_vis_lib.writing import check_sides
 
 # ---- Pictures in memory -----------------------------------------------------------------------
 
-GAIN = 1.2  # contrast gain whenever an image becomes a picture
+CONTRAST = 1.2  # the original's
 
 
-def to_picture(image, mean, rescale=False, depth=8):
-    """The picture of an `image` (1, 3, H, W): uint8 (H, W, 3), truncated, or uint16 if `depth` is
-    16. With `rescale` it is stretched to the full range instead of clipped."""
+def to_picture(image, mean, contrast=CONTRAST, rescale=False, depth=8):
+    """The picture of an `image` (1, 3, H, W), which is multiplied by `contrast`: uint8 (H, W, 3),
+    truncated, or uint16 if `depth` is 16. With `rescale` it is stretched to the full range instead
+    of clipped."""
     picture = np.empty((*image.shape[2:], 3), DEPTHS[depth])
-    low, high = (GAIN * end + mean for end in (image.min(), image.max())) if rescale else (0, 255)
+    ends = (image.min(), image.max()) if rescale else ()
+    low, high = (contrast * end + mean for end in ends) if rescale else (0, 255)
     for rows in strips(image.shape[2]):
-        strip = GAIN * image[0, ::-1, rows]
+        strip = contrast * image[0, ::-1, rows]
         strip += mean
         if rescale:
             strip -= low
@@ -140,7 +139,7 @@ def to_picture(image, mean, rescale=False, depth=8):
 
 
 def from_uint8(picture, mean, out=None):
-    """The image (1, 3, H, W) of a picture, written to `out` if that is given. Applies no gain, so
+    """The image (1, 3, H, W) of a picture, written to `out` if that is given. Knows no contrast, so
     it is not the inverse of to_picture."""
     image = np.empty((1, 3, *picture.shape[:2])) if out is None else out
     image[0] = picture[:, :, ::-1].transpose(2, 0, 1)
@@ -154,21 +153,36 @@ def start_image(settings, start, size, mean, scratch=None):
     image = zeros((1, 3, *size), scratch)
     if start is not None:
         return from_uint8(start, mean, image)
-    scale, blur = settings.initialization_scale, settings.initialization_blur
-    noise(image, scale, blur, mean, settings.seed)
+    fill_with_noise(image, settings, mean)
     return image
 
 
-def noise(image, scale, blur, mean, seed=None):
+def fill_with_noise(image, settings, mean):
     """Fills `image` with noise to start from. The blur is the original's: on 8-bit pixels, and
     across channels too."""
     from scipy.ndimage import gaussian_filter
 
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(settings.seed)
     for plane in image[0]:
         for rows in strips(len(plane)):
-            plane[rows] = scale * random.randn(*plane[rows].shape)
-    from_uint8(gaussian_filter(to_picture(image, mean), sigma=blur), mean, image)
+            plane[rows] = settings.initialization_scale * random.randn(*plane[rows].shape)
+    picture = to_picture(image, mean, settings.contrast)
+    from_uint8(gaussian_filter(picture, sigma=settings.initialization_blur), mean, image)
+
+
+def enlarge_change(image, start, new_start, mean, out):
+    """Writes to `out`, an image of another size, the start picture of that size plus the change
+    from that of the size before, enlarged. The start pictures are uint8 (1, 3, H, W), with the
+    mean; or None, and then all is change. (Mordvintsev, Olah and Tyka 2015 enlarge so.)"""
+    for channel in range(3):
+        change = image[0, channel].astype(np.float32)
+        if start is not None:
+            change += np.float32(mean)
+            change -= start[0, channel]
+        out[0, channel] = resize(change, out.shape[2:])
+        if new_start is not None:
+            out[0, channel] += new_start[0, channel]
+            out[0, channel] -= mean
 
 
 # ---- Sizes and tiles --------------------------------------------------------------------------
@@ -248,8 +262,9 @@ def plan_sizes(settings, base, tile_size):
 # ---- Objective --------------------------------------------------------------------------------
 # Terms have loss(x), a number, and gradient(x), of x's shape. For a target, x is a layer's
 # activations, float32 (N, C, ...); there are three forms of targets. For a regularizer, x is an
-# image or a part of it, float64 (1, C, H, W), and its weight is included. Steps follow the
-# gradients downhill; losses are for statistics.
+# image or a part of it, float64 (1, C, H, W), or its change from the start image if the term is
+# `of_change`; its weight is included. Steps follow the gradients downhill; losses are for
+# statistics.
 #
 # A worker has the network: its compute_batch (cnn_vis_lib/workers.py) runs tiles forward to the
 # layers, calls Objective.gradients with their activations, and runs those backward to the tiles. If
@@ -490,6 +505,7 @@ class PNorm:
     weight: float
     p: float
     scale: float = 1.0
+    of_change: bool = False
 
     def loss(self, x):
         """The p-norm of x, a number."""
@@ -529,6 +545,7 @@ class TotalVariation:
     beta: float
     operator: str = "naive"
     scale: float = 1.0
+    of_change: bool = False
 
     def loss(self, x):
         """The total variation of x, a number."""
@@ -620,21 +637,26 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
 
     `x`, float64 (3, H, W), is the tile's part of the image, and `start` the same part of the start
     image, or None. `descent` is the network's gradient, float32 (3, H, W). `cache`, float64
-    (3, H, W), is RMSProp's, and is updated. The step is divided by `divisors`, float64 (H, W), or
-    by nothing if None. `terms` are the regularizers, {name: term}, in the original's order.
+    (3, H, W), is RMSProp's, and is updated; with None, the step is -learning_rate times the
+    gradient. The step is divided by `divisors`, float64 (H, W), or by nothing if None. `terms` are
+    the regularizers, {name: term}, in the original's order.
     """
     total = 0.0
     for channel in range(3):  # channels are independent, and one's arrays fit the processor's cache
         part = np.s_[np.newaxis, channel : channel + 1]
         gradient = descent[part].astype(np.float64)
-        for name, term in terms.items():
+        for term in terms.values():
             from_start = None if start is None else start[part]
-            gradient += term.gradient(argument(name, x[part], from_start))
-        step = rmsprop(gradient, cache[part], decay, learning_rate)
+            gradient += term.gradient(argument(term, x[part], from_start))
+        if cache is None:
+            step = gradient
+            step *= -learning_rate
+        else:
+            step = rmsprop(gradient, cache[part], decay, learning_rate)
         if divisors is not None:
             step /= divisors
         total += float(np.abs(step).sum())
-        if not math.isfinite(total + cache[channel].sum()):
+        if not math.isfinite(total + (0 if cache is None else cache[channel].sum())):
             return None
         x[channel] += step[0, 0]
     return total / x.size
@@ -647,15 +669,14 @@ def compiled_step_tile(x, start, descent, cache, divisors, terms, decay, learnin
     difference = TV_OPERATORS[tv.operator][0]
     norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
     numbers = [*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate]
-    places = (difference.index(1), difference.index(-1), len(difference))
+    places = (difference.index(1), difference.index(-1), len(difference), tv.of_change)
     step_size = compiled_step()(x, start, descent, cache, divisors, numbers, places)
     return None if step_size < 0 else step_size
 
 
-def argument(name, x, start):
-    """The x of the regularizer `name`: for "p" the change from the start image, if there is one;
-    for all others the image."""
-    return x - start if name == "p" and start is not None else x
+def argument(term, x, start):
+    """The x of a regularizer: the image, or its change from the start image, if there is one."""
+    return x - start if term.of_change and start is not None else x
 
 
 # ---- The dream --------------------------------------------------------------------------------
@@ -682,6 +703,7 @@ class Progress:
     stats: dict | None
     is_silent: bool = False
     look: object = None
+    contrast: float = CONTRAST
 
     def __str__(self):
         height, width = self.size
@@ -699,7 +721,7 @@ class Progress:
 
     def picture(self, rescale=False, depth=8):
         """The current picture, uint8 (H, W, 3), or uint16 if the depth is 16."""
-        picture = to_picture(self.image, self.mean, rescale, depth)
+        picture = to_picture(self.image, self.mean, self.contrast, rescale, depth)
         return self.look(picture) if self.look else picture
 
 
@@ -717,13 +739,17 @@ class Dream:
 
     `size_number` counts from 1, `step` is the number of steps done at this size, and `tile` is how
     many tiles of the next step have been stepped. `image` is float64 (1, 3, H, W); `caches` are
-    RMSProp's, float64 (tiles, 3, h, w), where `cache_index` says which is a region's; `before` is
-    {region: pixels, float32 (3, h, w), as they were before the turn} for tiles still to come that
-    others of their turn have begun to change. Of this size only: `start`, the start picture, uint8
-    (1, 3, H, W), blue first and with the mean; `divisors` of steps, float64 (H, W), infinite where
-    the mask is black; both can be None. Of this step only: `gauge` measures it, `is_silent` is true
-    while no gradient was nonzero, and `is_still` while no step was.
+    RMSProp's, float64 (tiles, 3, h, w), where `cache_index` says which is a region's, or none with
+    another --step_rule; `before` is {region: pixels, float32 (3, h, w), as they were before the
+    turn} for tiles still to come that others of their turn have begun to change. `gradient_size` is
+    the mean absolute value of the network's gradient in the step before this one, 0 if there was
+    none, and `gradient_sum` the sum over this step's tiles so far. Of this size only: `start`, the
+    start picture, uint8 (1, 3, H, W), blue first and with the mean; `divisors` of steps, float64
+    (H, W), infinite where the mask is black; both can be None. Of this step only: `gauge` measures
+    it, `is_silent` is true while no gradient was nonzero, and `is_still` while no step was.
     """
+
+    NUMBERS = ("learning_rate", "tv_reg", "gradient_size", "gradient_sum")  # in a checkpoint
 
     def __init__(self, settings, picture, mean, engine, scratch=None, mask=None):
         self.settings, self.picture, self.mean, self.engine = settings, picture, mean, engine
@@ -735,6 +761,7 @@ class Dream:
         self.learning_rate, self.tv_reg = settings.learning_rate, settings.tv_reg
         self.image, self.caches, self.cache_index, self.before = None, None, {}, {}
         self.start, self.divisors = None, None
+        self.gradient_size, self.gradient_sum = 0.0, 0.0
         self.gauge, self.is_silent, self.is_still = None, False, False
         self.step_tile = compiled_step_tile if compiled_step() else step_tile
 
@@ -787,20 +814,35 @@ class Dream:
 
     def begin_size(self):
         """Brings the image to the size that lay_out prepared; caches and schedules start over."""
-        s, size, picture = self.settings, self.size, None
-        start = None if self.start is None else from_planes(self.start)
-        if self.image is not None:
-            picture = resize(to_picture(self.image, self.mean), size)
-            if self.mask is not None:  # what must stay gains no contrast
-                picture = np.where(np.isinf(self.divisors)[:, :, np.newaxis], start, picture)
+        s, start = self.settings, None if self.start is None else from_planes(self.start)
         self.caches = None  # frees memory; the image stays until the next one is complete
-        caches = zeros((len(self.cache_index), 3, *self.engine.tile_size), self.scratch)
-        if picture is None:
-            image = start_image(s, start, size, self.mean, self.scratch)
+        if self.image is None:
+            self.image = start_image(s, start, self.size, self.mean, self.scratch)
         else:
-            image = from_uint8(picture, self.mean, zeros((1, 3, *size), self.scratch))
-        self.image, self.caches = image, caches
+            self.image = self._enlarged()
+        caches = self.cache_number(self.size)
+        self.caches = zeros((caches, 3, *self.engine.tile_size), self.scratch)
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
+
+    def _enlarged(self):
+        """The image, which is that of the size before, at this size."""
+        image, mean = zeros((1, 3, *self.size), self.scratch), self.mean
+        if self.settings.enlarge == "change":
+            old = self.picture
+            if old is not None:
+                old = planes(resize(old, self.image.shape[2:], bilinear=True))
+            enlarge_change(self.image, old, self.start, mean, image)
+        else:
+            picture = to_picture(self.image, mean, self.settings.contrast)
+            from_uint8(resize(picture, self.size), mean, image)
+        if self.mask is not None:  # what must stay gains no contrast
+            for channel, start in enumerate(self.start[0]):
+                np.copyto(image[0, channel], start - mean, where=np.isinf(self.divisors))
+        return image
+
+    def cache_number(self, size):
+        """How many tiles have a cache at a size."""
+        return sum(map(len, self.tiles(size))) if self.settings.step_rule == "rmsprop" else 0
 
     def _steps(self, steps, wants_stats, is_stopping):
         """Does the remaining steps at this size, yielding a Progress after each."""
@@ -838,19 +880,23 @@ class Dream:
     def _step_tile(self, steps, region, descent, loss, terms):
         """Takes the step of a tile, and measures it if there is a gauge."""
         self.is_silent = self.is_silent and not descent.any()
+        if self.settings.step_rule == "mean":
+            self.gradient_sum += float(np.abs(descent).mean(dtype=np.float64))
+            size = self.gradient_size or self.gradient_sum / (self.tile + 1)
+            descent = descent * np.float32(self.settings.strength / (size or 1))
         if self.gauge is None:
             steps.take(region, self._take_step, region, descent, terms)
         else:
             steps.wait()
             x, start = cut_tile(self.image, region), self._start_of(region, terms)
-            pairs = {n: (t, argument(n, x, start)[np.newaxis]) for n, t in terms.items()}
+            pairs = {n: (t, argument(t, x, start)[np.newaxis]) for n, t in terms.items()}
             self.gauge.add_tile(loss, x, descent, pairs)
             self.gauge.add(step_size=self._take_step(region, descent, terms))
 
     def _start_of(self, region, terms):
         """The region of the start image, less the mean, float64 (3, H, W); None if there is no
         start image or no term needs it."""
-        if self.start is None or "p" not in terms:
+        if self.start is None or not any(term.of_change for term in terms.values()):
             return None
         return cut_tile(self.start, region).astype(np.float64) - self.mean
 
@@ -858,7 +904,7 @@ class Dream:
         """Takes a tile's step; returns its mean absolute value. Raises RunFailed, NotFinite."""
         y0, y1, x0, x1 = region
         x, start = cut_tile(self.image, region), self._start_of(region, terms)
-        cache = self.caches[self.cache_index[region]]
+        cache = self.caches[self.cache_index[region]] if len(self.caches) else None
         divisors = None if self.divisors is None else self.divisors[y0:y1, x0:x1]
         rates = (self.settings.decay_rate, self.learning_rate)
         with np.errstate(all="ignore"):  # step_tile returns None on overflow
@@ -884,15 +930,18 @@ class Dream:
         """The regularizers whose weight is not 0, {name: term}, in the original's order."""
         s = self.settings
         terms = {
-            "p": PNorm(s.p_reg, s.alpha, s.p_scale),
+            "p": PNorm(s.p_reg, s.alpha, s.p_scale, of_change=True),
             "aux": PNorm(s.p_reg_aux, s.alpha_aux, s.p_scale_aux),
-            "tv": TotalVariation(self.tv_reg, s.beta, s.tv_grad_operator, s.tv_reg_scale),
+            "tv": TotalVariation(
+                self.tv_reg, s.beta, s.tv_grad_operator, s.tv_reg_scale, s.enlarge == "change"
+            ),
         }
         return {name: term for name, term in terms.items() if term.weight}
 
     def _advance_schedules(self):
         """Counts a step and advances both schedules, which count the steps at this size."""
         s = self.settings
+        self.gradient_size, self.gradient_sum = self.gradient_sum / len(self.cache_index), 0.0
         self.step, self.tile = self.step + 1, 0
         if self.step % s.learning_rate_decay_iter == 0:
             self.learning_rate *= s.learning_rate_decay_fraction
@@ -902,7 +951,8 @@ class Dream:
     def progress(self, stats=None):
         """The current Progress of the run."""
         where = (self.sizes, self.size_number, self.settings.num_steps, self.step)
-        return Progress(*where, self.image, self.mean, stats, self.is_silent, self.look)
+        seen = (stats, self.is_silent, self.look, self.settings.contrast)
+        return Progress(*where, self.image, self.mean, *seen)
 
     def look(self, picture):
         """Turns a picture of the run into the one that is shown and saved: in the start picture's
@@ -924,7 +974,7 @@ class Dream:
         """Everything that the next step depends on, apart from settings, picture and network:
         ({name: number}, {name: array})."""
         numbers = {"size": self.size_number, "step": self.step, "tile": self.tile}
-        numbers |= {"learning_rate": self.learning_rate, "tv_reg": self.tv_reg}
+        numbers |= {name: getattr(self, name) for name in self.NUMBERS}
         if self.tile:
             numbers["gauge"] = self.gauge and self.gauge.state()
             numbers["before"] = [self.cache_index[region] for region in self.before]
@@ -936,7 +986,8 @@ class Dream:
     def restore(self, numbers, arrays):
         """Continues from a `state`. Raises ValueError, KeyError or TypeError if it does not fit the
         run."""
-        numbers = {"tile": 0} | numbers  # early versions saved checkpoints after whole steps only
+        # Early versions saved checkpoints after whole steps only, and knew no step_rule.
+        numbers = {"tile": 0, "gradient_size": 0, "gradient_sum": 0} | numbers
         size_number, step, tile = (numbers[name] for name in ("size", "step", "tile"))
         most_steps = self.settings.num_steps
         is_whole = type(size_number) is type(step) is type(tile) is int
@@ -949,7 +1000,7 @@ class Dream:
         indices = numbers.get("before", [])
         shapes = {
             "image": ("float64", 1, 3, *size),
-            "caches": ("float64", len(regions), 3, *tile_size),
+            "caches": ("float64", self.cache_number(size), 3, *tile_size),
         }
         if indices:
             shapes["before"] = (np.float32, len(indices), 3, *tile_size)
@@ -957,7 +1008,8 @@ class Dream:
         with np.errstate(all="ignore"):
             if not all(np.isfinite(arrays[name].sum()) for name in shapes):
                 raise ValueError("its numbers are not finite")
-        self.learning_rate, self.tv_reg = (float(numbers[n]) for n in ("learning_rate", "tv_reg"))
+        for name in self.NUMBERS:
+            setattr(self, name, float(numbers[name]))
         self.size_number, self.step, self.tile = size_number, step, tile
         self.image, self.caches = arrays["image"], arrays["caches"]
         self.before = {regions[i]: pixels for i, pixels in zip(indices, arrays.get("before", ()))}
@@ -1002,8 +1054,12 @@ class Settings:
     final_size: str | None = None
     num_sizes: int = 1
     resize_type: str = "geometric"
+    enlarge: str = "picture"
+    contrast: float = CONTRAST
     num_steps: int = 1000
     learning_rate: float = 1.0
+    step_rule: str = "rmsprop"
+    strength: float = 1.0
     decay_rate: float = 0.95
     learning_rate_decay_iter: int = 100
     learning_rate_decay_fraction: float = 1.0
@@ -1041,66 +1097,6 @@ class Settings:
 
 
 # fmt: off
-def network_options(add):
-    add("--preset", metavar="NAME", choices=tuple(PRESETS), text=None,
-        help="use a named set of options: for photographs animals, strokes or soft, for all others "
-        "see --list_presets; options that you add override it")
-    add("--list_presets", action="store_true",
-        help="print the presets and their options, and exit")
-    add("--model", choices=tuple(MODELS),
-        idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
-        help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
-        "or ~/.cache/cnn-vis (default: bvlc_googlenet if installed, else googlenet_mini)")
-    add("--list_models", action="store_true",
-        help="list these networks and whether they are installed, and exit")
-    add("--list_layers", action="store_true",
-        help="list the network's layers that can be amplified, and exit")
-    add("--list_classes", action="store_true",
-        help="list the classes of the network's classifier, and exit")
-    add("--download_model", metavar="NAME",
-        choices=tuple(model.name for model in MODELS.values() if model.url),
-        help="download a network (%(choices)s), check it, and exit")
-    add("--model_url", metavar="URL", type=not_empty,
-        idle=lambda o: not o.download_model and "without --download_model",
-        help="address to download the network from (default: the official one)")
-    add("--deploy_txt", metavar="FILE", type=file_name, file="read",
-        help="the network's description, a prototxt (default: the model's)")
-    add("--caffe_model", metavar="FILE", type=file_name, file="read",
-        help="the network's weights (default: the model's)")
-    add("--mean_image", metavar="FILE", type=file_name, file="read",
-        help="mean image (.npy, .binaryproto); its mean is subtracted from every pixel "
-        "(default: the model's)")
-    add("--input_size", metavar="SIZE", type=input_size,
-        text=lambda size: "{}x{}".format(*size),
-        help="tile size, HxW, or N for NxN; needed if the prototxt has none; a larger one gives "
-        "more context to layers that accept any size (default: the prototxt's)")
-    add("--input_scale", metavar="S", type=number(float, above=0),
-        help="number by which the network's input is multiplied after the mean is subtracted, for "
-        "networks trained on scaled pictures (default: 1, or what a training prototxt says)")
-
-
-def device_options(add):
-    add("--gpu", metavar="N", type=gpu_numbers,
-        idle=lambda o: o.gpu and o.scheduler and "--scheduler",
-        text=lambda gpus: ",".join(map(str, gpus)) or "-1",
-        help="GPU to use, numbered from 0, or several, such as 0,1,2; -1 for the CPU "
-        "(default: GPU 0 if Caffe can use it, else the CPU)")
-    add("--batch_size", metavar="N", type=number(int, 1),
-        idle=lambda o: o.scheduler and "--scheduler",
-        help="maximum number of tiles that each of a GPU's two processes computes at once; always "
-        "1 on the CPU (default: as many as fit in GPU memory, up to 32)")
-    add("--tf32", action="store_true",
-        idle=lambda o: o.scheduler and "--scheduler",
-        help="let cuDNN multiply in TF32, with 10 bits of each factor: faster on recent GPUs, but "
-        "a slightly different picture")
-    add("--workers", metavar="N", type=number(int, 1, 1024),
-        idle=lambda o: o.scheduler and "--scheduler",
-        help="number of processes that compute on the CPU (default: one per core)")
-    add("--scheduler", metavar="ADDRESS", type=not_empty, text=None,
-        help="compute on the workers of the Dask cluster whose scheduler has this address, such "
-        "as tcp://HOST:8786 (default: compute on this machine)")
-
-
 def target_options(add):
     def names_all_channels(options):
         layers = listed(options.target_layer)
@@ -1171,6 +1167,13 @@ def size_options(add):
         help="number of sizes; 1: --initial_size only")
     add("--resize_type", choices=("geometric", "linear"),
         idle=when("num_sizes", 1), help="how the sizes from first to last are spaced")
+    add("--enlarge", choices=("picture", "change"),
+        help="what is enlarged to the next size: the picture, in 8 bits; or only its change from "
+        "--image, which is then added to --image at that size, so that the photograph stays sharp; "
+        "with change, total variation too is that of the change")
+    add("--contrast", metavar="F", type=number(float, above=0),
+        help="multiply contrast by F when the picture is saved or, with --enlarge picture, "
+        "enlarged; 1 leaves a photograph's contrast as it is")
     add("--scratch", metavar="FOLDER", type=scratch_folder, text=None,
         help="keep a run's largest arrays in unnamed files in this folder, so that large pictures "
         "need less memory (default: keep them in memory)")
@@ -1180,7 +1183,15 @@ def step_options(add):
     add("--num_steps", metavar="N", type=number(int, 1), help="steps at each size")
     add("--learning_rate", metavar="R", type=number(float, above=0),
         help="step size, roughly in grey levels")
-    add("--decay_rate", metavar="D", type=number(float, 0, 1),
+    add("--step_rule", choices=("rmsprop", "mean"),
+        help="divide the gradient, for each pixel, by the size that it has had there, so that all "
+        "pixels change about equally; or the network's gradient by its mean size in the whole "
+        "picture, so that the dream grows where the network sees something")
+    add("--strength", metavar="F", type=number(float, above=0),
+        idle=lambda o: o.step_rule != "mean" and f"--step_rule {o.step_rule}",
+        help="multiply the network's gradient by F, with --step_rule mean: 0.5 for a weak dream, 2 "
+        "for a strong one")
+    add("--decay_rate", metavar="D", type=number(float, 0, 1), idle=when("step_rule", "mean"),
         help="decay rate of RMSProp's running average of squared gradients")
     add("--learning_rate_decay_iter", metavar="N", type=number(int, 1),
         idle=when("learning_rate_decay_fraction", 1),
@@ -1223,59 +1234,6 @@ def regularizer_options(add):
         idle=when("tv_reg_step", 0), help="add --tv_reg_step to --tv_reg every N steps")
     add("--tv_grad_operator", choices=tuple(TV_OPERATORS), idle=has_no_tv,
         help="how total variation measures slopes")
-
-
-def output_options(add):
-    def has_no_turn(options):
-        words = options.iter_behavior
-        has_turn = not words or any(BEHAVIORS[word].at_end for word in words)
-        is_late = options.output_iter > options.num_steps
-        reason = f"--num_steps {options.num_steps} and --output_iter {options.output_iter}"
-        return is_late and not has_turn and reason
-
-    def is_not_shown(options):
-        return "show" not in options.iter_behavior and "without show in --iter_behavior"
-
-    def has_no_page(options):
-        return "web" not in options.iter_behavior and "without web in --iter_behavior"
-
-    add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png",
-        file="write", help="file for the finished picture; for several pictures FOLDER/, or a "
-        "name that contains {name} (the start picture's) and {layer}")
-    add("--output_iter", metavar="N", type=number(int, 1), default=50,
-        help="do --iter_behavior every N steps")
-    add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
-        idle=has_no_turn, text=lambda words: "+".join(sorted(words)) or "none",
-        help=f"what to do during the run: {', '.join(BEHAVIORS)}, joined by +, or none; save "
-        "writes NAME_1_50.EXT (size 1, step 50) next to it, plot writes NAME_plot.png, gif writes "
-        "NAME_run.gif; without a display, show and plot_pix write NAME_show.png and "
-        "NAME_plot_pix.png; web serves a page to watch the run in a browser")
-    add("--web_port", metavar="N", type=number(int, 0, 65535), default=0,
-        idle=has_no_page, help="port of the page that web serves; 0: any free one; it is printed")
-    add("--web_host", metavar="HOST", type=not_empty, default="127.0.0.1", text=None,
-        idle=has_no_page, help="address on which web listens; other machines cannot reach the "
-        "default, and anyone who can reach another address can watch")
-    add("--stats", metavar="FILE", type=output_name, file="write",
-        help="measure every step, and write the statistics as CSV")
-    add("--sidecar", action="store_true",
-        help="write OUTPUT.json, a record of how the picture was made; a PNG always contains it")
-    add("--reproduce", metavar="FILE", type=file_name,
-        help="print the command that made a picture, and exit")
-    add("--checkpoint_iter", metavar="N", type=number(int, 0),
-        help="save OUTPUT.checkpoint, for --resume, every N steps; it is deleted when the run is "
-        "complete; 0: never (default: --output_iter, at least 50)")
-    add("--resume", metavar="FILE", type=file_name, text=None,
-        help="continue from a checkpoint; the run's options need not be given again")
-    add("--quiet", action="store_true", text=None,
-        help="no progress bar, no notices (and, with --iter_behavior none, no statistics)")
-    add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0,
-        idle=is_not_shown, help="width of the show window, in inches")
-    add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0,
-        idle=is_not_shown, help="height of the show window, in inches")
-    add("--depth", type=int, choices=tuple(DEPTHS),
-        help="bits per channel in saved pictures; 16 only for .png and .tif")
-    add("--rescale_image", action="store_true",
-        help="stretch saved and shown pictures to the full range, instead of clipping")
 
 
 # fmt: on
@@ -1368,8 +1326,8 @@ def prepared_dream(settings, inputs, network, engines, options, held=0):
         engine = engines.get(spec, objective)
         dream = Dream(settings, inputs.picture, network.mean, engine, options.scratch, inputs.mask)
         # All tiles, even if a mask spares some: to know which, one needs memory for a mask.
-        tile = math.prod(engine.tile_size)
-        cached = [tile * tile_number(size, engine.tile_size) for size in dream.sizes]
+        tile, has_caches = math.prod(engine.tile_size), settings.step_rule == "rmsprop"
+        cached = [tile * tile_number(size, engine.tile_size) * has_caches for size in dream.sizes]
         check_room(settings, dream.sizes, cached, options.scratch, held)
         for size in dream.sizes:
             dream.tiles(size)  # checks the mask

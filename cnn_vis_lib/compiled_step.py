@@ -16,14 +16,14 @@ def compiled_step():
 
     It takes x, start, descent, cache and divisors, as for the script's step_tile; numbers, weight,
     exponent and scale of two p-norms and of total variation, then decay and learning rate; places,
-    where the operator of total variation has 1 and -1, and its length. It returns the mean size of
-    the step, negative if that overflows.
+    where the operator of total variation has 1 and -1, its length, and whether it is that of the
+    change. It returns the mean size of the step, negative if that overflows.
     """
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
     try:
-        function = ctypes.CDLL(path).cnn_vis_step_tile_2  # 2: with its second signature
+        function = ctypes.CDLL(path).cnn_vis_step_tile_3  # its third signature
     except (OSError, AttributeError):  # built for another machine, or too old
         return None
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7

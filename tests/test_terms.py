@@ -127,11 +127,23 @@ EXPONENTS = st.one_of(st.sampled_from([1, 1.5, 2, 2.5, 3, 4, 6, 8, 12]), st.floa
     operator=st.sampled_from(sorted(cnn_vis.TV_OPERATORS)),
     has_start=st.booleans(),
     has_counts=st.booleans(),
+    has_cache=st.booleans(),
+    smooths_change=st.booleans(),
     decay=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
 def test_the_compiled_step_is_numpys(
-    shape, weights, exponents, scales, operator, has_start, has_counts, decay, seed
+    shape,
+    weights,
+    exponents,
+    scales,
+    operator,
+    has_start,
+    has_counts,
+    has_cache,
+    smooths_change,
+    decay,
+    seed,
 ):
     """x and cache are equal to the last bit if `power` uses only square roots and products.
     Otherwise, like the step's mean, they agree within 1e-12 of the largest term, as terms may
@@ -141,15 +153,17 @@ def test_the_compiled_step_is_numpys(
     x[:, :9] = 0  # flat, and without a sign
     counts = random.integers(1, 4, (50, 60)).astype(float)
     descent = random.normal(0, 1, (3, *shape)).astype(np.float32)
-    cache = random.random((3, *shape))
-    p, aux = (cnn_vis.PNorm(*norm) for norm in zip(weights[:2], exponents, scales))
-    tv = cnn_vis.TotalVariation(weights[2], exponents[2], operator, scales[2])
+    cache = random.random((3, *shape)) if has_cache else np.empty(0)
+    norms = zip(weights[:2], exponents, scales, (True, False))
+    p, aux = (cnn_vis.PNorm(*norm) for norm in norms)
+    tv = cnn_vis.TotalVariation(weights[2], exponents[2], operator, scales[2], smooths_change)
     terms = {name: t for name, t in {"p": p, "aux": aux, "tv": tv}.items() if t.weight}
     start = start[place] if has_start else None
     found = []
     for step_tile in (cnn_vis.compiled_step_tile, cnn_vis.step_tile):
         image, moved = x.copy(), cache.copy()
-        arguments = (descent, moved, counts[place[1:]] if has_counts else None, terms, decay, 1.3)
+        divisors = counts[place[1:]] if has_counts else None
+        arguments = (descent, moved if has_cache else None, divisors, terms, decay, 1.3)
         found.append((step_tile(image[place], start, *arguments), image[place].copy(), moved))
         image[place] = x[place]
         assert (image == x).all()  # nothing else is written
@@ -160,11 +174,11 @@ def test_the_compiled_step_is_numpys(
     largest = max(
         [np.abs(descent).max()]
         + [
-            np.abs(term.gradient(cnn_vis.argument(name, x[place], start)[np.newaxis])).max()
-            for name, term in terms.items()
+            np.abs(term.gradient(cnn_vis.argument(term, x[place], start)[np.newaxis])).max()
+            for term in terms.values()
         ]
     )
-    step_of = 1.3 / np.sqrt(found[1][2] + cnn_vis.EPSILON)
+    step_of = 1.3 / np.sqrt(found[1][2] + cnn_vis.EPSILON) if has_cache else 1.3
     for a, b, size in zip(*found, (largest * step_of, largest * step_of, largest**2)):
         assert (np.abs(a - b) <= 1e-12 * (size + np.abs(b) + 1)).all()
 
