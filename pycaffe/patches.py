@@ -68,6 +68,9 @@ PATCHES = {  # {file: ((old text, new text), ...)}
             "  }\n",
         ),
     ),
+    "python/caffe/__init__.py": (
+        ("from .pycaffe import ", "from . import processor\nfrom .pycaffe import "),
+    ),
     "python/caffe/io.py": (
         # Only two functions need scikit-image and SciPy, which take most of the time of `import
         # caffe`, so these functions import them.

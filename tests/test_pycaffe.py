@@ -195,3 +195,19 @@ def test_coordinates_are_mapped_between_layers():
     # Pixel j of conv lies at 2j - 5 + 1 in the data, and at 2j + 1.5 in the upsampled layer.
     axis, scale, offset = coord_map.coord_map_from_to(net.data, net.up)
     assert (axis, scale, offset) == (1, 1, 5.5)
+
+
+def test_a_processor_that_lacks_what_the_build_uses_is_told():
+    """In the words of an ImportError, instead of an illegal instruction. Where nothing is known
+    about the processor, nothing is refused."""
+    from caffe import processor
+
+    needed = processor.needed_by("x86-64-v3")
+    has = set(needed.split())
+    processor.check(needed, has | {"sse2"})
+    processor.check(needed, set())
+    processor.check(processor.needed_by("armv8-a"), has)
+    with pytest.raises(ImportError, match=r"\(x86-64-v3\); this one lacks avx2"):
+        processor.check(needed, has - {"avx2"})
+    processor.check(processor.needed_by("native"))
+    assert processor.NEEDED in ("", processor.needed_by("native"), needed)
