@@ -12,6 +12,20 @@ else
     python=python
 fi
 
+# has OPTION ARGUMENTS...: whether the option, image or layer, is among the arguments, under any name; an argument that
+# comes first and is no option is a picture.
+has() {
+    option=$1
+    shift
+    case $option,${1:--} in image,-* | layer,*) ;; *) return 0 ;; esac
+    for word; do
+        case $word in
+            --"$option" | --"$option"=* | --initial[-_]"$option"* | --target[-_]"$option"*) return 0 ;;
+        esac
+    done
+    return 1
+}
+
 # usage ARGUMENTS: prints how to call the script, and exits.
 usage() {
     echo "usage: ${0##*/} $1" >&2

@@ -14,9 +14,10 @@ mkdir -p "$folder"
 start=$folder/start.png
 "$python" "$root/examples/picture.py" fit "$image" "$start" "${SIDE:-400}"
 pictures=("$start=start") failed=
+has layer "$@" || set -- --layer inception_4c/output "$@"
 for network in $networks; do
     rm -f "$folder/$network.png" # an old one may show another layer
-    if dream "$folder/$network.png" --image "$start" --layer inception_4c/output --num_steps 30 --learning_rate 2 \
+    if dream "$folder/$network.png" --image "$start" --num_steps 30 --learning_rate 2 \
         --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@" --model "$network"; then
         pictures+=("$folder/$network.png=$network")
     else

@@ -8,5 +8,5 @@ case ${1:--} in
     *) output=$1 && shift ;;
 esac
 image=$(photograph chelsea.png)
-exec "$python" "$cnn_vis" --image "$image" --preset animals --initial_size x0.85 --final_size x1.4 --num_steps 16 \
-    --learning_rate 2 --tv_reg 0.2 --iter_behavior none --output "$output" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset dream --final_size x1.4 --output "$output" "$@"

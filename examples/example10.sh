@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph rocket.jpg)
-exec "$python" "$cnn_vis" --preset example10 --output example10.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example10 --output example10.png "$@"

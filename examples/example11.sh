@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph moon.png)
-exec "$python" "$cnn_vis" --preset example11 --output example11.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example11 --output example11.png "$@"

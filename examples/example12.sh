@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph chelsea.png)
-exec "$python" "$cnn_vis" --preset example12 --output example12.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example12 --output example12.png "$@"

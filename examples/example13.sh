@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph grass.png)
-exec "$python" "$cnn_vis" --preset example13 --output example13.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example13 --output example13.png "$@"

@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph coffee.png)
-exec "$python" "$cnn_vis" --preset example7 --output example7.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example7 --output example7.png "$@"

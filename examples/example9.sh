@@ -5,4 +5,5 @@
 set -eu
 . "$(dirname "$0")/common.sh"
 image=$(photograph astronaut.png)
-exec "$python" "$cnn_vis" --preset example9 --output example9.png --image "$image" "$@"
+has image "$@" || set -- --image "$image" "$@"
+exec "$python" "$cnn_vis" --preset example9 --output example9.png "$@"

@@ -8,8 +8,8 @@ difference between DREAM and its own frame PREVIOUS, moved along the flow to FRA
 carried to places that do not look alike in both frames, such as where something new comes into
 view.
 
-cnn_vis.py multiplies contrast by 1.2 at each size. That is not part of the dream and would grow
-from frame to frame, so it is undone before the difference is taken.
+cnn_vis.py multiplies contrast by --contrast, 1.2 by default, at each size. That is not part of the
+dream and would grow from frame to frame, so it is undone before the difference is taken.
 """
 
 import argparse
@@ -64,11 +64,11 @@ def difference(path, frame):
         return np.float32(match(dream, Image.fromarray(frame))) - frame, 1
     mask, _ = read_mask(options.mask, frame)
     where = 1 if mask is None else mask[:, :, np.newaxis] / np.float32(255)
-    gain = 1 + (cnn_vis.GAIN ** len(record["sizes"]) - 1) * where
+    times = len(record["sizes"]) if options.enlarge == "picture" else 1
     dream = np.asarray(dream)
     if options.keep_colors:
         dream, frame = brightness(dream, frame)
-    change = added(dream, frame, gain, record["mean"])
+    change = added(dream, frame, record["mean"], options.contrast, times, where)
     return np.repeat(change, 3 // change.shape[2], axis=2), where
 
 
@@ -80,11 +80,12 @@ def brightness(dream, frame):
     return own + np.median(change, axis=2, keepdims=True), own
 
 
-def added(dream, frame, gain, mean):
+def added(dream, frame, mean, contrast, times=1, where=1):
     """The difference, float32 (H, W, C), between `dream`, which cnn_vis.py wrote, and its `frame`,
-    both (H, W, C) from 0 to 255. Undoes `gain`, a number or (H, W, 1), by which cnn_vis.py has
-    raised the contrast about the grey level `mean`."""
-    truncated = (gain - 1) / (cnn_vis.GAIN - 1) / 2  # half a level per size, raised by later gains
+    both (H, W, C) from 0 to 255. Undoes what cnn_vis.py did `times` times `where` it dreamed, a
+    number or (H, W, 1): it raised contrast about the grey level `mean` and cut fractions off."""
+    gain = 1 + (contrast**times - 1) * where
+    truncated = where * sum(contrast**k for k in range(times)) / 2  # half a level each time
     change = (dream + truncated - mean) / gain + mean - frame
     # Clipped values may have been darker or brighter, so they count as unchanged.
     change[(dream <= 0) & (change > 0) | (dream >= 255) & (change < 0)] = 0

@@ -13,7 +13,8 @@ mask = Image.new("L", (600, 400), "white")
 ImageDraw.Draw(mask).ellipse((65, 5, 490, 395), "black")
 mask.filter(ImageFilter.GaussianBlur(6)).save(sys.argv[1])
 ' mask.png
-exec "$python" "$cnn_vis" --output masked.png --image "$image" --mask mask.png --keep_colors --layer inception_4c/output \
+has layer "$@" || set -- --layer inception_4c/output "$@"
+exec "$python" "$cnn_vis" --output masked.png --image "$image" --mask mask.png --keep_colors \
     --initial_size x0.85 --final_size x1.4 --num_sizes 3 --num_steps 40 --learning_rate 2.5 --decay_rate 0.9 \
     --alpha 2 --p_reg 0.02 --beta 2.5 --tv_reg 0.5 --alpha_aux 8 --p_reg_aux 5e-11 --use_pixel_learning_rates \
     --iter_behavior none "$@"

@@ -40,6 +40,7 @@ if [ ! -e "$work/in" ]; then
         -vf "fps=$rate,scale=in_color_matrix=$matrix,format=rgb24|rgb48be$as" "$work/in.part/%06d.png"
     mv "$work/in.part" "$work/in"
 fi
+has layer "$@" || set -- --layer inception_4c/output "$@"
 previous=
 for frame in "$work"/in/*.png; do
     dreamed=$work/out/${frame##*/}
@@ -50,7 +51,7 @@ for frame in "$work"/in/*.png; do
             "$python" "$root/examples/flow.py" "$frame" "$start" "${BLEND:-0.9}" "$previous" \
                 "$work/out/${previous##*/}" "${FLOW:-dis}"
         fi
-        dream "$dreamed" --image "$start" --layer inception_4c/output --num_steps 10 --learning_rate 0.5 \
+        dream "$dreamed" --image "$start" --num_steps 10 --learning_rate 0.5 \
             --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
     fi
     previous=$frame

@@ -18,12 +18,13 @@ esac
 picture_py=$root/examples/picture.py
 mkdir -p "$name"
 "$python" "$picture_py" fit "$image" "$name/start.png" "${SIDE:-400}"
+has layer "$@" || set -- --layer inception_4c/output "$@"
 previous=$name/start.png factor=1
 for ((i = 1; i <= frames; i++)); do
     printf -v frame '%s/%05d.png' "$name" "$i"
     if [ ! -e "$frame" ]; then
         "$python" "$picture_py" zoom "$previous" "$name/next.png" "$factor" "$name/start.png"
-        dream "$frame" --image "$name/next.png" --layer inception_4c/output --num_steps 10 --learning_rate 1.5 \
+        dream "$frame" --image "$name/next.png" --num_steps 10 --learning_rate 1.5 \
             --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
     fi
     previous=$frame factor=${ZOOM:-1.04}
