@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -16,7 +17,9 @@ import time
 
 from .errors import BadRequest, Stopped, log, one_line, refusal
 from .files import read_bytes
+from .install import USUAL_COMMAND
 from .pixels import block_means
+from .records import short_words
 from .terminal import printable, say
 from .watchers import Pace, Watcher
 from .writing import encode_jpeg
@@ -50,8 +53,13 @@ class Web(Watcher):
 
     The run's thread only records how far it is, and copies the image if a request is waiting for a
     picture; everything else is done in the server's threads. `_changed` guards what they share.
-    Steps are measured every --output_iter steps, and while somebody is watching as often as PAUSE
-    allows.
+    Steps are measured every --output_iter steps, or every hundredth of the run, and while somebody
+    is watching as often as PAUSE allows.
+
+    When a run at a terminal is done, the page stays until somebody has seen the end, or until
+    Ctrl-C: who opens the address later finds the picture. A script must not wait for anybody, so
+    without a terminal, or with --quiet, it only gives those who are watching the time to fetch the
+    last picture.
     """
 
     at_end = True  # the page follows the run from the first step to the last
@@ -67,6 +75,7 @@ class Web(Watcher):
         self._snapshot, self._curve = None, []  # curve: [[steps done, objective], ...]
         self._is_wanted = False  # whether a request is waiting for a picture
         self._visitors = 0  # requests that the end of the run waits for
+        self._has_been_seen = False  # whether a listener got the event that tells the end
         self._looked = self._measured = -math.inf  # times of the last request and measured step
         self._asked = {}  # {step: what wants_stats answered}; must not change during a step
         open_web_server(self, options.web_host, options.web_port).server_close()  # fails early
@@ -77,7 +86,9 @@ class Web(Watcher):
             is_watched = self._is_wanted or now - self._looked < 10 * self.PAUSE
             is_wanted = is_watched and now - self._measured >= self.PAUSE
             self._measured = now if is_wanted else self._measured
-            self._asked[step] = is_wanted or step % self.options.output_iter == 0
+            steps = self.options.num_steps * self.options.num_sizes
+            every = min(self.options.output_iter, max(5, math.ceil(steps / 100)))
+            self._asked[step] = is_wanted or step % every == 0
         return self._asked[step]
 
     def begin(self, run):
@@ -120,10 +131,24 @@ class Web(Watcher):
         with self._changed:
             self._end = ["failed", one_line(error)] if is_failure else [end, ""]
             self._snapshot = None
-            self._tell(dream.progress(), self._visitors and dream.image is not None)
+            stays = end == "done" and self.run.batch.is_last() and sys.stderr.isatty()
+            stays = stays and not self.options.quiet
+            self._tell(dream.progress(), dream.image is not None and (stays or self._visitors))
             self._changed.wait_for(lambda: not self._visitors, self.FAREWELL)
+        if stays:
+            self._stay()
         self._server.shutdown()
         self._server.server_close()
+
+    def _stay(self):
+        """Waits until somebody has seen the end, or for Ctrl-C."""
+        if not self._has_been_seen:
+            url = self._server.url
+            say(f"note: the page stays until you have seen it; Ctrl-C closes it: {url}", "stderr")
+        with self._changed:
+            while not self._has_been_seen and not self.run.is_stopping():
+                self._changed.wait(0.2)
+            self._changed.wait_for(lambda: not self._visitors, self.FAREWELL)
 
     def _tell(self, progress, with_picture):
         """Records how far the run is, for viewers."""
@@ -182,6 +207,9 @@ class Web(Watcher):
                 version, has_ended = self._version, self._end is not None
             yield news
             if has_ended:
+                with self._changed:
+                    self._has_been_seen = True
+                    self._changed.notify_all()
                 return
             news = {}
             with self._changed:
@@ -190,9 +218,13 @@ class Web(Watcher):
     def _plan(self):
         """What is known before the first step."""
         dream = self.run.dream
-        plan = {"command": self.run.record["command"], "sizes": dream.sizes, "curve": []}
+        plan = {"command": self._command(), "sizes": dream.sizes, "curve": []}
         plan |= {"steps": dream.settings.num_steps, "tiles": self._pace.counts}
         return plan | {"batch": str(self.run.batch)}
+
+    def _command(self):
+        """The command, for people."""
+        return f"{USUAL_COMMAND} {shlex.join(short_words(self.run.record))}"
 
     def _state(self):
         """Where the run is."""

@@ -5,10 +5,13 @@ import http.client
 import io
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -21,6 +24,7 @@ from conftest import (
     QUICK,
     ROOT,
     RUN,
+    STARTED,
     assert_one_line,
     free_port,
     pixels,
@@ -33,7 +37,6 @@ from conftest import (
 from PIL import Image
 
 import cnn_vis
-from cnn_vis_lib.records import read_record
 from cnn_vis_lib.web import Snapshot, Web, open_web_server
 from cnn_vis_lib.writing import encode_jpeg
 
@@ -227,7 +230,8 @@ def test_it_shows_what_the_run_has(tmp_path):
     page = listener.all()
     assert page["end"] == ["stopped", ""]
     assert listener.picture == as_jpeg(tmp_path / "out.png")
-    assert page["command"] == read_record(f"{tmp_path}/out.png")[0]["command"]
+    printed = run_cli("--reproduce=out.png", cwd=tmp_path).stdout
+    assert page["command"] == printed.strip().replace(" --output=out.png", "")
     assert page["sizes"] == [[40, 50], [64, 96]]
     assert (page["size"], page["steps"]) == (1, 100000)
     assert page["rate"] > 0
@@ -262,20 +266,50 @@ def test_looking_changes_nothing(tmp_path):
         client.close()
 
 
+@pytest.mark.parametrize("way", ["seen", "Ctrl-C"])
+def test_at_a_terminal_the_page_stays_until_it_was_seen(way, tmp_path):
+    """Or until Ctrl-C. Either way the picture is finished, and so is the program."""
+    port, (ours, theirs) = free_port(), pty.openpty()
+    words = [*PLAIN, "--num_steps=2", "--iter_behavior=web", f"--web_port={port}"]
+    command = [sys.executable, str(ROOT / "cnn_vis.py"), *words]
+    running = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    STARTED.append(running)
+    os.close(theirs)
+    said = b""
+    while b"the page stays" not in said:
+        said += os.read(ours, 1 << 16)
+    assert (tmp_path / "out.png").exists()
+    time.sleep(1)
+    assert running.poll() is None
+    if way == "seen":
+        listener = Listener(port)
+        assert listener.all()["end"] == ["done", ""]
+        assert listener.picture == as_jpeg(tmp_path / "out.png")
+    else:
+        running.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # reading a closed terminal raises it
+        while data := os.read(ours, 1 << 16):
+            said += data
+    assert running.wait(20) == 0
+    assert b"Saving" not in said
+    os.close(ours)
+
+
 def test_without_anybody_nothing_is_done(tmp_path):
     """If nobody looks, no picture is copied or encoded, statistics are computed only every
-    --output_iter steps, and the run ends without waiting."""
+    --output_iter steps and every hundredth of the run, and the run ends without waiting."""
     words = [*PLAIN, "--iter_behavior=web", "--output_iter=20", "--num_sizes=1"]
+    words += ["--num_steps=500"]
     code = f"""
 import time, cnn_vis
-from cnn_vis_lib import web
+from cnn_vis_lib import behaviors, web
 
 def fail(*_):
     raise AssertionError("somebody looks")
 
 class Timed(web.Web):
     def after_step(self, progress):
-        assert (progress.stats is not None) == (progress.step % 20 == 0)
+        assert (progress.stats is not None) == (progress.step % 5 == 0)
         super().after_step(progress)
 
     def close(self):
@@ -285,7 +319,7 @@ class Timed(web.Web):
 
 if __name__ == "__main__":
     web.Snapshot = web.encode_jpeg = fail
-    cnn_vis.BEHAVIORS["web"] = Timed
+    behaviors.BEHAVIORS["web"] = Timed
     raise SystemExit(cnn_vis.main({words}))
 """
     done = run_script(code, tmp_path)
@@ -456,7 +490,7 @@ def test_in_a_browser(tmp_path):
         drawn = wait_for(points)
         wait_for(lambda: points() > drawn)
         assert text("state") == "running"
-        assert "--target_layer=inception_a/output" in text("command")
+        assert "--layer=inception_a/output" in text("command")
         assert "of 100000" in text("where")
         assert "size 1 of 2, 50 × 40" in text("where")
         assert float(text("rate")) > 0
@@ -472,6 +506,15 @@ def test_in_a_browser(tmp_path):
         assert done.returncode == 0, said
         wait_for(lambda: text("state") == "done")
         assert picture()[:2] == [1200, 96]
+        full = page.find_element("id", "full")
+        assert full.get_attribute("href") == page.find_element("id", "picture").get_attribute("src")
+        page.find_element("id", "copy").click()
+        wait_for(lambda: text("copy") == "Copied")
+        for name in ("full", "copy", "command"):  # in this order, by the keyboard
+            page.switch_to.active_element.send_keys("\ue004") if name != "full" else full.send_keys(
+                ""
+            )
+        assert page.switch_to.active_element.get_attribute("id") == "command"
         assert page.title == "done · cnn-vis"
         complaints = [entry for entry in page.get_log("browser") if entry["source"] != "network"]
         assert complaints == []  # about the script, or about loading what the page forbids
