@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """DeepDream pictures on real Caffe: amplifies what a layer of GoogLeNet responds to in a picture.
 
     python cnn_vis.py --image in.jpg --layer inception_4c/output
@@ -12,9 +13,9 @@
 
 Faithful to Justin Johnson's cnn-vis (2015): the picture is cut into overlapping tiles of the
 network's input size. A step runs the even tiles, then the odd ones, forward and backward through
-Caffe; each tile's gradient, with those of two p-norms and of total variation, is its own RMSProp
-step. After num_steps steps the picture is enlarged and the steps start again, from initial_size up
-to final_size.
+Caffe; each tile's gradient, with those of two p-norms and of total variation, is its own step, by
+RMSProp (or, as a choice, divided by one number for all tiles). After num_steps steps the picture is
+enlarged and the steps start again, from initial_size up to final_size.
 
 This file is the method, from the numbers up to the command line: pictures in memory; sizes and
 tiles; the objective; regularizers and step; the dream; the options; making a picture. Everything
@@ -71,7 +72,7 @@ from cnn_vis_lib.errors import (
     refusal,
     remedy_of,
 )
-from cnn_vis_lib.files import expanded, sole_writer
+from cnn_vis_lib.files import sole_writer
 from cnn_vis_lib.find_network import find_network
 from cnn_vis_lib.gauge import Gauge
 from cnn_vis_lib.inputs import checked_array, kept_inputs, read_inputs
@@ -86,17 +87,14 @@ from cnn_vis_lib.machine import (
 )
 from cnn_vis_lib.models import stand_in_notice, with_guide
 from cnn_vis_lib.network import Network, NetworkSpec, check_targets
+from cnn_vis_lib.option_types import colour, file_name, mask_name, not_empty, number, scratch_folder
 from cnn_vis_lib.options import (
     PARSER,
+    USAGE,
     Several,
-    colour,
+    check_preset,
     end_sizes,
-    file_name,
     listed,
-    mask_name,
-    not_empty,
-    number,
-    scratch_folder,
     size_refusal,
     too_few_steps,
     when,
@@ -108,7 +106,7 @@ from cnn_vis_lib.records import make_record
 from cnn_vis_lib.resume import check_same_network, go_on, resume
 from cnn_vis_lib.run import Batch, Run, Signals, announce, watch
 from cnn_vis_lib.run_options import device_options, network_options, output_options
-from cnn_vis_lib.terminal import LineHandler, mend_streams
+from cnn_vis_lib.terminal import LineHandler, mend_streams, say
 from cnn_vis_lib.terms import class_of, parse_terms, quoted, strong
 from cnn_vis_lib.writing import check_sides
 
@@ -256,6 +254,8 @@ def plan_sizes(settings, base, tile_size):
             least = f"{tile_size[0]}x{tile_size[1]}"
             problem = f"{size[0]}x{size[1]} is smaller than the network's input, {least}"
             raise size_refusal(settings, name, problem, f"use x{factor:g} or more")
+    if sum(last) < sum(first):
+        remarks.append("the sizes shrink: --final_size is below --initial_size")
     return sizes, remarks
 
 
@@ -706,9 +706,8 @@ class Progress:
     contrast: float = CONTRAST
 
     def __str__(self):
-        height, width = self.size
-        size = f"size {self.size_number}/{len(self.sizes)} {height}x{width}"
-        return f"{size}, step {self.step}/{self.num_steps}"
+        size = f"size {self.size_number} of {len(self.sizes)}"
+        return f"{size}, step {self.step} of {self.num_steps}"
 
     @property
     def size(self):
@@ -725,6 +724,7 @@ class Progress:
         return self.look(picture) if self.look else picture
 
 
+MUCH_ENLARGED = 8  # times; then it is told
 MOST_THREADS = 8  # for taking steps; enough for 8,000 tiles a second
 
 
@@ -756,6 +756,10 @@ class Dream:
         self.scratch, self.mask = scratch, mask
         base = engine.tile_size if picture is None else picture.shape[:2]
         self.sizes, self.remarks = plan_sizes(settings, base, engine.tile_size)
+        times = max(self.sizes[-1]) / max(base)
+        if picture is not None and times >= MUCH_ENLARGED:
+            told = f"{base[1]} pixels wide and {base[0]} high, is enlarged {times:.0f} times"
+            self.remarks.append(f"the start picture, {told}")
         self._tiles = {}
         self.size_number, self.step, self.tile = 1, 0, 0
         self.learning_rate, self.tv_reg = settings.learning_rate, settings.tv_reg
@@ -820,7 +824,7 @@ class Dream:
             self.image = start_image(s, start, self.size, self.mean, self.scratch)
         else:
             self.image = self._enlarged()
-        caches = self.cache_number(self.size)
+        caches = len(self.cache_index) if self.has_caches else 0
         self.caches = zeros((caches, 3, *self.engine.tile_size), self.scratch)
         self.learning_rate, self.tv_reg = s.learning_rate, s.tv_reg
 
@@ -840,9 +844,10 @@ class Dream:
                 np.copyto(image[0, channel], start - mean, where=np.isinf(self.divisors))
         return image
 
-    def cache_number(self, size):
-        """How many tiles have a cache at a size."""
-        return sum(map(len, self.tiles(size))) if self.settings.step_rule == "rmsprop" else 0
+    @property
+    def has_caches(self):
+        """Whether the step needs RMSProp's caches."""
+        return self.settings.step_rule == "rmsprop"
 
     def _steps(self, steps, wants_stats, is_stopping):
         """Does the remaining steps at this size, yielding a Progress after each."""
@@ -880,18 +885,19 @@ class Dream:
     def _step_tile(self, steps, region, descent, loss, terms):
         """Takes the step of a tile, and measures it if there is a gauge."""
         self.is_silent = self.is_silent and not descent.any()
+        scaled = descent
         if self.settings.step_rule == "mean":
             self.gradient_sum += float(np.abs(descent).mean(dtype=np.float64))
             size = self.gradient_size or self.gradient_sum / (self.tile + 1)
-            descent = descent * np.float32(self.settings.strength / (size or 1))
+            scaled = descent * np.float32(self.settings.strength / (size or 1))
         if self.gauge is None:
-            steps.take(region, self._take_step, region, descent, terms)
+            steps.take(region, self._take_step, region, scaled, terms)
         else:
             steps.wait()
             x, start = cut_tile(self.image, region), self._start_of(region, terms)
             pairs = {n: (t, argument(t, x, start)[np.newaxis]) for n, t in terms.items()}
             self.gauge.add_tile(loss, x, descent, pairs)
-            self.gauge.add(step_size=self._take_step(region, descent, terms))
+            self.gauge.add(step_size=self._take_step(region, scaled, terms))
 
     def _start_of(self, region, terms):
         """The region of the start image, less the mean, float64 (3, H, W); None if there is no
@@ -904,7 +910,7 @@ class Dream:
         """Takes a tile's step; returns its mean absolute value. Raises RunFailed, NotFinite."""
         y0, y1, x0, x1 = region
         x, start = cut_tile(self.image, region), self._start_of(region, terms)
-        cache = self.caches[self.cache_index[region]] if len(self.caches) else None
+        cache = self.caches[self.cache_index[region]] if self.has_caches else None
         divisors = None if self.divisors is None else self.divisors[y0:y1, x0:x1]
         rates = (self.settings.decay_rate, self.learning_rate)
         with np.errstate(all="ignore"):  # step_tile returns None on overflow
@@ -919,8 +925,8 @@ class Dream:
                 )
             raise NotFinite(
                 f"the picture overflowed at step {self.step + 1} of size {self.size_number}; lower "
-                "--learning_rate, the weights (--l1_weight, --l2_weight, --p_reg, --p_reg_aux, "
-                "--tv_reg) or the exponents (--alpha, --alpha_aux, --beta)"
+                "--learning_rate, --strength, the weights (--p_reg, --p_reg_aux, --tv_reg, "
+                "--l1_weight, --l2_weight) or the exponents (--alpha, --alpha_aux, --beta)"
             )
         if step_size:
             self.is_still = False
@@ -1000,7 +1006,7 @@ class Dream:
         indices = numbers.get("before", [])
         shapes = {
             "image": ("float64", 1, 3, *size),
-            "caches": ("float64", self.cache_number(size), 3, *tile_size),
+            "caches": ("float64", len(regions) if self.has_caches else 0, 3, *tile_size),
         }
         if indices:
             shapes["before"] = (np.float32, len(indices), 3, *tile_size)
@@ -1140,7 +1146,7 @@ def start_options(add):
     add("--initial_image", "--image", metavar="FILE", type=file_name, file="read", nargs="+",
         action=Several,
         help="picture to start from (default: noise); with --output FOLDER/, give several files "
-        "or a folder to make a picture from each")
+        "or a folder to make a picture from each; --image itself can be left out")
     add("--background", metavar="COLOUR", type=colour,
         idle=lambda o: not (o.initial_image or o.guide) and "without --image",
         help="colour to put behind a transparent picture: a name or #rrggbb")
@@ -1160,9 +1166,10 @@ def start_options(add):
 
 def size_options(add):
     add("--initial_size", metavar="SIZE",
-        help="first size: HxW, the longer side, or xF, see below (default: the base size)")
+        help="first size: HxW, the longer side, xF or smallest, see below (default: the base size)")
     add("--final_size", metavar="SIZE", idle=when("num_sizes", 1),
-        help="last size, if --num_sizes is above 1 (default: the base size)")
+        help="last size, if --num_sizes is above 1, as HxW (height x width), or the longer side "
+        "(default: the base size)")
     add("--num_sizes", metavar="N", type=number(int, 1, 10_000),
         help="number of sizes; 1: --initial_size only")
     add("--resize_type", choices=("geometric", "linear"),
@@ -1171,9 +1178,9 @@ def size_options(add):
         help="what is enlarged to the next size: the picture, in 8 bits; or only its change from "
         "--image, which is then added to --image at that size, so that the photograph stays sharp; "
         "with change, total variation too is that of the change")
-    add("--contrast", metavar="F", type=number(float, above=0),
+    add("--contrast", metavar="F", type=number(float, high=1000, above=0),
         help="multiply contrast by F when the picture is saved or, with --enlarge picture, "
-        "enlarged; 1 leaves a photograph's contrast as it is")
+        "enlarged, and that of noise at the start; 1 leaves a photograph's contrast as it is")
     add("--scratch", metavar="FOLDER", type=scratch_folder, text=None,
         help="keep a run's largest arrays in unnamed files in this folder, so that large pictures "
         "need less memory (default: keep them in memory)")
@@ -1185,9 +1192,9 @@ def step_options(add):
         help="step size, roughly in grey levels")
     add("--step_rule", choices=("rmsprop", "mean"),
         help="divide the gradient, for each pixel, by the size that it has had there, so that all "
-        "pixels change about equally; or the network's gradient by its mean size in the whole "
-        "picture, so that the dream grows where the network sees something")
-    add("--strength", metavar="F", type=number(float, above=0),
+        "pixels change about equally; or the network's gradient by its mean size in all tiles, so "
+        "that the dream grows where the network sees something, with --p_reg 0 and low --tv_reg")
+    add("--strength", metavar="F", type=number(float, high=1000, above=0),
         idle=lambda o: o.step_rule != "mean" and f"--step_rule {o.step_rule}",
         help="multiply the network's gradient by F, with --step_rule mean: 0.5 for a weak dream, 2 "
         "for a strong one")
@@ -1243,7 +1250,8 @@ def fill_parser():
     """Adds the options to PARSER, in the groups of --help. An option's first name is the original
     program's; the others are those in its README."""
     PARSER.clear()  # this module may be loaded again
-    PARSER.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    version = f"{PROGRAM} {__version__}"
+    PARSER.add_argument("--version", action="version", version=version, help="show the version")
     group = functools.partial(PARSER.group, settings=Settings)
     network = group("network")
     network_options(network)
@@ -1326,8 +1334,8 @@ def prepared_dream(settings, inputs, network, engines, options, held=0):
         engine = engines.get(spec, objective)
         dream = Dream(settings, inputs.picture, network.mean, engine, options.scratch, inputs.mask)
         # All tiles, even if a mask spares some: to know which, one needs memory for a mask.
-        tile, has_caches = math.prod(engine.tile_size), settings.step_rule == "rmsprop"
-        cached = [tile * tile_number(size, engine.tile_size) * has_caches for size in dream.sizes]
+        tile = math.prod(engine.tile_size) if dream.has_caches else 0
+        cached = [tile * tile_number(size, engine.tile_size) for size in dream.sizes]
         check_room(settings, dream.sizes, cached, options.scratch, held)
         for size in dream.sizes:
             dream.tiles(size)  # checks the mask
@@ -1363,7 +1371,7 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         kept = {} if checkpoint is None else checkpoint.arrays
         check_sides(files.picture, dream.sizes)
         announce(options, network, dream, [*remarks, *more], batch)
-        make_room(options, files)
+        make_room(options, files, record)
         watch(Run(options, files, watchers, inputs, dream, record, kept, batch), signals)
 
 
@@ -1385,14 +1393,12 @@ def dream(image=None, **options):
     same defaults; of those for output only `quiet` has an effect. A Progress is valid until the
     next one is requested; close the generator to end a run early. Notices go to the logger
     "cnn_vis". Raises BadRequest, when the first step is requested, and RunFailed."""
-    parsed = keyword_options(options)
-    image = parsed.initial_image if image is None else image
     if isinstance(image, (str, os.PathLike)):
-        parsed.initial_image = expanded(os.fspath(image), os.path.exists(image))
-        image = None
-    if image is not None:
-        image = checked_array(image)
-        parsed.initial_image = "an array"  # for notices
+        options["image"], image = os.fspath(image), None
+    elif image is not None:
+        options["image"], image = "an array", checked_array(image)  # the name is for notices
+    parsed = keyword_options(options)
+    check_preset(parsed)
     settings = Settings.of(parsed)
     inputs, remarks = read_inputs(settings, image)
     network = find_network(parsed)
@@ -1415,6 +1421,7 @@ def dream(image=None, **options):
 
 def command_line(argv, signals):
     """Executes a command line."""
+    argv = PARSER.read_files(argv)
     options = PARSER.parse_args(argv)
     log.setLevel(logging.ERROR if options.quiet else logging.INFO)
     for name, command in COMMANDS.items():
@@ -1425,6 +1432,8 @@ def command_line(argv, signals):
     if options.resume:
         options, checkpoint = resume(options.resume, argv, options.scratch)
     check_surroundings()
+    if not checkpoint:
+        check_preset(options)
     jobs, notices = (None, []) if checkpoint else plan_batch(options)
     with Engines(options) as engines:
         if jobs:
@@ -1436,12 +1445,16 @@ def command_line(argv, signals):
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     mend_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        say(f"What is to be made? For example:\n{USAGE}", "stderr")
+        return 2
     handler, before = LineHandler(), (log.level, log.propagate)
     log.addHandler(handler)
     log.propagate = False  # a caller's own logging would print the lines again
     try:
         with Signals() as signals:
-            command_line(sys.argv[1:] if argv is None else argv, signals)
+            command_line(argv, signals)
     except (BadRequest, RunFailed, OSError, MemoryError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError):
             error = BadRequest(missing_package(error))

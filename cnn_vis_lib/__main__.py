@@ -1,6 +1,7 @@
 """Starts the program, as the installed command or from the script. This is no room of the house: it
 is the only file here that imports the script."""
 
+import os
 import signal
 import sys
 
@@ -17,7 +18,18 @@ def start():
     except ModuleNotFoundError as error:
         print(f"{PROGRAM}: error: {missing_package(error)}", file=sys.stderr)
         return 2
+    complete()
     return main()
+
+
+def complete():
+    """Completes a command line if a shell asks for it, by argcomplete."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        from .options import PARSER
+
+        argcomplete.autocomplete(PARSER)
 
 
 if __name__ == "__main__":

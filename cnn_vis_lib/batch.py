@@ -14,7 +14,7 @@ from .files import existing_file, extension_of
 from .find_network import find_network
 from .options import PARSER, listed, names_file, names_several
 from .outputs import Files, check_output
-from .reading import pictures_in
+from .reading import pictures_in, unreadable
 from .records import identify, inputs_of, kept_options, read_record
 from .resume import check_unchanged, is_layer_of, repeated_layer, saved_options
 from .run import Batch
@@ -135,7 +135,8 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
     left = [job for job in jobs if not is_made(job, identity)]
     if len(left) < len(jobs):
         log.info(f"note: {len(jobs) - len(left)} of {len(jobs)} pictures are there already")
-    failed, batch = 0, Batch(len(left))
+    number, left = len(left), readable(left)
+    failed, batch = number - len(left), Batch(len(left))
     for batch.number, job in enumerate(left, 1):
         try:
             signals.hold(False)
@@ -157,7 +158,17 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
             error = OutOfMemory() if isinstance(error, MemoryError) else error
             log.error(f"error: {job.output_file}: {one_line(error)}")
     if failed:
-        raise RunFailed(f"{failed} of {len(left)} pictures could not be made; see above")
+        raise RunFailed(f"{failed} of {number} pictures could not be made; see above")
+
+
+def readable(jobs):
+    """Those of the jobs whose start pictures can be read; logs the other pictures, each once."""
+    errors = {}
+    for path in {job.initial_image: None for job in jobs if job.initial_image}:
+        errors[path] = unreadable(path)
+        if errors[path]:
+            log.error(f"error: {errors[path]}")
+    return [job for job in jobs if not errors.get(job.initial_image)]
 
 
 def is_of_one(error):

@@ -1,5 +1,6 @@
 """Options that replace a run."""
 
+import contextlib
 import functools
 import os
 import re
@@ -13,7 +14,7 @@ from .network import LEFT_OUT, layer_shapes, structure_error
 from .options import PARSER
 from .presets import PRESETS
 from .processes import CaffeStopped, in_a_worker
-from .records import read_record
+from .records import read_record, short_words
 from .terminal import printable, say, shell_word
 from .terms import CLASSES, class_names, is_flat, quoted
 
@@ -38,9 +39,9 @@ def keyword_options(options):
 
 
 def list_presets(options):
-    """Prints the presets with their options."""
-    for name, words in PRESETS.items():
-        say(f"{name:10} {' '.join(words.split())}")
+    """Prints the presets: what their pictures look like, and their options."""
+    for name, preset in PRESETS.items():
+        say(f"{name:10} {preset.about}\n{'':10} {' '.join(preset.options.split())}")
 
 
 def list_models(options):
@@ -130,8 +131,11 @@ def download_model(options):
 
 
 def reproduce(options):
-    """Prints the command that made a picture."""
+    """Prints the command that made a picture: briefly, or with --verbose with all options."""
     record, words = read_record(existing_file("reproduce", options.reproduce))
+    if not options.verbose:
+        with contextlib.suppress(ValueError):  # of another program
+            words = short_words(record)
     weights = record["weights_sha256"]
     log.info(f"{record['program']}, {record['network']}, weights sha256 {weights}")
     if "step" in record:

@@ -9,22 +9,32 @@ from .prototxt import import_caffe, keep_test_layers, parse_prototxt, take_input
 
 ANOTHER_LAYER = "choose another layer from --list_layers"
 
+ITS_FILES = "give its files: --deploy_txt, --caffe_model"
+# Networks by the names of their layers, for somebody who has their names in mind.
+OTHER_NETWORKS = {
+    r"mixed\d|conv2d\d": "TensorFlow's Inception, which is not a Caffe network; see --list_layers",
+    r"(conv|relu|pool)\d_\d|fc[678]$": f"VGG or CaffeNet; {ITS_FILES}",
+    r"(res|bn|scale)\d": f"ResNet; {ITS_FILES}",
+    r"fire\d": f"SqueezeNet; {ITS_FILES}",
+    r"inception_\d": f"GoogLeNet; {ITS_FILES}",
+}
+
 NO_GRADIENT = {"Accuracy", "ArgMax", "Embed", "Threshold"}  # layer types without a gradient
 
 
 class Description:
     """A network as its prototxt describes it, ready to be cut and run. `input_size`, if given, is
-    the (height, width) of its pictures. Raises BadRequest.
+    the (height, width) of its pictures, and `name` what the user knows it by. Raises BadRequest.
 
-    Attributes: path; net, a NetParameter in the current format, without the layers that this Caffe
-    cannot create; inputs, {blob: shape for one tile}; starts, {blob that can be amplified: the
-    layer from which backward starts}, in order; aliases, {layer: the only blob that it makes};
+    Attributes: path; name; net, a NetParameter in the current format, without the layers that this
+    Caffe cannot create; inputs, {blob: shape for one tile}; starts, {blob that can be amplified:
+    the layer from which backward starts}, in order; aliases, {layer: the only blob that it makes};
     holders, {layer that works in place: its blob}; problems, {any other blob or layer: why it
     cannot be amplified}; notices, a list of lines for the user.
     """
 
-    def __init__(self, path, input_size=None):
-        self.path, self.notices, net = path, [], parse_prototxt(path)
+    def __init__(self, path, input_size=None, name=None):
+        self.path, self.name, self.notices, net = path, name or path, [], parse_prototxt(path)
         if net.layers:
             net = upgraded(net)
         keep_test_layers(net)
@@ -143,11 +153,16 @@ class Description:
         if name in self.inputs or name in self.problems:
             problem = self.problems.get(name, "this is the input, not a layer")
             raise refusal("layer", name, problem, ANOTHER_LAYER)
-        close = self._close_names(name)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
-        raise refusal("layer", name, f"{self.path} has no such layer", hint)
+        close = self._close_names(name, cutoff=1)
+        others = [hint for pattern, hint in OTHER_NETWORKS.items() if re.match(pattern, name)]
+        if not close and others:
+            hint = f"layers of this name are those of {others[0]}"
+        else:
+            close = close or self._close_names(name)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
+        raise refusal("layer", name, f"{self.name} has no such layer", hint)
 
-    def _close_names(self, name):
+    def _close_names(self, name, cutoff=0.5):
         """At most three blobs that `name` may have been meant for. Capitals and punctuation are
         ignored, a layer that works in place stands for its blob, and part of a name is enough."""
 
@@ -159,7 +174,7 @@ class Description:
         for other, blob in names.items():
             by_key.setdefault(plain(other), []).append(blob)
         parts = [other for other in reversed(by_key) if key and key in other]  # outputs come last
-        close = difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(key, by_key, n=3, cutoff=cutoff)
         keys = [key] if key in by_key else parts or close
         blobs = dict.fromkeys(blob for key in keys for blob in by_key[key])
         return [blob for blob in blobs if blob in self.starts][:3]

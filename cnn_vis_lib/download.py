@@ -14,8 +14,9 @@ from .models import has_known_hash
 TIMEOUT = 30  # seconds to wait for the server to respond
 
 
-def fetch(url, path):
-    """Downloads `url` to `path`, with a progress bar. Raises RunFailed."""
+def fetch(url, path, by_hand):
+    """Downloads `url` to `path`, with a progress bar. Raises RunFailed, which says what to do
+    `by_hand`."""
     import pooch
     from requests import exceptions
 
@@ -32,11 +33,18 @@ def fetch(url, path):
             and f"the server says {answer.status_code} {answer.reason}",
             exceptions.Timeout: f"the server did not respond within {TIMEOUT} s",
             exceptions.ChunkedEncodingError: "the download was interrupted",
-            exceptions.ConnectionError: "no connection; is this machine online?",
+            exceptions.ConnectionError: "no connection to this server",
         }
         known = (text for kind, text in words.items() if isinstance(error, kind))
         reason = next(known, f"cannot be downloaded ({one_line(error)})")
-        raise RunFailed(f"{url}: {reason}; try again, or use --model_url") from None
+        raise RunFailed(f"{url}: {reason}; try again, or use --model_url; {by_hand}") from None
+
+
+def by_hand(model):
+    """How to install the model without --download_model."""
+    file = model.member or model.url.rpartition("/")[2]
+    known = f" ({model.hashes[0]})" if model.hashes and not model.member else ""
+    return f"or save a copy of {file}{known}, which the web has many of, as {model.cache_place()}"
 
 
 def unpack(archive, member, path):
@@ -68,7 +76,7 @@ def download(model, url, check_structure):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
             fetched = weights = os.path.join(temporary, "fetched")
-            fetch(url, fetched)
+            fetch(url, fetched, by_hand(model))
             with open(fetched, "rb") as file:
                 start = file.read(512).lstrip().lower()
             if start.startswith(HTML):

@@ -10,7 +10,20 @@ import sys
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of cnn_vis.py
 IS_INSTALLED = os.path.isdir(os.path.join(HERE, "cnn_vis_models"))  # with pip; False in a clone
 INCLUDED = os.path.join(HERE, "cnn_vis_models" if IS_INSTALLED else "models")
-PROGRAM, COMMAND = ("cnn-vis",) * 2 if IS_INSTALLED else ("cnn_vis.py", "python cnn_vis.py")
+IS_COMMAND = IS_INSTALLED or os.path.basename(sys.argv[0]) == "cnn-vis"
+PROGRAM = "cnn-vis" if IS_COMMAND else "cnn_vis.py"
+USUAL_COMMAND = "cnn-vis" if IS_INSTALLED else "python cnn_vis.py"  # in records
+
+
+def command():
+    """How this program is run, as a shell takes it: as it was, if this is it."""
+    if IS_COMMAND:
+        return "cnn-vis"
+    path = sys.argv[0] if os.path.basename(sys.argv[0]) == "cnn_vis.py" else "cnn_vis.py"
+    return f"python {shlex.quote(path)}"
+
+
+COMMAND = command()
 
 
 def how_to_install(what):

@@ -147,6 +147,10 @@ class NetworkFiles:
     guide_sha256: str | None = None  # another run's guide may have the same path
     notices: tuple = dataclasses.field(default=(), compare=False)
 
+    def known_name(self):
+        """The name if it is that of one of the MODELS, otherwise None."""
+        return self.name if self.name in MODELS else None
+
     def paths(self):
         """{field: path} of the files."""
         named = {name: getattr(self, name) for name in ("weights", "deploy", "guide")}

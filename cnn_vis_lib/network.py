@@ -50,7 +50,7 @@ def structure_error(deploy, path):
 
 def check_targets(files, input_size, targets):
     """Task: raises BadRequest if the network lacks a layer or a channel of the Targets."""
-    description = Description(files.deploy, input_size)
+    description = Description(files.deploy, input_size, files.known_name())
     blobs = [description.find(target.layer) for target in targets]
     shapes = {blob: shape for blob, shape, _ in layer_shapes(files, input_size)[0]}
     for target, blob in zip(targets, blobs):
@@ -65,7 +65,7 @@ def layer_shapes(files, input_size=None, without=(), first=None):
     """Task: returns three lists: (blob, shape of one tile's activations, layer that makes it) for
     everything that can be amplified; notices of what cannot; the names of all layers except those
     in `without` and the layers that need them. Loads only the `first` layers of these, or all."""
-    description = Description(files.deploy, input_size)
+    description = Description(files.deploy, input_size, files.known_name())
     net, starts = description.net, description.starts
     weights = read_weights(files.weights) if files.weights else {}
     if files.fit_classifier:
@@ -181,7 +181,7 @@ class Network:
     def __init__(self, spec):
         start_caffe(spec)
         weights = read_weights(spec.files.weights)
-        description = Description(spec.files.deploy, spec.input_size)
+        description = Description(spec.files.deploy, spec.input_size, spec.files.known_name())
         net, blobs = description.net, [description.find(layer) for layer in spec.layers]
         if spec.files.fit_classifier:
             fit_classifier(net, weights)

@@ -1,4 +1,4 @@
-"""The command line's parser and the types of its options. The script adds the options to PARSER.
+"""The command line's parser, to which the script adds the options, and sizes as options give them.
 
 Each option is defined in one entry. Besides argparse's own arguments it can have:
 
@@ -16,16 +16,14 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import math
 import os
 import re
 import shlex
 import sys
 
 from .errors import BadRequest, one_line, refusal, suggestion
-from .files import expanded
-from .install import PROGRAM
-from .pixels import LEAST_SIDE, MAX_SIDE
+from .install import COMMAND, PROGRAM
+from .pixels import MAX_SIDE
 from .presets import PRESETS
 
 SIZE = re.compile(
@@ -72,14 +70,17 @@ def end_sizes(settings, base, tile_size):
     enough = max(t / b for t, b in zip(tile_size, base))
     for name in ("initial_size", "final_size")[: settings.num_sizes]:  # of one size, only the first
         text = getattr(settings, name)
+        least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
+        if (text or "").strip().lower() == "smallest":
+            ends.append(least)
+            continue
         try:
             size = parse_size(text, base)
         except ValueError as error:
-            remedy = "use HEIGHTxWIDTH (540x960), the longer side (960) or a factor (x0.5)"
+            remedy = "use HEIGHTxWIDTH (540x960), the longer side (960), x0.5 or smallest"
             raise size_refusal(settings, name, str(error), remedy) from None
         if text and text.strip().isdigit() and any(a < t for a, t in zip(size, tile_size)):
-            least = tuple(max(t, round(b * enough)) for t, b in zip(tile_size, base))
-            problem = "{}x{} is smaller than the network's input, so it is {}x{}"
+            problem = "{}x{} is smaller than the network's input, so it is {}x{} (height x width)"
             remarks.append(f"--{name} {text}: {problem.format(*size, *least)}")
             size = least
         ends.append(size)
@@ -92,7 +93,9 @@ class Parser(argparse.ArgumentParser):
     option. `options` lists the actions."""
 
     def __init__(self, **arguments):
-        super().__init__(formatter_class=HelpFormatter, **arguments)
+        super().__init__(formatter_class=HelpFormatter, add_help=False, **arguments)
+        kinds = {"nargs": "?", "choices": ("all",), "action": Help, "default": argparse.SUPPRESS}
+        self.add_argument("-h", "--help", metavar="all", **kinds, help="show this, or all options")
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.options, self._args, self._arguments = [], [], arguments
 
@@ -127,14 +130,28 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        self._args = self._read_files(args)  # once, because a pipe can be read only once
+        self._args = self.read_files(args)
         preset, _ = PRESET.parse_known_args(self._args)
-        if preset.preset in PRESETS:  # is applied first, so that all other options override it
-            namespace, _ = super().parse_known_args(PRESETS[preset.preset].split(), namespace)
+        preset = PRESETS.get(preset.preset)
+        if preset:  # is applied first, so that all other options override it
+            namespace, _ = super().parse_known_args(preset.options.split(), namespace)
             settle(namespace)
         options, rest = super().parse_known_args(self._args, namespace)
+        pictures = [*filter(may_be_picture, rest)]
+        if pictures:
+            image = self._option_string_actions["--image"]
+            try:
+                image(self, options, [self._get_value(image, word) for word in pictures])
+            except argparse.ArgumentError as error:
+                self.error(str(error))
         settle(options)
-        return options, rest
+        if preset:
+            given = argparse.Namespace(**{action.dest: None for action in self.options})
+            given, _ = super().parse_known_args(self._args, given)
+            fit_preset(options, given)
+        if options.output_file is None and not options.resume:
+            options.output_file = default_output(options)
+        return options, [word for word in rest if word not in pictures]
 
     def _underscored(self, arg):
         name, equals, value = arg.partition("=")
@@ -145,12 +162,13 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            name = action.option_strings[0].removeprefix("--")
+            name = next(n for n in action.option_strings if n.startswith("--"))[2:]
             problem = "there is no such value"
             raise refusal(name, value, problem, suggestion(value, action.choices))
 
-    def _read_files(self, words, outer=()):
-        """The words, with each @FILE replaced by the words in that file."""
+    def read_files(self, words, outer=()):
+        """The words, with each @FILE replaced by the words in that file. They can be read again, as
+        a pipe cannot."""
         replaced = []
         for word in words:
             if not word.startswith("@"):
@@ -168,7 +186,7 @@ class Parser(argparse.ArgumentParser):
                     problem = "this is not a text file in UTF-8"
                 remedy = f"an argument that starts with @ names a file of options (use ./{word})"
                 raise BadRequest(f"{word}: {problem}", remedy) from None
-            replaced += self._read_files(inner, (*outer, path))
+            replaced += self.read_files(inner, (*outer, path))
         return replaced
 
     def error(self, message):
@@ -206,10 +224,13 @@ class Parser(argparse.ArgumentParser):
                 setattr(options, action.dest, os.path.abspath(os.path.join(folder, name)))
 
     def without_effect(self, options):
-        """Yields a notice for each option that was set but has no effect, in the order of
-        --help."""
+        """Yields a notice for each option that was set, not only by the preset, but has no effect,
+        in the order of --help."""
+        base = self.defaults
+        if options.preset in PRESETS:
+            base = self.parse_args([f"--preset={options.preset}"])
         for action in self.options:
-            changed = getattr(options, action.dest) != getattr(self.defaults, action.dest)
+            changed = getattr(options, action.dest) != getattr(base, action.dest)
             reason = changed and action.idle and action.idle(options)
             if reason:
                 with_reason = reason if reason.startswith("without ") else f"with {reason}"
@@ -218,13 +239,27 @@ class Parser(argparse.ArgumentParser):
     def words(self, options, **chosen):
         """The options that differ from their defaults, as words of a command line; `chosen` has the
         values that the run chose for options left open."""
+        return self._differences(options, self.defaults, 0, chosen)
+
+    def short_words(self, options, preset):
+        """The options as few words: the preset, if that is not None, what differs from it, and the
+        names in the README. All words, if these would not be parsed to the same options."""
+        start = [f"--preset={preset}"] if preset in PRESETS else []
+        image = [f"--image={options.initial_image}"] if options.initial_image else []
+        base = self.parse_args([*start, *image])
+        words = [*start, *image, *self._differences(options, base, -1)]
+        again = vars(self.parse_args(words)) | {"preset": None}
+        return words if again == vars(options) | {"preset": None} else self.words(options)
+
+    def _differences(self, options, base, name, chosen=()):
+        """The options that differ from those in `base`, as words, with their name-th names."""
         words = []
         for action in self.options:
-            value = chosen.get(action.dest, getattr(options, action.dest))
-            if action.text is None or value in (None, getattr(self.defaults, action.dest)):
+            value = dict(chosen).get(action.dest, getattr(options, action.dest))
+            if action.text is None or value in (None, getattr(base, action.dest)):
                 continue
-            name = action.option_strings[0]
-            words.append(name if action.nargs == 0 else f"{name}={action.text(value)}")
+            option = action.option_strings[name]
+            words.append(option if action.nargs == 0 else f"{option}={action.text(value)}")
         return words
 
     def fixed_differences(self, old, new):
@@ -249,9 +284,8 @@ class Uses(list):
 
 
 class Several(argparse.Action):
-    """An option that can have several values. If it is given several times, all values count if the
-    output names several pictures; otherwise only the last use counts, as for every option. One
-    value is stored as it is, several as a list. They replace those of a preset or checkpoint."""
+    """An option that can have several values, also by being given several times. One value is
+    stored as it is, several as a list. They replace those of a preset or checkpoint."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         earlier = getattr(namespace, self.dest)
@@ -263,9 +297,46 @@ def settle(options):
     """Replaces the Uses in the options by the values that count."""
     for name, uses in vars(options).items():
         if isinstance(uses, Uses):
-            uses = uses if names_several(options.output_file) else uses[-1:]
-            values = [*itertools.chain(*uses)]
+            values = [*dict.fromkeys(itertools.chain(*uses))]
             setattr(options, name, values if len(values) > 1 else values[0])
+
+
+def fit_preset(options, given):
+    """Adapts the options of a preset, among `options`, to those that were `given` with it (the
+    others are None there): a first size above the last one is lowered, and a channel is amplified.
+    """
+    sizes = (options.initial_size, given.final_size)
+    if given.initial_size is None and all(re.match(r"\s*[0-9]", size or "") for size in sizes):
+        options.initial_size = min(sizes, key=lambda size: max(map(int, re.findall(r"\d+", size))))
+    if given.target_neuron is not None and given.image_type is None:
+        options.image_type = "amplify_neuron"
+
+
+def check_preset(options):
+    """Raises BadRequest if the options have a preset for photographs, but no photograph."""
+    preset = PRESETS.get(options.preset)
+    if preset and preset.is_for_photographs and options.initial_image is None:
+        remedy = "add one: --image in.jpg"
+        raise refusal("preset", options.preset, "this is for photographs", remedy)
+
+
+def may_be_picture(word):
+    """Whether a word that belongs to no option names a start picture: one that exists, or at least
+    has the ending of a file."""
+    has_ending = re.search(r"[^./]\.[A-Za-z][^./]*$", word)
+    return not re.match("[-–—]", word) and bool(os.path.exists(word) or has_ending)
+
+
+def default_output(options):
+    """The name of the picture if --output gives none: the start picture's and the preset's,
+    in_dream.png, so that it survives the next run; out.png without a preset."""
+    image, preset = options.initial_image, options.preset
+    if not preset or isinstance(image, list):
+        return "out.png"
+    image = image and re.sub("[{}]", "", image)  # which would make the name a template
+    return (
+        f"{os.path.splitext(os.path.basename(image))[0]}_{preset}.png" if image else f"{preset}.png"
+    )
 
 
 def names_several(output):
@@ -280,101 +351,41 @@ def listed(value):
     return value if isinstance(value, list) else [value]
 
 
+USAGE = f"""\
+{COMMAND} --preset dream --image in.jpg                # writes in_dream.png
+{COMMAND} --image in.jpg --layer inception_4c/output   # as the original program does
+{COMMAND} --help"""
+
+
+class Help(argparse.Action):
+    """--help prints what one needs, the options BASIC; --help all everything."""
+
+    # fmt: off
+    BASIC = (
+        "image", "preset", "list_presets", "strength", "final_size", "num_steps", "output",
+        "layer", "list_layers", "guide", "mask", "keep_colours",
+        "iter_behavior", "resume", "model", "download_model", "gpu",
+    )
+    # fmt: on
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values:
+            parser.print_help()
+        else:
+            formatter = HelpFormatter(parser.prog)
+            options = {action.option_strings[-1]: action for action in parser.options}
+            formatter.add_arguments(options[f"--{name}"] for name in self.BASIC)
+            rest = f"--help all shows all {len(parser.options)} options."
+            print(f"{parser.description}\n\n{USAGE}\n\n{formatter.format_help()}\n{rest}")
+        parser.exit()
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Adds an option's default to its help, unless it is None or False."""
 
     def _get_help_string(self, action):
         has_default = not any(action.default is none for none in (None, False, argparse.SUPPRESS))
         return f"{action.help} (default: %(default)s)" if has_default else action.help
-
-
-def number(kind, low=None, high=None, above=None):
-    """A type for argparse: an int or float within bounds; `above` is an exclusive lower bound."""
-    limits = {"at least": low, "more than": above, "at most": high}
-    bounds = " and ".join(
-        f"{words} {limit}" for words, limit in limits.items() if limit is not None
-    )
-
-    def parse(text):
-        value = kind(text)
-        if kind is int and abs(value) > 10**15:
-            raise argparse.ArgumentTypeError(f"{text[:30]} is too large; use a smaller number")
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        is_low = low is not None and value < low or above is not None and value <= above
-        if is_low or high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {bounds}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def not_empty(text):
-    """A type for argparse: text that is not empty, as that of an unset shell variable would be."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} must not be empty or contain a null character")
-    return text
-
-
-def mask_name(text):
-    """A type for argparse: a file to read, or alpha."""
-    return text if text == "alpha" else file_name(text)
-
-
-def file_name(text):
-    """A type for argparse: a file to read. The name is taken literally if the file exists."""
-    return expanded(text, os.path.exists(not_empty(text)))
-
-
-def output_name(text):
-    """A type for argparse: a file to write. The name is taken literally if its folder exists."""
-    return expanded(text, os.path.isdir(os.path.dirname(not_empty(text)) or "."))
-
-
-def scratch_folder(text):
-    """A type for argparse: a folder in which files can be created."""
-    path = os.path.abspath(expanded(text, os.path.isdir(not_empty(text))))
-    if not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
-        kind = "cannot be written to" if os.path.isdir(path) else "is not a folder"
-        raise argparse.ArgumentTypeError(f"{path} {kind}; use a folder with enough disk space")
-    return path
-
-
-def gpu_numbers(text):
-    """A type for argparse: a list of GPU numbers, [] for the CPU."""
-    words = text.split(",")
-    are_numbers = all(re.fullmatch(r"[0-9]{1,9}", word) for word in words)
-    if are_numbers and len(set(map(int, words))) == len(words):
-        return list(map(int, words))
-    if re.fullmatch(r"-[0-9]+", text):
-        return []
-    remedy = "use different GPU numbers, such as 0,1, or just -1 for the CPU"
-    raise argparse.ArgumentTypeError(f"{text!r}: {remedy}")
-
-
-def input_size(text):
-    """A type for argparse: (height, width) from "HxW" or "N"."""
-    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
-    size = sides and (int(sides[1]), int(sides[2] or sides[1]))
-    if not size or not LEAST_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-        problem = f"{text[:30]}: use HxW or N, with sides from {LEAST_SIDE} to {MAX_SIDE}"
-        raise argparse.ArgumentTypeError(problem)
-    return size
-
-
-def colour(text):
-    """A type for argparse: a colour that PIL knows."""
-    if text == "white":  # the default; importing PIL for it would slow down every start
-        return text
-    from PIL import ImageColor
-
-    try:
-        ImageColor.getrgb(text)
-    except ValueError:
-        remedy = "use a name or #rrggbb, such as black or #808080"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a colour; {remedy}") from None
-    return text
 
 
 def when(name, value):
@@ -398,6 +409,6 @@ PARSER = Parser(
     "responds to in a picture or in noise.",
     epilog="Option names can be written with dashes. A size is HxW, height x width in pixels; "
     "or the longer side alone; or xF, F times the base size, which is the start picture's size "
-    "or, for noise, the network's input size. No side may be smaller than the network's input. "
+    "or, for noise, the network's input size; or smallest, what the network takes at least. "
     "@FILE reads options from a file.",
 )

@@ -11,7 +11,7 @@ from .files import is_protected, remove_parts, try_folder, unwritable
 from .gauge import COLUMNS
 from .install import COMMAND
 from .options import PARSER
-from .records import is_record
+from .records import is_made_by, is_record
 from .terminal import shell_path
 from .writing import check_depth, check_format
 
@@ -177,9 +177,16 @@ def check_apart(options, files, network):
             raise refusal("stats", options.stats, problem, "choose another name")
 
 
-def make_room(options, files):
+def make_room(options, files, record):
     """Removes the unfinished files that killed runs for the same picture left, and renames the
-    checkpoint of an unfinished run."""
+    checkpoint of an unfinished run. Says so if the picture of another command will be replaced:
+    one that has not the command of the run's `record`."""
+    if (
+        os.path.exists(files.picture)
+        and not files.resumed
+        and not is_made_by(files.picture, record)
+    ):
+        log.info(f"note: {files.picture} exists, from another command, and will be replaced")
     for path in filter(None, (files.picture, options.stats)):
         remove_parts(path)
     old = files.set_aside()

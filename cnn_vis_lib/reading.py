@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 
 from .colours import tell, tell_frames, to_srgb
-from .errors import one_line, refusal, some
+from .errors import BadRequest, one_line, refusal, some
 from .files import existing_file, extension_of, read_bytes
 from .formats import (
     MAX_PIXELS,
@@ -86,8 +86,9 @@ def read_mask(name, picture, alpha=None, path="the array"):
             raise refusal("mask", name, problem, "use a mask file instead")
         mask = alpha
     if mask.shape != size:
-        shapes = ["{}x{}".format(*shape) for shape in (mask.shape, size)]
-        remarks.append(f"{name}: the mask, {shapes[0]}, is stretched to the picture's {shapes[1]}")
+        ours, theirs = ("{1}x{0}".format(*shape) for shape in (mask.shape, size))
+        told = f"{ours} pixels (width x height), is stretched to the picture's {theirs}"
+        remarks.append(f"{name}: the mask, {told}")
         mask = resize(mask, size, bilinear=True)
     if not mask.any():
         raise refusal("mask", name, "the mask is black everywhere", "paint white where to dream")
@@ -120,6 +121,22 @@ def read_rgba(path, option="image"):
     except Exception as error:  # a damaged file can fail anywhere in Pillow's decoders, in any way
         reason, remedy = why_unreadable(error, data)
         raise refusal(option, path, f"cannot be read as a picture ({reason})", remedy) from None
+
+
+def unreadable(path):
+    """The BadRequest for the start picture `path` if it cannot be read, otherwise None. Looks only
+    at the beginning of most files, so that a damaged one may pass."""
+    from PIL import Image
+
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about size and metadata
+        with Image.open(path):
+            return None
+    try:
+        read_rgba(path)
+    except BadRequest as error:
+        return error
+    return None
 
 
 def open_picture(data, path, remarks):

@@ -9,9 +9,9 @@ import shlex
 
 from .errors import BadRequest, one_line, refusal
 from .files import read_text, sha256_of
-from .install import COMMAND, PROGRAM, VERSION
+from .install import PROGRAM, USUAL_COMMAND, VERSION
 from .machine import versions
-from .models import MODELS, content_of
+from .models import content_of
 from .options import PARSER
 from .writing import RECORD_KEY
 
@@ -28,16 +28,18 @@ RECORD_FIELDS = {  # required when a record is read
 
 def make_record(options, settings, network, sizes, earlier=None):
     """The record of a run: program and versions; the command, including values that the program
-    chose; what identifies the network and the input pictures; the layer as requested; the sizes
-    and the seed. If the run is resumed, `earlier` is its earlier record."""
+    chose, and the preset that it was typed with; what identifies the network and the input
+    pictures; the layer as requested; the sizes and the seed. If the run is resumed, `earlier` is
+    its earlier record."""
     chosen = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.scale != 1:
         chosen["input_scale"] = network.scale
-    if network.name in MODELS:
+    if network.known_name():
         chosen["model"] = network.name
     return {
         "program": f"cnn_vis.py {VERSION}",
-        "command": f"{COMMAND} {shlex.join(PARSER.words(options, **chosen))}",
+        "command": f"{USUAL_COMMAND} {shlex.join(PARSER.words(options, **chosen))}",
+        "preset": earlier.get("preset") if earlier else options.preset,
         "network": network.name,
         "layer": (earlier or {}).get("layer", str(options.target_layer)),
         "inputs": earlier.get("inputs") if earlier else inputs_of(options),
@@ -47,6 +49,12 @@ def make_record(options, settings, network, sizes, earlier=None):
         "versions": versions(),
         "seconds": 0.0,
     }
+
+
+def short_words(record):
+    """The words of the command in `record`, for people: with its preset, and without what is in
+    that."""
+    return PARSER.short_words(kept_options(record), record.get("preset"))
 
 
 def inputs_of(options):
@@ -122,3 +130,10 @@ def is_record(path):
         return os.path.isfile(path) and bool(read_record(path))
     except BadRequest:
         return False
+
+
+def is_made_by(path, record):
+    """Whether the command in `record` made the picture `path`."""
+    with contextlib.suppress(BadRequest):
+        return read_record(path)[0]["command"] == record["command"]
+    return False

@@ -92,6 +92,6 @@ def go_on(dream, checkpoint, record, path):
         checkpoint.arrays.pop(name, None)
     record["seconds"] = checkpoint.record["seconds"]
     begun_on, device = checkpoint.record.get("device", record["device"]), record["device"]
-    if begun_on == device:
-        return []
-    return [f"this run was started on a {begun_on}; a {device} rounds differently"]
+    differs = f"this run was started on a {begun_on}; a {device} rounds differently"
+    goes_on = f"{path} goes on after {dream.progress()}"
+    return [goes_on] if begun_on == device else [goes_on, differs]

@@ -4,21 +4,26 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
 
+import numpy as np
+
 from .behaviors import Watchers
 from .checkpoints import Checkpoint
 from .engines import idle
-from .errors import NotFinite, OutOfMemory, RunFailed, Stopped, log
+from .errors import BadRequest, NotFinite, OutOfMemory, RunFailed, Stopped, log
 from .files import whole_file
 from .inputs import Inputs
 from .models import stand_in_notice
 from .outputs import Files
-from .records import remove_record
+from .records import read_record, remove_record
+from .watchers import Pace
 from .writing import write_picture
 
 
@@ -31,6 +36,7 @@ class Signals:
 
     def __init__(self):
         self.held, self.signum, self._count = False, None, 0
+        self.is_saving = True  # whether the run that a signal ends is to be saved
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -48,7 +54,7 @@ class Signals:
     def hold(self, held=True):
         """From now on the first signal is only remembered, or with False raises Stopped. Raises
         Stopped if a signal has come already: C code may have swallowed its exception."""
-        self.held = held
+        self.held, self.is_saving = held, True
         if self.signum:
             raise Stopped(self.signum)
 
@@ -61,7 +67,7 @@ class Signals:
         is_first, self.signum = not self.signum, self.signum or signum
         if not (self.held and is_first):
             raise Stopped(signum)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and self.is_saving:
             text = "Saving the run; press Ctrl-C again to stop immediately."
             os.write(2, f"\n{text}\n".encode())
 
@@ -69,15 +75,23 @@ class Signals:
 @dataclasses.dataclass
 class Batch:
     """The place of a run among several: how many there are; its number, from 1; how many tiles
-    the earlier ones had; and the port on which web showed them."""
+    the earlier ones had; the port on which web showed them; and when, and at which share of all
+    tiles, a log had its last line about progress; and whether what they have in common was told."""
 
     count: int = 1
     number: int = 1
     done: int = 0
     port: int = 0
+    is_announced: bool = False
+    told: float = dataclasses.field(default_factory=time.monotonic)
+    share_told: float = 0.0
+
+    def is_last(self):
+        """Whether no picture comes after it."""
+        return self.number == self.count
 
     def __str__(self):
-        return f"picture {self.number}/{self.count}, " if self.count > 1 else ""
+        return f"picture {self.number} of {self.count}, " if self.count > 1 else ""
 
 
 @dataclasses.dataclass
@@ -94,6 +108,7 @@ class Run:
     kept: dict
     batch: Batch
     error: BaseException | None = None  # how it ended, unless it is done
+    is_stopping: object = lambda: False  # whether a signal has come
 
     def __post_init__(self):
         self.begun = time.monotonic() - self.record["seconds"]
@@ -113,21 +128,71 @@ class Run:
 def announce(options, network, dream, remarks, batch):
     """Logs what is about to be done; what holds for all pictures of a Batch, only at the first one.
     Called after all checks, so that an error is the only line printed."""
-    engine, notices = dream.engine, []
-    if batch.number == 1:
+    engine, settings, notices = dream.engine, dream.settings, []
+    if not batch.is_announced:
         stand_in = stand_in_notice(options.model, network.name)
         notices = [stand_in, *idle(options, engine), *network.notices]
+        if dream.picture is not None and not options.preset and has_original_steps(settings):
+            notices.append(
+                f"without a preset, there are {settings.num_steps} steps, as in the original; for "
+                "a picture in a minute: --preset dream"
+            )
     for line in filter(None, [*notices, *remarks, *engine.notices]):
         log.info(f"note: {line}")
-    seed = f", noise seed {dream.settings.seed}" if dream.picture is None else ""
-    layers = [target.layer for target in dream.settings.target_layer.targets]
-    shapes = " + ".join("x".join(map(str, engine.shapes[layer])) for layer in layers)
+    seed = f", noise seed {settings.seed}" if dream.picture is None else ""
+    shown = [f"{width}x{height}" for height, width in dream.sizes]
+    sizes, steps = shown[0], f"{settings.num_steps} step{'s' * (settings.num_steps > 1)}"
+    if shown[1:]:
+        sizes, steps = f"{len(shown)} sizes from {shown[0]} to {shown[-1]}", f"{steps} each"
+    if batch.is_announced:
+        log.info(f"{batch}{options.output_file}: {sizes} pixels{seed}")
+        return
+    batch.is_announced = True
     log.info(
-        f"{network.name} ({network.weights}), {dream.settings.target_layer} "
-        f"{shapes}, "
-        f"{engine.device}, "
-        f"sizes {' '.join(f'{h}x{w}' for h, w in dream.sizes)}{seed}"
+        f"{batch}{network.name}, {settings.target_layer}, {engine.device}: {sizes} pixels (width x "
+        f"height), {steps}{seed}{expected_time(dream)}"
     )
+    if options.verbose:
+        layers = [target.layer for target in settings.target_layer.targets]
+        shapes = (f"{layer} {'x'.join(map(str, engine.shapes[layer]))}" for layer in layers)
+        log.info(f"{network.weights}; {', '.join(shapes)} a tile; sizes {' '.join(shown)}")
+
+
+def has_original_steps(settings):
+    """Whether the number of steps and how they are taken are the original's defaults."""
+    names = ("num_steps", "learning_rate", "step_rule")
+    return all(getattr(settings, name) == getattr(type(settings), name) for name in names)
+
+
+FEW_TILES = 300  # take no time worth telling
+
+
+def expected_time(dream):
+    """ ", about 3 minutes": how long the rest of a run takes, judged by a batch of tiles on each
+    device; "" if it has only a few tiles, or nobody would be told."""
+    engine, steps = dream.engine, dream.settings.num_steps
+    pace, most, rounds = Pace(dream), 1, 0
+    if pace.total - pace.done < FEW_TILES or not log.isEnabledFor(logging.INFO):
+        return ""
+    for number, size in enumerate(dream.sizes[dream.size_number - 1 :]):
+        left = steps if number else steps - dream.step
+        turns = [math.ceil(len(colour) / engine.number) for colour in dream.tiles(size)]
+        most = max(most, min(engine.batch_size, max(turns)))
+        rounds += left * sum(math.ceil(tiles / engine.batch_size) for tiles in turns)
+    batch = [np.zeros((3, *engine.tile_size), np.float32)] * most
+    for _ in range(2):  # the first also prepares
+        begun = time.monotonic()
+        for ticket in [engine.send(batch, measure=False) for _ in range(engine.number)]:
+            engine.receive(ticket)
+    return f", about {duration(rounds * (time.monotonic() - begun))}"
+
+
+def duration(seconds):
+    """A rough duration in words."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 # How a run can end: whether its checkpoint is saved then, and whether its picture is, if that is
@@ -146,21 +211,22 @@ def watch(run, signals):
     """Does the run with its watchers. However it ends, the picture so far is written, but not in
     place of another one before the first step. Raises RunFailed, or Stopped after a signal."""
     signals.hold()
+    run.is_stopping = lambda: signals.signum
     with contextlib.ExitStack() as stack:
         for watcher in run.watchers:
             watcher.begin(run)
             stack.callback(watcher.close)
         try:
-            conclude(run, *take_steps(run, signals), signals)
+            conclude(run, *take_steps(run), signals)
         except BaseException as error:
             run.error = error  # for watchers, when they are closed
             raise
 
 
-def take_steps(run, signals):
+def take_steps(run):
     """Does the steps of a run; returns (how it ended, as in ENDS; the error, if it was one)."""
     try:
-        for progress in run.dream.run(run.watchers.wants_stats, lambda: signals.signum):
+        for progress in run.dream.run(run.watchers.wants_stats, run.is_stopping):
             run.watchers.after_step(progress)
         return ("done" if run.dream.is_done() else "stopped"), None
     except Stopped as error:
@@ -187,7 +253,8 @@ def conclude(run, end, error, signals):
         except RunFailed as problem:
             if error is None:
                 log.error(str(problem))
-    is_written = saves_picture and (end == "done" or has_begun(run))
+    is_kept = os.path.exists(files.checkpoint) and is_finished(files)
+    is_written = saves_picture and (end == "done" or has_begun(run) and not is_kept)
     if is_written:
         try:
             finish(run)
@@ -199,6 +266,7 @@ def conclude(run, end, error, signals):
         seconds = int(time.monotonic() - run.begun)
         log.info(f"{files.picture}: done in {seconds // 60:02}:{seconds % 60:02}")
         files.clean_up()
+        signals.is_saving = False
         return
     where = f"; the picture so far is in {files.picture}" if is_written else ""
     hint = "" if end == "overflowed" or run.dream.image is None else files.hint()
@@ -229,6 +297,18 @@ def finish(run):
             failures.append(str(error))
     if failures:
         raise RunFailed("; ".join(failures))
+
+
+def is_finished(files):
+    """Whether there is a picture that is not to be replaced by an unfinished one, which a
+    checkpoint holds as well: any that is not itself from the run that this one continues, or
+    unfinished."""
+    if files.resumed or not os.path.exists(files.picture):
+        return False
+    try:
+        return "step" not in read_record(files.picture)[0]
+    except BadRequest:
+        return True
 
 
 def has_begun(run):

@@ -1,8 +1,8 @@
-"""The options that do not determine the picture: the network's files, devices, and output."""
+"""The options of network, device and output."""
 
 from .behaviors import BEHAVIORS, behaviors
 from .models import MODELS
-from .options import file_name, gpu_numbers, input_size, not_empty, number, output_name
+from .option_types import file_name, gpu_numbers, input_size, not_empty, number, output_name
 from .pixels import DEPTHS
 from .presets import PRESETS
 
@@ -10,10 +10,10 @@ from .presets import PRESETS
 # fmt: off
 def network_options(add):
     add("--preset", metavar="NAME", choices=tuple(PRESETS), text=None,
-        help="use a named set of options: for photographs animals, strokes or soft, for all others "
-        "see --list_presets; options that you add override it")
+        help="use a named set of options: for photographs dream, animals, strokes or "
+        "soft, for all others see --list_presets; options that you add override it")
     add("--list_presets", action="store_true",
-        help="print the presets and their options, and exit")
+        help="print the presets, what they look like and their options, and exit")
     add("--model", choices=tuple(MODELS),
         idle=lambda o: o.deploy_txt and o.caffe_model and o.mean_image and "all three files given",
         help="network to use; its weights are looked for in $CAFFE_ROOT, then in $CNN_VIS_MODELS "
@@ -82,9 +82,10 @@ def output_options(add):
     def has_no_page(options):
         return "web" not in options.iter_behavior and "without web in --iter_behavior"
 
-    add("--output_file", "--output", metavar="FILE", type=output_name, default="out.png",
-        file="write", help="file for the finished picture; for several pictures FOLDER/, or a "
-        "name that contains {name} (the start picture's) and {layer}")
+    add("--output_file", "--output", metavar="FILE", type=output_name, file="write",
+        help="file for the finished picture; for several pictures FOLDER/, or a name that contains "
+        "{name} (the start picture's) and {layer} (default: IMAGE_PRESET.png, or out.png without "
+        "a preset)")
     add("--output_iter", metavar="N", type=number(int, 1), default=50,
         help="do --iter_behavior every N steps")
     add("--iter_behavior", metavar="WORDS", type=behaviors, default="save+print",
@@ -106,11 +107,14 @@ def output_options(add):
         help="print the command that made a picture, and exit")
     add("--checkpoint_iter", metavar="N", type=number(int, 0),
         help="save OUTPUT.checkpoint, for --resume, every N steps; it is deleted when the run is "
-        "complete; 0: never (default: --output_iter, at least 50)")
+        "complete; 0: never (default: --output_iter, at least 50, and every minute)")
     add("--resume", metavar="FILE", type=file_name, text=None,
         help="continue from a checkpoint; the run's options need not be given again")
     add("--quiet", action="store_true", text=None,
         help="no progress bar, no notices (and, with --iter_behavior none, no statistics)")
+    add("--verbose", action="store_true", text=None,
+        help="print more: the network's file, the layer's shape and all sizes; with --reproduce, "
+        "all options")
     add("--show_width", metavar="W", type=number(float, 1, 100), default=5.0,
         idle=is_not_shown, help="width of the show window, in inches")
     add("--show_height", metavar="H", type=number(float, 1, 100), default=5.0,

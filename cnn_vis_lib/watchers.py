@@ -304,14 +304,21 @@ class Gif(Watcher):
 
 
 class Checkpoints(Watcher):
-    """--checkpoint_iter: saves the run every N steps, counted over all sizes."""
+    """--checkpoint_iter: saves the run every N steps, counted over all sizes; by default also when
+    a minute has passed."""
+
+    def begin(self, run):
+        super().begin(run)
+        self._saved = time.monotonic()
 
     def after_step(self, progress):
-        every = self.options.checkpoint_iter
+        every, is_late = self.options.checkpoint_iter, False
         if every is None:
             every = max(50, self.options.output_iter)
-        if every and progress.steps_done() % every == 0:
+            is_late = time.monotonic() - self._saved > SECONDS_AT_RISK
+        if every and (progress.steps_done() % every == 0 or is_late):
             self.run.checkpoint().write(self.files.checkpoint)
+            self._saved = time.monotonic()
 
 
 class Pace:
@@ -340,6 +347,10 @@ class Pace:
         return (self.total - self.done) / rate if rate else None
 
 
+SECONDS_BETWEEN = 10  # between lines in a log
+SECONDS_AT_RISK = 60  # after which a run is saved
+
+
 class Bar(Watcher):
     """The progress bar on a terminal, or lines in a log."""
 
@@ -352,18 +363,25 @@ class Bar(Watcher):
         has_columns = sys.stderr.isatty() and os.get_terminal_size(2).columns > 0
         self._bar = tqdm(
             desc="starting", total=self._pace.total + others, initial=batch.done + self._pace.done,
-            bar_format="{desc} |{bar}| {percentage:3.0f}% {rate_fmt}, {remaining} left",
-            unit=" tiles", leave=False, dynamic_ncols=True, disable=not has_columns,
+            bar_format="{desc} |{bar}| {percentage:3.0f}%, {remaining} left",
+            leave=False, dynamic_ncols=True, disable=not has_columns,
         )  # fmt: skip
 
     def after_step(self, progress):
         self._bar.set_description_str(f"{self.run.batch}{progress}", refresh=False)
         self._bar.update(self._pace.advance(progress))
-
-    def when_due(self, progress):
         if self._bar.disable:
-            left = self._bar.format_interval(self._pace.seconds_left())
-            log.info(f"{self.run.batch}{progress}: {self._pace.rate():.1f} tiles/s, {left} left")
+            self._tell(progress)
+
+    def _tell(self, progress):
+        """Logs how far the run is, unless it did so less than ten seconds or a tenth of it ago."""
+        batch, now = self.run.batch, time.monotonic()
+        share = (batch.done + self._pace.done) / self._bar.total
+        if now - batch.told < SECONDS_BETWEEN or round(share - batch.share_told, 6) < 0.1:
+            return
+        batch.told, batch.share_told = now, share
+        left = self._bar.format_interval((1 - share) * self._bar.total / self._pace.rate())
+        log.info(f"{batch}{progress}: {100 * share:.0f}%, {left} left")
 
     def close(self):
         self._bar.close()

@@ -48,6 +48,19 @@ EMULATION = {
 }
 
 
+def words_of(arguments):
+    """The arguments as words. A test's own --layer or --image replaces an earlier one, of QUICK,
+    say, unless --output names several pictures."""
+    words = [*map(str, arguments)]
+    outputs = [word for word in words if word.startswith("--output=")]
+    if outputs and re.search("/$|{", outputs[-1]):
+        return words
+    for option in ("--(target_)?layer=", "--(initial_)?image="):
+        *earlier, _ = [i for i, word in enumerate(words) if re.match(option, word)] or [None]
+        words = [word for i, word in enumerate(words) if i not in earlier]
+    return words
+
+
 def run_process(*arguments, cwd, timeout=110, **environment):
     """Runs the script in a separate process, in this environment with changes (None removes a
     variable); returns the finished process with its stdout and stderr as text."""
@@ -55,7 +68,7 @@ def run_process(*arguments, cwd, timeout=110, **environment):
         name: value for name, value in (os.environ | environment).items() if value is not None
     }
     return subprocess.run(
-        [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "cnn_vis.py"), *words_of(arguments)],
         cwd=cwd,
         timeout=timeout,
         capture_output=True,
@@ -71,7 +84,7 @@ def run_cli(*arguments, cwd, **more):
     run_process."""
     if IS_REAL_RUN or more:
         return run_process(*arguments, cwd=cwd, **more)
-    arguments, before = [*map(str, arguments)], os.getcwd()
+    arguments, before = words_of(arguments), os.getcwd()
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     os.chdir(cwd)
     try:
@@ -282,7 +295,7 @@ def start(*arguments, cwd):
     """Starts the program as a session leader and returns the process, which is killed when the test
     ends. SIGHUP has its default effect, even if the tests run under nohup."""
     running = subprocess.Popen(
-        [sys.executable, str(ROOT / "cnn_vis.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "cnn_vis.py"), *words_of(arguments)],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """Several pictures in one run of the program."""
 
 import os
+import re
 import shutil
 import signal
 
@@ -124,14 +125,21 @@ def test_a_stopped_batch_goes_on_where_it_stopped(layer, folder):
 def test_one_that_fails_does_not_stop_the_others(folder):
     (folder / "in/aa.png").write_text("no picture")
     Image.new("RGB", (20, 20)).save(folder / "in/c.png")
-    done = run_cli(*DREAM, "--image=in", LAYERS[0], "--output=out/", "--quiet", cwd=folder)
+    done = run_cli(*DREAM, "--image=in", *LAYERS, "--output=out/", "--quiet", cwd=folder)
     assert done.returncode == 1
-    lines = done.stderr.splitlines()
-    assert len(lines) == 3
-    assert "out/aa_inception_a-output.png: --image in/aa.png: cannot be read" in lines[0]
-    assert "out/c_inception_a-output.png: " in lines[1]
-    assert "2 of 4 pictures could not be made" in lines[2]
-    assert len(os.listdir(folder / "out")) == 2
+    first, *others, last = done.stderr.splitlines()  # what is no picture is told first, and once
+    assert "error: --image in/aa.png: cannot be read" in first
+    names = ["c_inception_a-output.png", "c_pool1-norm1-1,3.png"]
+    assert [line.split(": ")[2] for line in others] == [f"out/{name}" for name in names]
+    assert "4 of 8 pictures could not be made" in last
+    assert len(os.listdir(folder / "out")) == 4
+
+
+def test_a_batch_has_one_header_and_counts(folder):
+    done = run_cli(*DREAM, "--image=in", LAYERS[0], "--output=out/", cwd=folder)
+    headers = [line for line in done.stderr.splitlines() if "pixels" in line]
+    assert re.match("picture 1 of 2, network, inception_a/output, CPU", headers[0])
+    assert re.match(r"picture 2 of 2, out/b_inception_a-output\.png: \d+x\d+ pixels$", headers[1])
 
 
 @pytest.mark.parametrize(
@@ -167,11 +175,16 @@ def test_a_batch_that_cannot_be_is_refused(arguments, words, folder):
     assert sorted(os.listdir(folder)) == ["empty", "in"]
 
 
-def test_the_last_layer_counts_for_one_picture(folder):
-    """As with every option, so that a script's options can be overridden."""
-    done = run_cli(*DREAM, "--image=in/b.png", "--image=in/a.png", *LAYERS, cwd=folder)
+@pytest.mark.parametrize("option", ["layer", "image"])
+def test_two_values_are_not_one_picture(option, folder):
+    """None is dropped without a word. The same value twice is one."""
+    first, second = {"layer": LAYERS, "image": ["--image=in/b.png", "--image=in/a.png"]}[option]
+    words = [*DREAM, LAYERS[0], "--image=in/b.png"]
+    done = run_cli(*words, *second.split("=", 1), cwd=folder)
+    assert_one_line(done, 2, "--output out.png", "2 pictures", "FOLDER/")
+    done = run_cli(*words, *first.split("=", 1), cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert np.array_equal(pixels(folder / "out.png"), alone(folder, "--image=in/a.png", LAYERS[1]))
+    assert np.array_equal(pixels(folder / "out.png"), alone(folder, "--image=in/b.png", LAYERS[0]))
 
 
 def stop_in_the_first(words, folder, name):

@@ -317,7 +317,7 @@ if __name__ == "__main__":
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "step 1/1" in done.stdout
+    assert "step 1 of 1" in done.stdout
 
 
 def test_a_silent_loan_ends_and_another_follows(dask_cluster):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -76,3 +77,44 @@ def test_main_leaves_the_callers_logging_and_streams_alone(tmp_path, monkeypatch
     assert "done" not in told.getvalue()
     assert log.propagate
     assert log.level == logging.NOTSET
+
+
+def test_commands_in_messages_work_where_they_are_typed(tmp_path):
+    """From another folder, as a path; run itself, as a command."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "cnn vis").symlink_to(ROOT)
+    start = ["../cnn vis/cnn_vis.py", "--list_models", "--gpu=-1"]
+    for words in ([sys.executable, *start], start):
+        environment = os.environ | {
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        }
+        environment |= {"CNN_VIS_MODELS": str(tmp_path), "CAFFE_ROOT": str(tmp_path)}
+        done = subprocess.run(
+            words, cwd=folder, capture_output=True, text=True, env=environment, check=True
+        )
+        assert "python '../cnn vis/cnn_vis.py' --download_model bvlc_googlenet" in done.stdout
+
+
+def test_a_shell_completes_options_and_presets(tmp_path):
+    def completed(line):
+        script = f"""
+            COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} _ARGCOMPLETE=1 IFS=, \\
+            _ARGCOMPLETE_IFS=, {sys.executable} {ROOT}/cnn_vis.py 8>&1 9>&2 >/dev/null 2>&1"""
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        return sorted(done.stdout.replace("\v", ",").split(","))
+
+    assert completed("cnn_vis.py --preset s") == ["soft", "strokes"]
+    assert "--strength" in [word.strip() for word in completed("cnn_vis.py --str")]
+
+
+def test_a_picture_of_another_command_is_not_replaced_without_a_word(tmp_path):
+    def said(*more):
+        words = [*QUICK, "--initial_size=32x32", "--iter_behavior=none", "--seed=1"]
+        return run_cli(*words, *more, cwd=tmp_path).stderr
+
+    assert "replaced" not in said()
+    assert "replaced" not in said()  # the same command again
+    assert "out.png exists, from another command, and will be replaced" in said("--seed=5")
+    Image.new("RGB", (9, 9)).save(tmp_path / "out.png")  # from another program
+    assert "replaced" in said("--seed=5")

@@ -326,8 +326,9 @@ def test_the_work_is_kept_when_the_folder_goes_away(tmp_path):
     Image.open(tmp_path / "ANOTHER.png").verify()
 
 
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
 @pytest.mark.parametrize("extension", ["png", "jpg"])
-def test_the_printed_command_makes_the_same_picture(extension, tmp_path):
+def test_the_printed_command_makes_the_same_picture(extension, more, tmp_path):
     """The command that --reproduce prints makes the same picture again; noise without --seed is no
     exception."""
     folder = tmp_path / "a folder"
@@ -352,8 +353,9 @@ def test_the_printed_command_makes_the_same_picture(extension, tmp_path):
     if extension == "png":
         os.remove(folder / "an out.png.json")
         assert json.loads(Image.open(folder / "an out.png").info["cnn-vis"]) == origin
-    done = run_cli(f"--reproduce=an out.{extension}", cwd=folder)
+    done = run_cli(f"--reproduce=an out.{extension}", *more, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert ("--target_layer" in done.stdout) == bool(more)  # briefly, or with all options
     command = shlex.split(done.stdout)
     first = pixels(folder / f"an out.{extension}")
     os.remove(folder / f"an out.{extension}")
@@ -386,7 +388,7 @@ def test_a_strangers_record_is_printed_as_escapes(tmp_path):
         else:
             shell = ["bash", "-c", f"printf '%s\\0' {done.stdout}"]
             words = subprocess.check_output(shell, text=True)
-            assert words.split("\0")[:-1] == ["python", "cnn_vis.py", f"--output_file={name}"]
+            assert words.split("\0")[:-1] == ["python", "cnn_vis.py", f"--output={name}"]
 
 
 def test_other_files_have_no_record(tmp_path):

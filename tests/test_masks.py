@@ -109,7 +109,7 @@ def test_a_masked_run_is_stopped_resumed_and_reproduced(folder):
     assert np.array_equal(pixels(folder / "out.png"), pixels(folder / "whole.png"))
     printed = run_cli("--reproduce=out.png", cwd=folder).stdout
     assert "mask.png" in printed
-    assert "--keep_colors" in printed
+    assert "--keep_colours" in printed
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,8 @@ def test_the_alpha_channel_can_be_the_mask(folder):
 def test_a_mask_of_another_shape_is_stretched_and_told(folder):
     Image.fromarray(ramp()).resize((50, 90)).save(folder / "mask.png")
     said = dream("--mask=mask.png", cwd=folder)
-    assert "note: mask.png: the mask, 90x50, is stretched to the picture's 160x200" in said
+    told = "the mask, 50x90 pixels (width x height), is stretched to the picture's 200x160"
+    assert f"note: mask.png: {told}" in said
     assert np.array_equal(pixels(folder / "out.png")[:, :60], pixels(folder / "in.png")[:, :60])
 
 

@@ -119,6 +119,7 @@ def test_a_good_download_is_installed_and_used(server, weights, tmp_path, photog
         "--image_type=amplify_neuron",
         "--layer=loss3/classifier",
         "--target_neuron=364",
+        "--verbose",
         cwd=tmp_path,
         **environment,
     )
@@ -238,7 +239,8 @@ def test_no_connection_is_one_line(tmp_path):
         fetch({"url": "http://127.0.0.1:9"}, "bvlc_googlenet", "/x", tmp_path),
         1,
         "no connection",
-        "online",
+        "sha1:405fc5acd08a3bb12de8ee5e23a96bec22f08204",
+        "bvlc_googlenet/bvlc_googlenet.caffemodel",
     )
     assert_one_line(fetch({"url": "nonsense"}, "bvlc_googlenet", "", tmp_path), 2, "nonsense")
 
@@ -319,6 +321,7 @@ def test_places205_where_the_original_expected_it(weights, tmp_path, photographs
         f"--image={photographs}/chelsea.png",
         "--num_steps=1",
         "--gpu=-1",
+        "--verbose",
         cwd=tmp_path,
         CAFFE_ROOT=str(tmp_path / "caffe"),
     )
@@ -372,7 +375,7 @@ def test_the_small_network_is_used_with_a_notice(tmp_path, photographs):
     )
     assert done.returncode == 0, done.stderr
     assert "--download_model bvlc_googlenet" in done.stderr
-    assert "googlenet_mini (" in done.stderr
+    assert "googlenet_mini, " in done.stderr
     assert Image.open(tmp_path / "out.png").size == (640, 427)
 
 
@@ -384,12 +387,14 @@ def test_bvlc_googlenet_is_used_once_it_is_there(weights, tmp_path, photographs)
         f"--image={photographs}/in.jpg",
         "--num_steps=1",
         "--gpu=-1",
+        "--verbose",
         cwd=tmp_path,
         CAFFE_ROOT=None,
         CNN_VIS_MODELS=str(tmp_path / "models"),
     )
     assert done.returncode == 0, done.stderr
-    assert f"bvlc_googlenet ({place})" in done.stderr
+    assert "bvlc_googlenet, " in done.stderr
+    assert f"{place}; " in done.stderr
 
 
 def test_the_small_network_is_what_was_committed(tmp_path):
@@ -468,6 +473,7 @@ def test_distill_writes_a_network_to_dream_with(weights, photographs, tmp_path):
         "--caffe_model=student.caffemodel",
         "--layer=inception_5b/output",
         "--num_steps=1",
+        "--verbose",
         "--gpu=-1",
         cwd=tmp_path,
     )

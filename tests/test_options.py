@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, assert_one_line, psnr, run_cli
+from conftest import GOLDEN, ONE, QUICK, ROOT, TINY, assert_one_line, psnr, run_cli, run_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -72,8 +72,15 @@ def test_the_script_runs_where_its_folder_is_not_imported_from(flags, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_short_help_fits_two_screens(tmp_path):
+    text = run_process("--help", cwd=tmp_path, COLUMNS="100").stdout
+    assert len(text.splitlines()) <= 60
+    for name in ("--image", "--preset", "--layer", "--output", "--resume", "--help all"):
+        assert name in text
+
+
 def test_help_names_every_option_of_the_original(tmp_path):
-    text = run_cli("--help", cwd=tmp_path).stdout
+    text = run_cli("--help", "all", cwd=tmp_path).stdout
     names = """
         deploy_txt caffe_model batch_size mean_image gpu image_type target_layer layer
         target_neuron initial_image image initialization_scale initialization_blur
@@ -430,24 +437,82 @@ def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path):
 def test_a_preset_is_what_its_options_are(name):
     """Other options override it, in any order; the recorded command lists its options instead of
     its name."""
-    words = PRESETS[name].split()
-    expected = vars(cnn_vis.PARSER.parse_args([*words, "--num_steps=3"])) | {"preset": name}
+
+    def parsed(words):
+        return vars(cnn_vis.PARSER.parse_args(words))
+
+    words = [*PRESETS[name].options.split(), "--image=in.jpg", "--output=out.png"]
+    expected = parsed([*words, "--num_steps=3"]) | {"preset": name}
     for given_words in (
-        ["--num_steps=3", f"--preset={name}"],
-        ["--pres", name, "--num-steps", "3"],
+        ["--num_steps=3", f"--preset={name}", *words[-2:]],
+        [*words[-2:], "--pres", name, "--num-steps", "3"],
     ):
-        assert vars(cnn_vis.PARSER.parse_args(given_words)) == expected
-    kept = cnn_vis.PARSER.words(cnn_vis.PARSER.parse_args([f"--preset={name}"]))
-    again = vars(cnn_vis.PARSER.parse_args(kept))
-    assert again == vars(cnn_vis.PARSER.parse_args(words))
+        assert parsed(given_words) == expected
+    kept = cnn_vis.PARSER.words(cnn_vis.PARSER.parse_args([f"--preset={name}", *words[-2:]]))
+    assert parsed(kept) == parsed(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--final_size=300"], "initial_size", "300"),
+        (["--final_size=200x300"], "initial_size", "200x300"),
+        (["--final_size=x2"], "initial_size", "450"),
+        (["--final_size=300", "--initial_size=400"], "initial_size", "400"),
+        (["--final_size=5000"], "initial_size", "450"),
+        (["--target_neuron=3"], "image_type", "amplify_neuron"),
+        (["--target_neuron=3", "--image_type=amplify_layer"], "image_type", "amplify_layer"),
+        ([], "output_file", "in_example7.png"),
+        (["--output=a.png"], "output_file", "a.png"),
+    ],
+)
+def test_a_preset_fits_what_is_given_with_it(words, name, value):
+    words = ["--preset=example7", "--image=pictures/in.jpg", *words]
+    assert getattr(cnn_vis.PARSER.parse_args(words), name) == value
+
+
+@pytest.mark.parametrize(
+    "words", [["in.jpg"], ["in.jpg", "--num_steps=3"], ["--num_steps=3", "in.jpg"]]
+)
+def test_a_word_of_its_own_is_the_picture(words):
+    assert cnn_vis.PARSER.parse_args(words).initial_image == "in.jpg"
+    many = cnn_vis.PARSER.parse_args([*words, "other.jpg", "--output=fold/"])
+    assert many.initial_image == ["in.jpg", "other.jpg"]
+
+
+def test_a_preset_for_photographs_asks_for_one(tmp_path):
+    done = run_cli("--preset=dream", cwd=tmp_path)
+    assert_one_line(done, 2, "--preset dream", "photographs", "--image")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_preset_for_photographs_needs_none_for_lists(tmp_path):
+    done = run_cli(*TINY, "--preset=dream", "--list_layers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "inception_a/output" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["1", "b", "+", "0.5", "–num_steps"])
+def test_a_word_that_is_no_file_is_no_picture(word, tmp_path):
+    assert_one_line(run_cli(*QUICK, word, cwd=tmp_path), 2, f"unrecognized arguments: {word}")
+
+
+def test_without_options_three_commands_are_shown(tmp_path):
+    (tmp_path / "out.png").write_bytes(b"my first dream")
+    done = run_cli(cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("cnn_vis.py --") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    assert (tmp_path / "out.png").read_bytes() == b"my first dream"
 
 
 def test_presets_are_listed_as_options(tmp_path):
     lines = run_cli("--list_presets", cwd=tmp_path).stdout.splitlines()
-    assert len(lines) == len(PRESETS)
-    for line in lines:
-        name, *words = line.split()
-        assert words == PRESETS[name].split()
+    assert len(lines) == 2 * len(PRESETS)
+    for about, words in zip(lines[::2], lines[1::2]):
+        name, _, about = about.partition(" ")
+        assert about.strip() == PRESETS[name].about
+        assert words.split() == PRESETS[name].options.split()
 
 
 def test_options_come_from_a_file_too(tmp_path):
@@ -484,6 +549,10 @@ def test_files_of_options_can_be_pipes(tmp_path):
     text = f"--image={GOLDEN}/input.png --preset=soft --layer=inception_a/output --num_steps=1"
     done = subprocess.run(words, input=text, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    command = run_cli("--reproduce=out.png", cwd=tmp_path).stdout
+    command = run_cli("--reproduce=input_soft.png", cwd=tmp_path).stdout
+    assert command.startswith("python cnn_vis.py --preset=soft --image=")  # what is not in it
+    assert "--layer=inception_a/output --num_steps=1" in command
+    assert "--step_rule" not in command
+    command = run_cli("--reproduce=input_soft.png", "--verbose", cwd=tmp_path).stdout
     assert "--num_steps=1 " in command
-    assert "--tv_reg=0.3" in command  # the preset's
+    assert "--step_rule=mean" in command  # the preset's

@@ -14,6 +14,8 @@ from conftest import ROOT, free_port, run_cli, run_script, wait_for
 from PIL import Image
 from test_prototxts import KNOWN, random_weights
 
+import cnn_vis
+
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 README = "\n".join(PAGES.values())
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -57,8 +59,8 @@ def test_the_set_up_commands_are_two():
 @pytest.mark.parametrize("command", PROGRAM, ids=lambda command: " ".join(command.split()[2:6]))
 def test_program_commands(command, photographs, tmp_path):
     arguments = shlex.split(command)[2:]
-    for name in ("in", "guide", "other"):
-        (tmp_path / f"{name}.jpg").symlink_to(photographs / "in.jpg")
+    for name in ("in.jpg", "guide.jpg", "other.jpg", "mask.png"):
+        (tmp_path / name).symlink_to(photographs / "in.jpg")
     if "--deploy_txt" in arguments:  # stands for VGG19: the same layers, few channels
         path = tmp_path / arguments[arguments.index("--deploy_txt") + 1]
         path.write_text(KNOWN["VGG19"][0](32))
@@ -67,9 +69,7 @@ def test_program_commands(command, photographs, tmp_path):
     done = run_cli(*arguments, "--num_steps=1", "--model=googlenet_mini", "--gpu=-1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if not {"--help", "--list_models", "--list_layers"} & set(arguments):
-        output = (
-            arguments[arguments.index("--output") + 1] if "--output" in arguments else "out.png"
-        )
+        output = cnn_vis.PARSER.parse_args(arguments).output_file
         made = sorted((tmp_path / output).glob("*.png")) if output[-1] == "/" else [output]
         for name in made:
             Image.open(tmp_path / name).verify()
@@ -162,8 +162,8 @@ def test_python_code(photographs, tmp_path):
     (tmp_path / "in.jpg").symlink_to(photographs / "in.jpg")
     done = run_script(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 20
-    assert Image.open(tmp_path / "dream.png").size == (640, 427)
+    assert len(done.stdout.splitlines()) == 75
+    assert Image.open(tmp_path / "dream.png").size == (400, 267)
 
 
 def test_make_example(tmp_path):

@@ -46,10 +46,18 @@ from cnn_vis_lib.checkpoints import Checkpoint
 
 
 def test_a_line_tells_the_run_and_one_its_end(picture, tmp_path):
-    done = run_cli(*QUICK, f"--image={picture}", "--iter_behavior=none", cwd=tmp_path)
-    line, end = done.stderr.splitlines()
-    for word in ("tiny_inception.caffemodel", "inception_a/output 18x16x16", "CPU", "60x90"):
-        assert word in line
+    """With --verbose, one more tells what only developers want to know."""
+    words = [*QUICK, f"--image={picture}", "--iter_behavior=none"]
+    line, end = run_cli(*words, cwd=tmp_path).stderr.splitlines()
+    assert re.fullmatch(
+        r"network, inception_a/output, CPU, \d workers?: 90x60 pixels \(width x height\), 2 steps",
+        line,
+    )
+    same, more, _ = run_cli(*words, "--verbose", cwd=tmp_path).stderr.splitlines()
+    assert same == line
+    assert more.endswith(
+        "tiny_inception.caffemodel; inception_a/output 18x16x16 a tile; sizes 90x60"
+    )
     assert re.fullmatch(r"out\.png: done in 00:0\d", end)
 
 
@@ -101,7 +109,7 @@ def test_signals_save_and_say_how_to_go_on(signum, whole, tmp_path):
     Image.open(tmp_path / "out.png").verify()
     wait_for(lambda: not session(running.pid))
     command = shlex.split(line.partition("to continue: ")[2])
-    assert command[:2] == ["python", "cnn_vis.py"]
+    assert command[:2] == ["python", str(ROOT / "cnn_vis.py")]  # as it was started
     assert run_cli(*command[2:], cwd=tmp_path).returncode == 0
     assert_same_run(tmp_path, whole[0])
 
@@ -172,7 +180,8 @@ def test_a_signal_ends_a_run_amid_a_step(tmp_path):
     words = options
     for _ in range(20):
         running = start(*words, cwd=tmp_path)
-        assert "sizes 700x700" in running.stderr.readline()
+        while "700x700 pixels" not in running.stderr.readline():
+            pass
         time.sleep(0.3)
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=20)  # on a busy machine
@@ -479,7 +488,9 @@ def test_dream_refuses_what_it_cannot_do():
         next(cnn_vis.dream(Image.open(GOLDEN / "input.png").convert("L"), **OPTIONS))
     with pytest.raises(cnn_vis.BadRequest, match="uint8"):
         next(cnn_vis.dream(np.zeros((0, 0, 3), np.uint8), **OPTIONS))
-    with pytest.raises(cnn_vis.BadRequest, match="no such file"):
+    with pytest.raises(cnn_vis.BadRequest, match="--preset dream: this is for photographs"):
+        next(cnn_vis.dream(None, preset="dream"))
+    with pytest.raises(cnn_vis.BadRequest, match="must not be empty"):
         next(cnn_vis.dream("", **OPTIONS))
     with pytest.raises(cnn_vis.BadRequest, match="command line"):
         next(cnn_vis.dream(None, **OPTIONS, help=True))
@@ -515,7 +526,7 @@ def test_a_step_begun_with_statistics_goes_on_without(tmp_path):
     options = [*TINY, "--layer=inception_a/output", "--initial_size=700x700", "--seed=4"]
     options += ["--num_steps=2", "--output_iter=1", "--iter_behavior=plot"]
     running = start(*options, cwd=tmp_path)
-    assert "sizes 700x700" in running.stderr.readline()
+    assert "700x700 pixels" in running.stderr.readline()
     time.sleep(0.3)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20)

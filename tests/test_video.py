@@ -140,14 +140,14 @@ def test_added_is_what_was_added():
     frame = view(100, 60)
     pattern = np.random.default_rng(1).normal(0, 8, frame.shape)
     dream = written(frame, pattern)
-    found = flow.added(dream, frame, cnn_vis.GAIN, 112.0)
+    found = flow.added(dream, frame, 112.0, cnn_vis.CONTRAST)
     is_known = (dream > 0) & (dream < 255)
     assert is_known.mean() > 0.9
     assert np.abs(found - pattern)[is_known].max() < 0.5
     assert abs((found - pattern)[is_known].mean()) < 0.01
     white = np.full((2, 2, 3), 250, np.uint8)
-    assert (flow.added(np.full_like(white, 255), white, cnn_vis.GAIN, 112.0) == 0).all()
-    assert (flow.added(np.full_like(white, 0), 255 - white, cnn_vis.GAIN, 112.0) == 0).all()
+    assert (flow.added(np.full_like(white, 255), white, 112.0, cnn_vis.CONTRAST) == 0).all()
+    assert (flow.added(np.full_like(white, 0), 255 - white, 112.0, cnn_vis.CONTRAST) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,10 @@ def test_added_is_what_was_added():
         (["--keep_colors"], 2),
         (["--mask=mask.png"], 1),
         (["--num_sizes=2", "--initial_size=x1", "--final_size=x1"], 1),
+        (["--num_sizes=2", "--initial_size=x1", "--final_size=x1", "--enlarge=change"], 1),
+        (["--contrast=1"], 1),
     ],
-    ids=["plain", "keep_colors", "mask", "two sizes"],
+    ids=["plain", "keep_colors", "mask", "two sizes", "only the change", "no contrast"],
 )
 def test_a_dream_of_nothing_adds_nothing(options, bound, tmp_path):
     """Whatever the options have done to the contrast, it is no part of the dream."""
@@ -170,9 +172,9 @@ def test_a_dream_of_nothing_adds_nothing(options, bound, tmp_path):
     done = run_cli(*TINY, *common, "--image=in.png", "--iter_behavior=none", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
-    assert out.std() > 1.05 * frame.std()
+    assert out.std() > 1.05 * frame.std() or "--contrast=1" in options
     mean = read_record(str(tmp_path / "out.png"))[0]["mean"]
-    raised = cnn_vis.GAIN**2 * (frame - mean) + mean
+    raised = cnn_vis.CONTRAST**2 * (frame - mean) + mean
     is_known = ((raised > 0) & (raised < 255)).all(axis=2)  # nothing was cut at black or white
     assert is_known.mean() > 0.5
     found, _ = flow.difference(tmp_path / "out.png", frame)
@@ -202,11 +204,11 @@ def test_no_drift_over_100_frames():
             if previous is not None:
                 start = flow.carry(dreamed, previous, frame, 0.9)
             dream = written(start, pattern)
-            dreamed, previous = flow.added(dream, frame, gain, 112.0), frame
+            dreamed, previous = flow.added(dream, frame, 112.0, gain), frame
             figures.append((dream.mean(), dream.std()))
         return np.reshape(figures, (5, 20, 2)).mean(axis=1)
 
-    figures = film(cnn_vis.GAIN)
+    figures = film(cnn_vis.CONTRAST)
     assert np.abs(figures[1:] - figures[1]).max() < 0.5
     plain = np.mean([written(view(x, y), pattern).std() for x, y in places])
     assert figures[-1, 1] == pytest.approx(plain, rel=0.05)
@@ -276,7 +278,9 @@ def test_flicker(programs):
 
     def strength(pictures):
         pairs = zip(pictures[-4:], frames[-4:])
-        return np.mean([flow.added(*pair, cnn_vis.GAIN, record["mean"]).std() for pair in pairs])
+        return np.mean(
+            [flow.added(*pair, record["mean"], cnn_vis.CONTRAST).std() for pair in pairs]
+        )
 
     assert strength(carried) > 0.9 * strength(plain)
     assert flicker(carried) < 0.7 * flicker(plain)

@@ -31,8 +31,10 @@ from conftest import (
 )
 from PIL import Image
 
+from cnn_vis_lib import watchers
 from cnn_vis_lib.behaviors import ARRAYS, BEHAVIORS
 from cnn_vis_lib.checkpoints import Checkpoint
+from cnn_vis_lib.run import duration
 
 
 def test_none_writes_only_the_picture(picture, tmp_path):
@@ -72,8 +74,7 @@ def test_quiet_says_nothing(tmp_path):
     ]
     done = run_cli(*TINY, *options, "--quiet", "--iter_behavior=save", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    loud = run_cli(*TINY, *options, cwd=tmp_path)
-    assert [line for line in loud.stderr.splitlines() if "tiles/s" in line]
+    assert run_cli(*TINY, *options, cwd=tmp_path).stderr
     assert psnr(tmp_path / "out.png", tmp_path / "out_1_2.png") == np.inf
 
 
@@ -100,27 +101,22 @@ def on_terminal(columns, *arguments, cwd):
 
 def test_statistics_pass_by_the_bar(tmp_path):
     """A terminal shows a progress bar, with statistics printed above it, which is erased when the
-    run is done. If the terminal reports no columns, lines are printed instead."""
+    run is done."""
     options = [*RUN, "--iter_behavior=print", "--output_iter=20"]
     said = on_terminal(120, *options, cwd=tmp_path)
-    bars = re.findall(
-        r"size ./2 \d+x\d+, step \d+/60 \|[^|]{20,}\| +\d+% +\d+\.\d+ tiles/s, [\d:]+ left", said
-    )
+    bars = re.findall(r"size . of 2, step \d+ of 60 \|[^|]{20,}\| +\d+%, [\d:]+ left", said)
     assert len(bars) > 5
-    assert {line.split()[1] for line in bars} == {"1/2", "2/2"}
+    assert {line.split()[1] for line in bars} == {"1", "2"}
     seen = [
         line.rstrip("\r").rpartition("\r")[2] for line in said.split("\n")
     ]  # without what is written over
     assert (
         sum(
-            bool(re.fullmatch(r"size ./2 \d+x\d+, step \d+/60, objective \S+", line))
-            for line in seen
+            bool(re.fullmatch(r"size . of 2, step \d+ of 60, objective \S+", line)) for line in seen
         )
         == 6
     )
-    assert not any("tiles/s" in line for line in seen)
-    plain = on_terminal(0, *options, cwd=tmp_path)
-    assert len(re.findall(r"step \d+/60: \d+\.\d+ tiles/s, [\d:]+ left", plain)) == 6
+    assert not any(" left" in line for line in seen)
     assert on_terminal(120, *options[:-2], "--iter_behavior=none", "--quiet", cwd=tmp_path) == ""
 
 
@@ -198,3 +194,42 @@ def test_pixels_are_plotted_from_the_first_step_on(tmp_path):
         assert (kept[-1, 3:] == arrays["image"][0, :, 100, 100]).all()
         assert len(kept) > seen
         seen = len(kept)
+
+
+def test_a_log_has_a_line_every_tenth_of_a_long_run(tmp_path, monkeypatch):
+    """Where there is no terminal, or one that reports no columns; with any --iter_behavior."""
+    words = [*TINY, "--layer=inception_a/output", "--initial_size=40x40", "--seed=1"]
+    words += ["--num_steps=40", "--iter_behavior=none"]
+    told = r"size 1 of 1, step \d+ of 40: \d+%, [\d:]+ left"
+    assert not re.findall(told, run_cli(*words, cwd=tmp_path).stderr)  # it is over in a second
+    monkeypatch.setattr(watchers, "SECONDS_BETWEEN", 0)
+    assert len(re.findall(told, run_cli(*words, cwd=tmp_path).stderr)) == 10
+    assert run_cli(*words, "--quiet", cwd=tmp_path).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(1, "5 seconds"), (33, "35 seconds"), (89, "90 seconds"), (95, "2 minutes"),
+     (5000, "83 minutes"), (5400, "1.5 hours"), (100_000, "27.8 hours")],
+)  # fmt: skip
+def test_times_are_told_roughly(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_a_long_run_is_announced_with_its_time(tmp_path):
+    """Judged by a trial, which changes nothing."""
+    words = [*TINY, "--layer=inception_a/output", "--initial_size=96x96", "--seed=1"]
+    words += ["--iter_behavior=none", "--learning_rate=3"]
+    said = run_cli(*words, "--num_steps=40", cwd=tmp_path).stderr
+    assert "96x96 pixels (width x height), 40 steps, noise seed 1, about 5 seconds\n" in said
+    assert "about" not in run_cli(*words, "--num_steps=2", cwd=tmp_path).stderr
+
+
+def test_the_original_settings_are_told(tmp_path):
+    words = [*TINY, f"--image={GOLDEN}/input.png", "--layer=inception_a/output"]
+    running = start(*words, "--checkpoint_iter=0", cwd=tmp_path)
+    assert "1000 steps, as in the original; " in running.stderr.readline()
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=20)
+    said = run_cli(*words, "--num_steps=1", cwd=tmp_path).stderr
+    assert "original" not in said
