@@ -1,11 +1,13 @@
 """A network as its prototxt describes it: what can be amplified, and cutting it down to that."""
 
+import contextlib
 import difflib
 import re
 
-from .errors import refusal
+from .errors import BadRequest, refusal
 from .pixels import LEAST_SIDE
 from .prototxt import import_caffe, keep_test_layers, parse_prototxt, take_inputs, upgraded
+from .terms import class_of, quoted
 
 ANOTHER_LAYER = "choose another layer from --list_layers"
 
@@ -155,12 +157,24 @@ class Description:
             raise refusal("layer", name, problem, ANOTHER_LAYER)
         close = self._close_names(name, cutoff=1)
         others = [hint for pattern, hint in OTHER_NETWORKS.items() if re.match(pattern, name)]
-        if not close and others:
+        if not close and (classes := self._classes(name)):
+            hint = f"did you mean {classes[-1]}?"
+        elif not close and others:
             hint = f"layers of this name are those of {others[0]}"
         else:
             close = close or self._close_names(name)
             hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
         raise refusal("layer", name, f"{self.name} has no such layer", hint)
+
+    def _classes(self, word):
+        """What --layer takes for the class `word`, for each classifier that has it."""
+        found = []
+        for layer in self.net.layer:
+            width = layer.inner_product_param.num_output
+            with contextlib.suppress(BadRequest):
+                class_of(layer.name, word, (width,))
+                found.append(f"{quoted(layer.name)}:{word}")
+        return found
 
     def _close_names(self, name, cutoff=0.5):
         """At most three blobs that `name` may have been meant for. Capitals and punctuation are

@@ -234,6 +234,36 @@ def test_a_missing_file_is_one_line(server, tmp_path):
     assert_one_line(fetch(server, "bvlc_googlenet", "/none", tmp_path), 1, "404", "--model_url")
 
 
+@pytest.mark.parametrize(
+    ("layer", "hint"),
+    [
+        ("pineapple", "did you mean loss3/classifier:pineapple?"),
+        ("golden_retriever", "did you mean loss3/classifier:golden_retriever?"),
+        ("conv2_3x3", "did you mean conv2/3x3"),
+        ("inception_4c", "did you mean inception_4c/output"),
+        ("conv4_4", "VGG or CaffeNet; give its files"),
+        ("mixed4c", "TensorFlow's Inception"),
+        ("res4f", "ResNet"),
+        ("fire9", "SqueezeNet"),
+    ],
+)
+def test_a_layer_of_another_network_and_a_class_are_recognized(layer, hint, weights, tmp_path):
+    """And the network is called by its name, not by a file that nobody named."""
+    place = tmp_path / "models/bvlc_googlenet/bvlc_googlenet.caffemodel"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(weights(1000))
+    done = run_cli(
+        f"--layer={layer}",
+        "--gpu=-1",
+        "--model=bvlc_googlenet",
+        cwd=tmp_path,
+        CAFFE_ROOT=None,
+        CNN_VIS_MODELS=str(tmp_path / "models"),
+    )
+    said = f"--layer {layer}: bvlc_googlenet has no such layer"
+    assert_one_line(done, 2, said, hint)
+
+
 def test_no_connection_is_one_line(tmp_path):
     assert_one_line(
         fetch({"url": "http://127.0.0.1:9"}, "bvlc_googlenet", "/x", tmp_path),
