@@ -11,6 +11,7 @@ file's name. The page shows the command that made each picture, which cnn_vis.py
 
 import argparse
 import html
+import json
 import os
 import pathlib
 import re
@@ -19,6 +20,11 @@ import sys
 import urllib.parse
 
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import cnn_vis  # noqa: F401, knows the options
+from cnn_vis_lib.records import short_words
+from cnn_vis_lib.writing import RECORD_KEY
 
 GAP = 8  # pixels around each picture
 LINE = 20  # pixels of height for a label
@@ -109,14 +115,14 @@ def contact_sheet(pictures, columns, width):
 
 
 def command(picture):
-    """The command that made the Image, if it is recorded there, without --output_file, which may be
-    a temporary name."""
-    comment = picture.info.get("Comment", "")
+    """The command that made the Image, if it is recorded there: with its preset, and without
+    --output, which may be a temporary name."""
     try:
-        words = shlex.split(comment)
-    except ValueError:  # another program's comment
-        return comment
-    return shlex.join(word for word in words if not word.startswith("--output_file="))
+        words = short_words(json.loads(picture.info[RECORD_KEY]))
+    except (KeyError, ValueError, TypeError):  # another program's picture
+        return picture.info.get("Comment", "")
+    words = (word for word in words if not re.match("--output(_file)?=", word))
+    return f"python cnn_vis.py {shlex.join(words)}"
 
 
 def page(pictures, title, folder):

@@ -290,7 +290,7 @@ def test_all_layers(cat):
     assert page.count('<a href="conv2-3x3.png">') == 1
     assert 'alt="conv2/3x3"' in page
     assert "python cnn_vis.py" in page
-    assert "--target_layer=conv2/3x3" in page
+    assert "--layer=conv2/3x3" in page
 
     (folder / "conv2-3x3.png").unlink()
     before = (folder / "inception_3a-1x1.png").stat().st_mtime_ns
@@ -380,7 +380,7 @@ def test_targets(tmp_path):
     assert "inception_4c-output-strong5" in made
     page = (tmp_path / "targets/index.html").read_text()
     assert page.count("<figure>") == 6
-    assert "--target_layer=inception_4c/output:" in page
+    assert "--layer=inception_4c/output:" in page
     assert (tmp_path / "targets.png").exists()
 
 
