@@ -76,7 +76,8 @@ class Signals:
 class Batch:
     """The place of a run among several: how many there are; its number, from 1; how many tiles
     the earlier ones had; the port on which web showed them; and when, and at which share of all
-    tiles, a log had its last line about progress; and whether what they have in common was told."""
+    tiles, a log had its last line about progress; whether what they have in common was told; and
+    the files of those that are finished."""
 
     count: int = 1
     number: int = 1
@@ -85,6 +86,7 @@ class Batch:
     is_announced: bool = False
     told: float = dataclasses.field(default_factory=time.monotonic)
     share_told: float = 0.0
+    made: list = dataclasses.field(default_factory=list)
 
     def is_last(self):
         """Whether no picture comes after it."""
@@ -266,6 +268,7 @@ def conclude(run, end, error, signals):
         seconds = int(time.monotonic() - run.begun)
         log.info(f"{files.picture}: done in {seconds // 60:02}:{seconds % 60:02}")
         files.clean_up()
+        run.batch.made.append(files.picture)
         signals.is_saving = False
         return
     where = f"; the picture so far is in {files.picture}" if is_written else ""

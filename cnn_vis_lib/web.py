@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 
+import numpy as np
+
 from .errors import BadRequest, Stopped, log, one_line, refusal
 from .files import read_bytes
 from .install import USUAL_COMMAND
@@ -67,6 +69,7 @@ class Web(Watcher):
     PATIENCE = 15  # seconds after which a waiting request is answered even if nothing is new
     FAREWELL = 2  # seconds, at most, that listeners have to fetch the last event
     POINTS = 500  # in the curve, at most
+    THUMBNAIL = 320  # pixels, at most, of a side of a batch's finished pictures
 
     def __init__(self, options, files):
         super().__init__(options, files)
@@ -236,11 +239,28 @@ class Web(Watcher):
             "left": self._pace.seconds_left(),
             "seconds": time.monotonic() - self.run.begun,
             "end": self._end,
+            "made": [*map(os.path.basename, self.run.batch.made)]
+            if self.run.batch.count > 1
+            else [],
         }
+
+    def thumbnail(self, number):
+        """A JPEG of a batch's finished picture, numbered from 0, with at most THUMBNAIL pixels a
+        side; None if there is none that can be read."""
+        from PIL import Image
+
+        with (
+            contextlib.suppress(OSError, IndexError),
+            Image.open(self.run.batch.made[number]) as file,
+        ):
+            picture = file.convert("RGB")
+            picture.thumbnail((self.THUMBNAIL, self.THUMBNAIL))
+            return encode_jpeg(np.asarray(picture))
+        return None
 
 
 def web_handler(web):
-    """The class that answers requests for the page of a Web: GET and HEAD of three paths.
+    """The class that answers requests for the page of a Web: GET and HEAD of four paths.
 
     Other sites open in the same browser must not read the answers, not even through a name that
     they have pointed at this machine (DNS rebinding). So the Host of a request has to be the
@@ -255,6 +275,7 @@ def web_handler(web):
         def do_GET(self):
             path, _, query = self.path.partition("?")
             answers = {"/": self.page, "/events": self.events, "/picture.jpg": self.picture}
+            answers |= {"/made.jpg": self.made}
             if not self.is_for_us():
                 problem = f"open {self.server.url}"
                 self.reply(403, problem.encode())
@@ -293,6 +314,14 @@ def web_handler(web):
                     self.reply(200, shot[1], "image/jpeg", Steps=shot[0])
                 else:
                     self.reply(204)
+
+        def made(self, query):
+            number = re.fullmatch(r"number=(\d{1,9})", query)
+            jpeg = web.thumbnail(int(number[1])) if number else None
+            if jpeg:
+                self.reply(200, jpeg, "image/jpeg")
+            else:
+                self.reply(404, b"there is no such picture")
 
         def events(self, _):
             self.reply(200, None, "text/event-stream")
@@ -401,7 +430,7 @@ def page_headers():
     """The headers of every response: nothing is cached, and the page loads only from its server."""
     import base64
 
-    rules = ["default-src 'none'", "connect-src 'self'", "img-src blob: data:"]
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src 'self' blob: data:"]
     for kind, text in re.findall(r"<(style|script)>(.*?)</", page(), re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         rules.append(f"{kind}-src 'sha256-{digest}'")

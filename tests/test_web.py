@@ -266,6 +266,34 @@ def test_looking_changes_nothing(tmp_path):
         client.close()
 
 
+def test_the_page_of_a_batch_shows_its_finished_pictures(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (400, 60), "teal").save(tmp_path / f"{name}.png")
+    running, port = watched(
+        *QUICK,
+        "--image=a.png",
+        "b.png",
+        "--initial_size=60x400",
+        "--num_steps=400",
+        "--iter_behavior=web",
+        "--output=out/",
+        cwd=tmp_path,
+    )
+    assert get(port, "/made.jpg?number=0")[0] == 404
+    while "picture 2 of 2" not in running.stderr.readline():
+        pass
+    wait_for(lambda: is_served(port))
+    listener = Listener(port)
+    assert listener.events[0]["made"] == ["a_inception_a-output.png"]
+    status, headers, jpeg = get(port, "/made.jpg?number=0")
+    assert (status, headers["Content-Type"]) == (200, "image/jpeg")
+    assert Image.open(io.BytesIO(jpeg)).size == (320, 48)
+    for query in ("number=1", "number=-1", "", "number=x"):
+        assert get(port, f"/made.jpg?{query}")[0] == 404
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+
+
 @pytest.mark.parametrize("way", ["seen", "Ctrl-C"])
 def test_at_a_terminal_the_page_stays_until_it_was_seen(way, tmp_path):
     """Or until Ctrl-C. Either way the picture is finished, and so is the program."""
