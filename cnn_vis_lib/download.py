@@ -1,5 +1,6 @@
 """Downloading networks: nothing is kept before it has been checked."""
 
+import errno
 import os
 import shutil
 import sys
@@ -95,7 +96,8 @@ def download(model, url, check_structure):
             if not is_known:
                 put_in_place(f"{weights}.checked", f"{path}.checked")
     except OSError as error:
-        remedy = "free some space, or set CNN_VIS_MODELS to another folder"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space, or " * is_full + "set CNN_VIS_MODELS to another folder"
         raise RunFailed(f"{folder}: {error.strerror or error}; {remedy}") from None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -38,7 +39,8 @@ class Model:
         below, root = f"{self.name}/{self.name}.caffemodel", os.environ.get("CAFFE_ROOT")
         in_caffe = (below, *self.other_weights) if root else ()
         paths = [os.path.join(root, "models", path) for path in in_caffe]
-        return [*paths, self.cache_place(), os.path.join(INCLUDED, below)]
+        shared = os.path.join(sys.prefix, "share", "cnn-vis", below)  # by all users of this Python
+        return [*paths, self.cache_place(), shared, os.path.join(INCLUDED, below)]
 
     def cache_place(self):
         """The path to which the weights are downloaded."""

@@ -409,6 +409,22 @@ def test_the_small_network_is_used_with_a_notice(tmp_path, photographs):
     assert Image.open(tmp_path / "out.png").size == (640, 427)
 
 
+def test_all_users_of_an_environment_can_share_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("CNN_VIS_MODELS", str(tmp_path / "mine"))
+    monkeypatch.delenv("CAFFE_ROOT", raising=False)
+    model = MODELS["bvlc_googlenet"]
+    shared, mine = (
+        tmp_path / folder / "bvlc_googlenet/bvlc_googlenet.caffemodel"
+        for folder in ("share/cnn-vis", "mine")
+    )
+    assert model.find_weights() is None
+    for place in (shared, mine):  # one's own goes first
+        place.parent.mkdir(parents=True)
+        place.write_bytes(b"")
+        assert model.find_weights() == str(place)
+
+
 def test_bvlc_googlenet_is_used_once_it_is_there(weights, tmp_path, photographs):
     place = tmp_path / "models" / "bvlc_googlenet" / "bvlc_googlenet.caffemodel"
     place.parent.mkdir(parents=True)
