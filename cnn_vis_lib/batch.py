@@ -76,17 +76,18 @@ def plan_batch(options):
 def check_batch_apart(jobs):
     """Raises BadRequest if one picture's run could overwrite a file that another's reads or
     writes."""
-    outputs = {os.path.realpath(job.output_file) for job in jobs}
-    stems = {os.path.splitext(path)[0] for path in outputs}
-    for job in jobs:
+    writers = collections.defaultdict(set)  # {name: the numbers of the jobs that may write it}
+    for number, job in enumerate(jobs):
+        for name in Files(os.path.realpath(job.output_file)).names():
+            writers[name].add(number)
+    for number, job in enumerate(jobs):
         named = {"image": job.initial_image, "output": job.output_file, "stats": job.stats}
         for option, path in named.items():
             if not path:
                 continue
-            real = os.path.realpath(path)
-            pictures, their_stems = Files.owners(real)
-            ours = {real} if option == "output" else set()
-            if outputs & pictures - ours or stems & their_stems:
+            names = Files.names_of(os.path.realpath(path))
+            others = set().union(*(writers.get(name, ()) for name in names))
+            if others - ({number} if option == "output" else set()):
                 problem = f"the run would overwrite --{option} {path}"
                 raise refusal("output", job.output_file, problem, "choose another name")
 

@@ -35,21 +35,23 @@ class Files:
         """The name of a watcher's file: NAME + ending."""
         return f"{self.stem}{ending}"
 
-    def may_write(self, path):
-        """Whether a run that makes this picture could write `path`, whatever its options."""
-        pictures, stems = Files.owners(os.path.realpath(path))
-        ours = Files(os.path.realpath(self.picture))
-        return ours.picture in pictures or ours.stem in stems
+    def names(self):
+        """All names that a run may write, whatever its options. Those to which it adds numbers, of
+        intermediate pictures and of checkpoints set aside, are pairs, without the numbers."""
+        numbered = {("numbered", self.picture), ("numbered", self.checkpoint)}
+        beside = map(self.beside, ENDINGS)
+        return {self.picture, self.checkpoint, self.sidecar, *beside} | numbered
 
     @staticmethod
-    def owners(path):
-        """The pictures whose runs could write `path`, whatever their options, as two sets: full
-        paths, and paths without extension if any extension will do."""
-        stem, extension = os.path.splitext(path)
-        pictures = {path, re.sub(r"_\d+_\d+$", "", stem) + extension}
-        pictures |= {stem} if extension == ".json" else set()
-        pictures.add(Files.of_checkpoint(path) or path)
-        return pictures, {path.removesuffix(e) for e in ENDINGS if path.endswith(e)}
+    def names_of(path):
+        """The names that the file `path` may have among `names`: its own, and without numbers."""
+        plain = re.sub(r"_\d+_\d+(?=\.[^./]*$)|(?<=\.checkpoint)\.old\d*$", "", path)
+        return {path} if plain == path else {path, ("numbered", plain)}
+
+    def may_write(self, path):
+        """Whether a run that makes this picture could write `path`, whatever its options."""
+        ours = Files(os.path.realpath(self.picture)).names()
+        return not ours.isdisjoint(Files.names_of(os.path.realpath(path)))
 
     @staticmethod
     def of_checkpoint(path):

@@ -61,5 +61,5 @@ def test_the_script_is_read_in_a_sitting_and_a_room_at_a_glance():
 
 
 def test_the_endings_of_files_are_the_watchers():
-    """Files.owners must know them, and stands below the watchers."""
+    """Files.names must know them, and stands below the watchers."""
     assert {watcher.ending for watcher in BEHAVIORS.values()} - {None} == set(ENDINGS)
