@@ -818,9 +818,10 @@ class Dream:
 
     def begin_size(self):
         """Brings the image to the size that lay_out prepared; caches and schedules start over."""
-        s, start = self.settings, None if self.start is None else from_planes(self.start)
+        s = self.settings
         self.caches = None  # frees memory; the image stays until the next one is complete
         if self.image is None:
+            start = None if self.start is None else from_planes(self.start)
             self.image = start_image(s, start, self.size, self.mean, self.scratch)
         else:
             self.image = self._enlarged()
@@ -1432,8 +1433,6 @@ def command_line(argv, signals):
     if options.resume:
         options, checkpoint = resume(options.resume, argv, options.scratch)
     check_surroundings()
-    if not checkpoint:
-        check_preset(options)
     jobs, notices = (None, []) if checkpoint else plan_batch(options)
     with Engines(options) as engines:
         if jobs:

@@ -12,7 +12,7 @@ from .checkpoints import Checkpoint
 from .errors import BadRequest, OutOfMemory, RunFailed, Stopped, log, one_line, refusal, some
 from .files import existing_file, extension_of
 from .find_network import find_network
-from .options import PARSER, listed, names_file, names_several
+from .options import PARSER, check_preset, listed, names_file, names_several
 from .outputs import Files, check_output
 from .reading import pictures_in, unreadable
 from .records import identify, inputs_of, kept_options, read_record
@@ -24,6 +24,7 @@ from .writing import check_depth, check_format
 def plan_batch(options):
     """(the options of each picture, in order, if `options` ask for several or their output name is
     a template, otherwise None; a list of notices). Raises BadRequest."""
+    check_preset(options)
     images, layers, notices = [], listed(options.target_layer), []
     output = options.output_file
     for path in listed(options.initial_image):

@@ -157,8 +157,8 @@ class Description:
             raise refusal("layer", name, problem, ANOTHER_LAYER)
         close = self._close_names(name, cutoff=1)
         others = [hint for pattern, hint in OTHER_NETWORKS.items() if re.match(pattern, name)]
-        if not close and (classes := self._classes(name)):
-            hint = f"did you mean {classes[-1]}?"
+        if not close and (term := self._class(name)):
+            hint = f"did you mean {term}?"
         elif not close and others:
             hint = f"layers of this name are those of {others[0]}"
         else:
@@ -166,15 +166,13 @@ class Description:
             hint = f"did you mean {' or '.join(close)}?" if close else "see --list_layers"
         raise refusal("layer", name, f"{self.name} has no such layer", hint)
 
-    def _classes(self, word):
-        """What --layer takes for the class `word`, for each classifier that has it."""
-        found = []
-        for layer in self.net.layer:
-            width = layer.inner_product_param.num_output
+    def _class(self, word):
+        """What --layer takes for the class `word`, in the last classifier that has it; or None."""
+        for layer in reversed(self.net.layer):
             with contextlib.suppress(BadRequest):
-                class_of(layer.name, word, (width,))
-                found.append(f"{quoted(layer.name)}:{word}")
-        return found
+                class_of(layer.name, word, (layer.inner_product_param.num_output,))
+                return f"{quoted(layer.name)}:{word}"
+        return None
 
     def _close_names(self, name, cutoff=0.5):
         """At most three blobs that `name` may have been meant for. Capitals and punctuation are

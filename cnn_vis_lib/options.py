@@ -94,8 +94,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **arguments):
         super().__init__(formatter_class=HelpFormatter, add_help=False, **arguments)
-        kinds = {"nargs": "?", "choices": ("all",), "action": Help, "default": argparse.SUPPRESS}
-        self.add_argument("-h", "--help", metavar="all", **kinds, help="show this, or all options")
+        self.add_argument(
+            "-h", "--help", nargs="?", choices=("all",), metavar="all", action=Help,
+            default=argparse.SUPPRESS, help="show this, or all options",
+        )  # fmt: skip
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.options, self._args, self._arguments = [], [], arguments
 
@@ -131,8 +133,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         self._args = self.read_files(args)
-        preset, _ = PRESET.parse_known_args(self._args)
-        preset = PRESETS.get(preset.preset)
+        given = argparse.Namespace(**{action.dest: None for action in self.options})
+        given, _ = super().parse_known_args(self._args, given)
+        preset = PRESETS.get(given.preset)
         if preset:  # is applied first, so that all other options override it
             namespace, _ = super().parse_known_args(preset.options.split(), namespace)
             settle(namespace)
@@ -146,8 +149,6 @@ class Parser(argparse.ArgumentParser):
                 self.error(str(error))
         settle(options)
         if preset:
-            given = argparse.Namespace(**{action.dest: None for action in self.options})
-            given, _ = super().parse_known_args(self._args, given)
             fit_preset(options, given)
         if options.output_file is None and not options.resume:
             options.output_file = default_output(options)
@@ -239,7 +240,7 @@ class Parser(argparse.ArgumentParser):
     def words(self, options, **chosen):
         """The options that differ from their defaults, as words of a command line; `chosen` has the
         values that the run chose for options left open."""
-        return self._differences(options, self.defaults, 0, chosen)
+        return self._differences(options, self.defaults, 0, **chosen)
 
     def short_words(self, options, preset):
         """The options as few words: the preset, if that is not None, what differs from it, and the
@@ -251,11 +252,11 @@ class Parser(argparse.ArgumentParser):
         again = vars(self.parse_args(words)) | {"preset": None}
         return words if again == vars(options) | {"preset": None} else self.words(options)
 
-    def _differences(self, options, base, name, chosen=()):
+    def _differences(self, options, base, name, **chosen):
         """The options that differ from those in `base`, as words, with their name-th names."""
         words = []
         for action in self.options:
-            value = dict(chosen).get(action.dest, getattr(options, action.dest))
+            value = chosen.get(action.dest, getattr(options, action.dest))
             if action.text is None or value in (None, getattr(base, action.dest)):
                 continue
             option = action.option_strings[name]
@@ -268,10 +269,6 @@ class Parser(argparse.ArgumentParser):
             values = getattr(old, action.dest), getattr(new, action.dest)
             if not action.free and values[0] != values[1]:
                 yield action, *values
-
-
-PRESET = argparse.ArgumentParser(add_help=False)
-PRESET.add_argument("--preset", nargs="?")
 
 
 def names_file(action, value):
@@ -329,14 +326,13 @@ def may_be_picture(word):
 
 def default_output(options):
     """The name of the picture if --output gives none: the start picture's and the preset's,
-    in_dream.png, so that it survives the next run; out.png without a preset."""
+    in_dream.png, so that it survives the next run; from noise the preset's; out.png without one."""
     image, preset = options.initial_image, options.preset
     if not preset or isinstance(image, list):
         return "out.png"
     image = image and re.sub("[{}]", "", image)  # which would make the name a template
-    return (
-        f"{os.path.splitext(os.path.basename(image))[0]}_{preset}.png" if image else f"{preset}.png"
-    )
+    stem = f"{os.path.splitext(os.path.basename(image))[0]}_" if image else ""
+    return f"{stem}{preset}.png"
 
 
 def names_several(output):

@@ -183,11 +183,8 @@ def make_room(options, files, record):
     """Removes the unfinished files that killed runs for the same picture left, and renames the
     checkpoint of an unfinished run. Says so if the picture of another command will be replaced:
     one that has not the command of the run's `record`."""
-    if (
-        os.path.exists(files.picture)
-        and not files.resumed
-        and not is_made_by(files.picture, record)
-    ):
+    is_new = files.resumed or not os.path.exists(files.picture)
+    if not is_new and not is_made_by(files.picture, record):
         log.info(f"note: {files.picture} exists, from another command, and will be replaced")
     for path in filter(None, (files.picture, options.stats)):
         remove_parts(path)

@@ -1,5 +1,5 @@
-"""Named sets of options: first the settings in the original's README, except sizes that belong to
-its own pictures; then some for photographs."""
+"""Named sets of options: some for photographs, and one for a class; then the settings in the
+original's README, except sizes that belong to its own pictures."""
 
 import typing
 

@@ -170,7 +170,7 @@ FEW_TILES = 300  # take no time worth telling
 
 
 def expected_time(dream):
-    """ ", about 3 minutes": how long the rest of a run takes, judged by a batch of tiles on each
+    """How long the rest of a run takes, as ", about 3 minutes", judged by a batch of tiles on each
     device; "" if it has only a few tiles, or nobody would be told."""
     engine, steps = dream.engine, dream.settings.num_steps
     pace, most, rounds = Pace(dream), 1, 0
@@ -210,8 +210,8 @@ ENDS = {
 
 
 def watch(run, signals):
-    """Does the run with its watchers. However it ends, the picture so far is written, but not in
-    place of another one before the first step. Raises RunFailed, or Stopped after a signal."""
+    """Does the run with its watchers. However it ends, the picture so far is written, unless it
+    would replace one that is worth more. Raises RunFailed, or Stopped after a signal."""
     signals.hold()
     run.is_stopping = lambda: signals.signum
     with contextlib.ExitStack() as stack:
@@ -255,8 +255,7 @@ def conclude(run, end, error, signals):
         except RunFailed as problem:
             if error is None:
                 log.error(str(problem))
-    is_kept = os.path.exists(files.checkpoint) and is_finished(files)
-    is_written = saves_picture and (end == "done" or has_begun(run) and not is_kept)
+    is_written = saves_picture and (end == "done" or is_worth_more(run))
     if is_written:
         try:
             finish(run)
@@ -302,23 +301,27 @@ def finish(run):
         raise RunFailed("; ".join(failures))
 
 
-def is_finished(files):
-    """Whether there is a picture that is not to be replaced by an unfinished one, which a
-    checkpoint holds as well: any that is not itself from the run that this one continues, or
-    unfinished."""
-    if files.resumed or not os.path.exists(files.picture):
-        return False
+def is_finished(path):
+    """Whether the picture `path` is finished, as far as its record tells."""
     try:
-        return "step" not in read_record(files.picture)[0]
+        return "step" not in read_record(path)[0]
     except BadRequest:
         return True
 
 
-def has_begun(run):
-    """Whether the picture is worth more than the file, if any, that it would replace."""
+def is_worth_more(run):
+    """Whether the unfinished picture is worth more than the file, if any, that it would replace:
+    not than a finished one, unless that is this run's own, or no checkpoint holds the unfinished
+    one as well."""
+    files = run.files
     if run.dream.image is None:
         return False
-    return run.dream.progress().steps_done() or not os.path.exists(run.files.picture)
+    if not os.path.exists(files.picture):
+        return True
+    is_saved = os.path.exists(files.checkpoint)
+    if is_saved and not files.resumed and is_finished(files.picture):
+        return False
+    return run.dream.progress().steps_done() > 0
 
 
 def rescue(run):

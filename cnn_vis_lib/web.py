@@ -80,6 +80,8 @@ class Web(Watcher):
         self._visitors = 0  # requests that the end of the run waits for
         self._has_been_seen = False  # whether a listener got the event that tells the end
         self._looked = self._measured = -math.inf  # times of the last request and measured step
+        steps = options.num_steps * options.num_sizes
+        self._every = min(options.output_iter, max(5, math.ceil(steps / 100)))
         self._asked = {}  # {step: what wants_stats answered}; must not change during a step
         open_web_server(self, options.web_host, options.web_port).server_close()  # fails early
 
@@ -89,9 +91,7 @@ class Web(Watcher):
             is_watched = self._is_wanted or now - self._looked < 10 * self.PAUSE
             is_wanted = is_watched and now - self._measured >= self.PAUSE
             self._measured = now if is_wanted else self._measured
-            steps = self.options.num_steps * self.options.num_sizes
-            every = min(self.options.output_iter, max(5, math.ceil(steps / 100)))
-            self._asked[step] = is_wanted or step % every == 0
+            self._asked[step] = is_wanted or step % self._every == 0
         return self._asked[step]
 
     def begin(self, run):

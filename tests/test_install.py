@@ -67,12 +67,13 @@ def run_installed(command, *arguments, cwd):
 def test_it_makes_the_pictures_of_the_script(command, photographs, tmp_path):
     """Each PNG records the command that made it; --reproduce prints it with the name of the program
     that is run."""
-    words = ["--image", photographs / "in.jpg", *SMALL]
+    words = ["--image", photographs / "in.jpg", *SMALL, "--verbose"]
     made = [
         run_installed(command, *words, cwd=tmp_path),
         run_cli(*words, "--output=2.png", cwd=tmp_path),
     ]
     assert [done.returncode for done in made] == [0, 0], made
+    assert f"{command.parent.parent}/lib" in made[0].stderr  # where its network lies
     assert psnr(tmp_path / "out.png", tmp_path / "2.png") == float("inf")
     with Image.open(tmp_path / "out.png") as file:
         assert file.info["Comment"].startswith("cnn-vis --")

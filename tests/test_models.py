@@ -234,6 +234,14 @@ def test_a_missing_file_is_one_line(server, tmp_path):
     assert_one_line(fetch(server, "bvlc_googlenet", "/none", tmp_path), 1, "404", "--model_url")
 
 
+def with_bvlc_googlenet(weights, folder):
+    """(an environment in which BVLC GoogLeNet is installed, below `folder`; the file's path)."""
+    place = folder / "models/bvlc_googlenet/bvlc_googlenet.caffemodel"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(weights(1000))
+    return {"CAFFE_ROOT": None, "CNN_VIS_MODELS": str(folder / "models")}, place
+
+
 @pytest.mark.parametrize(
     ("layer", "hint"),
     [
@@ -249,17 +257,9 @@ def test_a_missing_file_is_one_line(server, tmp_path):
 )
 def test_a_layer_of_another_network_and_a_class_are_recognized(layer, hint, weights, tmp_path):
     """And the network is called by its name, not by a file that nobody named."""
-    place = tmp_path / "models/bvlc_googlenet/bvlc_googlenet.caffemodel"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(weights(1000))
-    done = run_cli(
-        f"--layer={layer}",
-        "--gpu=-1",
-        "--model=bvlc_googlenet",
-        cwd=tmp_path,
-        CAFFE_ROOT=None,
-        CNN_VIS_MODELS=str(tmp_path / "models"),
-    )
+    environment, _ = with_bvlc_googlenet(weights, tmp_path)
+    words = [f"--layer={layer}", "--gpu=-1", "--model=bvlc_googlenet"]
+    done = run_cli(*words, cwd=tmp_path, **environment)
     said = f"--layer {layer}: bvlc_googlenet has no such layer"
     assert_one_line(done, 2, said, hint)
 
@@ -426,18 +426,9 @@ def test_all_users_of_an_environment_can_share_a_network(monkeypatch, tmp_path):
 
 
 def test_bvlc_googlenet_is_used_once_it_is_there(weights, tmp_path, photographs):
-    place = tmp_path / "models" / "bvlc_googlenet" / "bvlc_googlenet.caffemodel"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(weights(1000))
-    done = run_cli(
-        f"--image={photographs}/in.jpg",
-        "--num_steps=1",
-        "--gpu=-1",
-        "--verbose",
-        cwd=tmp_path,
-        CAFFE_ROOT=None,
-        CNN_VIS_MODELS=str(tmp_path / "models"),
-    )
+    environment, place = with_bvlc_googlenet(weights, tmp_path)
+    words = [f"--image={photographs}/in.jpg", "--num_steps=1", "--gpu=-1", "--verbose"]
+    done = run_cli(*words, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "bvlc_googlenet, " in done.stderr
     assert f"{place}; " in done.stderr
