@@ -854,6 +854,7 @@ class Dream:
         """Does the remaining steps at this size, yielding a Progress after each."""
         numbers = range(self.step + 1, self.settings.num_steps + 1)
         colours = self.tiles(self.size)
+        self.engine.expect(max(map(len, colours)))
         turns = ((colour, wants_stats(step)) for step in numbers for colour in colours)
         turns = after_tiles(self.tile, turns)
         gradients = tile_gradients(self.engine, self.image, turns, steps, self.before, is_stopping)

@@ -75,6 +75,7 @@ class Loan:
         self._workers = Workers(spec, objective, threads)
         try:
             self._workers.describe()
+            self._workers.expect(threads)
         except BaseException:
             self.end()
             raise

@@ -255,9 +255,8 @@ def cut(net, targets, blob_counts):
     return read.intersection(targets)
 
 
-# Layers of this program's build of Caffe that are faster than Caffe's own and give the same results
-# except for rounding: on the CPU, on a GPU with cuDNN, and there with less precise products.
-CPU_LAYERS = {"Convolution": "WinogradConvolution", "LRN": "FastLRN", "Pooling": "MaxPooling"}
+# Layers of this program's build of Caffe that are faster on a GPU than Caffe's own and give the
+# same results except for rounding: with cuDNN, and with less precise products.
 GPU_LAYERS = {"Convolution": "CudnnConvolution"}
 TF32_LAYERS = {"Convolution": "CudnnTF32Convolution"}
 

@@ -1,6 +1,5 @@
 """Choosing the engine that computes the tiles: GPUs, this machine's cores, or a cluster."""
 
-import ctypes
 import dataclasses
 import os
 
@@ -9,18 +8,14 @@ from .errors import Stopped, refusal
 from .machine import count_cores, count_gpus
 from .options import PARSER
 from .processes import in_a_worker
-from .prototxt import import_caffe
+from .prototxt import caffe_library
 from .workers import Workers
 
 
 def can_use_gpu():
     """Task: whether this Caffe was built with CUDA, judged by the symbols in its library. (Asking
     Caffe for a GPU would end the process if there is none.)"""
-    import_caffe()
-    import caffe._caffe
-
-    library = ctypes.CDLL(caffe._caffe.__file__)
-    return hasattr(library, "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
+    return hasattr(caffe_library(), "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
 
 
 def choose_gpus(gpus):

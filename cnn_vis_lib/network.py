@@ -2,7 +2,6 @@
 
 What uses Caffe runs only in worker processes, because any error in Caffe kills its process."""
 
-import collections
 import ctypes
 import dataclasses
 import itertools
@@ -12,9 +11,9 @@ import os
 import numpy as np
 
 from .caffemodel import misfits, read_weights
+from .channels_last import use_channels_last
 from .description import (
     ANOTHER_LAYER,
-    CPU_LAYERS,
     GPU_LAYERS,
     TF32_LAYERS,
     Description,
@@ -124,7 +123,7 @@ def check_values(spec, net):
         if not all(np.isfinite(blob.data).all() for blob in blobs):
             problem = f"the weights of {name} are not all finite"
             raise refusal("caffe_model", spec.files.weights, problem, "use an intact file")
-        if types[name] == "BatchNorm" and not blobs[2].data.any():
+        if types[name].endswith("BatchNorm") and not blobs[2].data.any():
             empty.append(name)
     what = "BatchNorm without statistics, which only magnifies its input"
     return [f"{some(empty)}: {what}"] if empty else []
@@ -144,12 +143,6 @@ class NetworkSpec:
     tf32: bool = False
     objective: tuple | None = None
 
-    def fast_layers(self):
-        """The layers to use instead of Caffe's own, for use_fast_layers."""
-        if not self.use_gpu:
-            return CPU_LAYERS
-        return TF32_LAYERS if self.tf32 else GPU_LAYERS
-
 
 def start_caffe(spec):
     """Imports Caffe and chooses its device. Raises BadRequest."""
@@ -165,9 +158,28 @@ def start_caffe(spec):
     caffe.set_device(0)  # the only one that this worker sees
 
 
-# Where a Network's backward pass takes up the gradient of a layer: the name of the layer's blob,
-# the caffe.Blob, the number of the Caffe layer that makes it, and whether other layers read it.
-End = collections.namedtuple("End", "name blob start is_read")
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Where a Network's backward pass takes up the gradient of a layer: the name of the layer's
+    blob, the caffe.Blob, the number of the Caffe layer that makes it, whether other layers read it,
+    and whether it has the channels last."""
+
+    name: str
+    blob: object
+    start: int
+    is_read: bool
+    is_last: bool
+
+    def array(self, kind):
+        """The blob's "data" or "diff", (N, C, ...), for reading only."""
+        return self._channels_first(read_only(self.blob, kind))
+
+    def writable_diff(self):
+        """The blob's diff, (N, C, ...)."""
+        return self._channels_first(self.blob.diff)
+
+    def _channels_first(self, array):
+        return array.transpose(0, 3, 1, 2) if self.is_last else array
 
 
 class Network:
@@ -186,9 +198,12 @@ class Network:
         if spec.files.fit_classifier:
             fit_classifier(net, weights)
         read = cut(net, blobs, {name: len(shapes) for name, shapes in weights.items()})
-        use_fast_layers(net, spec.fast_layers())
-        is_one = spec.objective is not None
-        self.has_objective = is_one and end_in_objective(net, blobs[0], *spec.objective)
+        if spec.use_gpu:
+            use_fast_layers(net, TF32_LAYERS if spec.tf32 else GPU_LAYERS)
+        last = set() if spec.use_gpu else use_channels_last(net, blobs)
+        # Caffe's layer for a single channel would look for it where it is otherwise.
+        is_one = spec.objective and (blobs[0] not in last or spec.objective[0] != "AmplifyNeuron")
+        self.has_objective = bool(is_one) and end_in_objective(net, blobs[0], *spec.objective)
         self.spec, self.mean, self._net = spec, spec.files.mean, caffe_net(net)
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
@@ -201,8 +216,8 @@ class Network:
         order = list(self._net._layer_names)
         for layer, blob in zip(spec.layers, blobs):
             start = order.index(description.starts[blob])
-            self._ends[layer] = End(blob, self._net.blobs[blob], start, blob in read)
-        self.shapes = {layer: tuple(end.blob.shape)[1:] for layer, end in self._ends.items()}
+            self._ends[layer] = End(blob, self._net.blobs[blob], start, blob in read, blob in last)
+        self.shapes = {layer: end.array("data").shape[1:] for layer, end in self._ends.items()}
         for layer in [layer for layer, shape in self.shapes.items() if not shape]:
             problem = "this layer's output is a single number, without channels"
             raise refusal("layer", layer, problem, ANOTHER_LAYER)
@@ -218,7 +233,7 @@ class Network:
 
     def activations(self):
         """The activations of each layer, {layer: float32 (N, C, ...)}, valid until `forward`."""
-        return {layer: read_only(end.blob, "data") for layer, end in self._ends.items()}
+        return {layer: np.ascontiguousarray(end.array("data")) for layer, end in self._ends.items()}
 
     def backward(self, gradients=()):
         """The gradient with respect to the tiles, float32 (N, 3, H, W), valid until the next call,
@@ -230,7 +245,7 @@ class Network:
             for layer, gradient in gradients:
                 end = self._ends[layer]
                 if end.start == start:
-                    diff = end.blob.diff
+                    diff = end.writable_diff()
                     if end.is_read or end.name in filled:
                         diff += gradient
                     else:

@@ -19,7 +19,7 @@ import threading
 
 from .errors import NO_MEMORY, BadRequest, OutOfMemory, RunFailed, Stopped, one_line
 from .install import HERE
-from .machine import ONE_THREAD, free_memory, visible_gpu
+from .machine import ONE_THREAD, free_memory, huge_pages, visible_gpu
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ class Worker:
                 stdout=log,
                 stderr=log,
                 pass_fds=[other_end.fileno(), *(file.fileno() for file in shared)],
-                env=os.environ | ONE_THREAD | visible,
+                env=os.environ | ONE_THREAD | huge_pages() | visible,
             )
 
     def run(self, task, *arguments):
@@ -218,12 +218,12 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 class CaffeProcesses:
     """Processes that run tasks with Caffe; a context manager. There is one for each entry of
-    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU. They inherit the
-    `shared` files. If one dies, all are restarted."""
+    `gpus`, in which a GPU may occur twice, or there are `number` on the CPU, which can become
+    `most`. They inherit the `shared` files. If one dies, all are restarted."""
 
     MAX_RESTARTS = 3
 
-    def __init__(self, number=1, gpus=(), shared=()):
+    def __init__(self, number=1, gpus=(), shared=(), most=0):
         self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
         if not os.path.isdir("/proc/self/fd"):
             raise BadRequest("Caffe's processes need /proc", "run: mount -t proc proc /proc")
@@ -233,24 +233,40 @@ class CaffeProcesses:
         for end in (self._log, self._log_end):
             os.set_blocking(end.fileno(), False)  # a full log must not hold a worker up
         # A thread for each process waits for it: that is all it takes to see it die.
-        self._threads = concurrent.futures.ThreadPoolExecutor(self.number)
+        self._threads = concurrent.futures.ThreadPoolExecutor(max(self.number, most))
         self.start()
 
     def start(self):
         """Starts the processes. Raises RunFailed."""
-        free, started, idle = free_memory(), [], queue.SimpleQueue()
+        started = self._started(self.gpus or [None] * self.number)
+        # The one that was used last comes first: its network is in the processor's cache. Until
+        # now, tasks find the dead ones, and fail.
+        self._workers, self._idle = [], queue.LifoQueue()
+        self._add(started)
+
+    def grow(self, number):
+        """Starts more processes on the CPU, up to `number`. Raises RunFailed."""
+        self._add(self._started([None] * (number - self.number)))
+        self.number = max(number, self.number)
+
+    def _started(self, gpus):
+        """A list of new Workers, one for each of the GPUs or None. Raises RunFailed."""
+        free, started = free_memory(), []
         memory = 0 if self.gpus or not math.isfinite(free) else max(1, int(free))
         try:
             with system_limits(), signals_held_back():
-                for gpu in self.gpus or [None] * self.number:
+                for gpu in gpus:
                     started.append(Worker(self._log_end, gpu, memory, self.shared))
         except BaseException:
             for worker in started:
                 worker.kill()
             raise
-        for worker in started:
-            idle.put(worker)
-        self._workers, self._idle = started, idle  # until now, tasks find the dead ones, and fail
+        return started
+
+    def _add(self, workers):
+        self._workers += workers
+        for worker in workers:
+            self._idle.put(worker)
 
     def __enter__(self):
         return self

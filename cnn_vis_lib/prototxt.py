@@ -1,6 +1,8 @@
 """Prototxts of any age and kind, as a NetParameter in the current format without what only training
 needs. Caffe's own conversions have no Python interface in other builds of Caffe."""
 
+import ctypes
+import functools
 import itertools
 import os
 import re
@@ -30,6 +32,15 @@ def import_caffe():
         remedy = how_to_install(f"pycaffe{extra}")
         raise BadRequest(f"Caffe cannot be imported ({one_line(error)})", remedy) from None
     return caffe
+
+
+@functools.cache
+def caffe_library():
+    """Caffe's shared library, as a ctypes.CDLL. Raises BadRequest."""
+    import_caffe()
+    import caffe._caffe
+
+    return ctypes.CDLL(caffe._caffe.__file__)
 
 
 def caffe_net(net):

@@ -62,7 +62,8 @@ def device_options(add):
         "a slightly different picture")
     add("--workers", metavar="N", type=number(int, 1, 1024),
         idle=lambda o: o.scheduler and "--scheduler",
-        help="number of processes that compute on the CPU (default: one per core)")
+        help="number of cores that compute on the CPU; the picture does not depend on it (default: "
+        "all)")
     add("--scheduler", metavar="ADDRESS", type=not_empty, text=None,
         help="compute on the workers of the Dask cluster whose scheduler has this address, such "
         "as tcp://HOST:8786 (default: compute on this machine)")

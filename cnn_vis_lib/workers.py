@@ -4,6 +4,8 @@ Tiles and gradients travel through one block of shared memory, divided into slot
 the pipe for Caffe's messages has a name, so nothing is left behind, however a process ends."""
 
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -24,6 +26,7 @@ from .processes import (
     WorkerDied,
     system_limits,
 )
+from .prototxt import caffe_library
 
 
 class Engine:
@@ -45,6 +48,9 @@ class Engine:
     def describe(self):
         """Loads the network and tries it once. Must be called first."""
         raise NotImplementedError
+
+    def expect(self, count):
+        """Prepares for up to `count` tiles that can be computed at the same time."""
 
     def has_room(self):
         """Whether `send` can be called."""
@@ -96,15 +102,49 @@ def load_network(spec):
     return kept_network[spec]
 
 
-def map_memory(descriptor, shape):
-    """The shared memory that is open as `descriptor`, here and in the worker processes, as a
-    float32 array of `shape` (slots, 2, batch, 3, H, W): each slot holds tiles and their gradients.
-    """
-    memory = mmap.mmap(descriptor, 4 * math.prod(shape))
-    return np.frombuffer(memory, np.float32).reshape(shape)
+class SharedMemory:
+    """The memory that is open as `descriptor`, here and in the worker processes. Attributes: slots,
+    a float32 array of `shape` (slots, 2, batch, 3, H, W), each tiles and their gradients; cores,
+    an array of one number, that of the cores that nobody uses."""
+
+    def __init__(self, descriptor, shape):
+        count = math.prod(shape)
+        memory = mmap.mmap(descriptor, self.size(shape))
+        self.slots = np.frombuffer(memory, np.float32, count).reshape(shape)
+        self.cores = np.frombuffer(memory, np.int32, 1, 4 * count)
+
+    @staticmethod
+    def size(shape):
+        """How many bytes it needs."""
+        return 4 * math.prod(shape) + 4
+
+    def share_cores(self):
+        """In a worker: lets layers of this program's build of Caffe use cores that are free."""
+        share = getattr(caffe_library(), "cnn_vis_share_cores", None)
+        if share:
+            share(ctypes.c_void_p(self.cores.ctypes.data))
+
+    @contextlib.contextmanager
+    def core(self):
+        """In a worker: within this context, it uses one core more."""
+        library = caffe_library()
+        if not hasattr(library, "cnn_vis_take_core"):
+            yield
+            return
+        library.cnn_vis_take_core()
+        try:
+            yield
+        finally:
+            library.cnn_vis_return_core()
 
 
-attach = functools.cache(map_memory)  # a worker has only one shared memory
+@functools.lru_cache(1)
+def attach(use_gpu, descriptor, shape):
+    """In a worker: the SharedMemory."""
+    memory = SharedMemory(descriptor, shape)
+    if not use_gpu:
+        memory.share_cores()
+    return memory
 
 
 @functools.lru_cache(1)
@@ -160,24 +200,29 @@ def check_batch(batch_size, slots, tile_size):
 def compute_slot(spec, objective, memory, slot, count, measure):
     """Task: computes the gradients of the slot's first `count` tiles; returns their losses, None
     unless `measure`."""
-    tiles_in, gradients_out = attach(*memory)[slot, :, :count]
+    memory = attach(spec.use_gpu, *memory)
+    tiles_in, gradients_out = memory.slots[slot, :, :count]
     work = load_network(spec), prepared(objective, spec)
-    gradients_out[...], losses = compute_batch(*work, tiles_in, measure)
+    with contextlib.nullcontext() if spec.use_gpu else memory.core():
+        gradients_out[...], losses = compute_batch(*work, tiles_in, measure)
     return losses
 
 
 class Workers(Engine):
-    """The engine on this machine: processes on the GPUs in `gpus`, or `number` on the CPU. A worker
-    that is killed from outside is replaced, and its tiles are computed again. With `or_cpu`, the
-    CPU is used if the GPUs fail in `describe`."""
+    """The engine on this machine: processes on the GPUs in `gpus`, or on `cores` cores of the CPU.
+    There, a process computes a tile, and there are as many as tiles at the same time, but at least
+    two if there are two cores. Those that are free help: a layer's work is done in pieces, which
+    are the same for any number of cores, so the results are, too. A worker that is killed from
+    outside is replaced, and its tiles are computed again. With `or_cpu`, the CPU is used if the
+    GPUs fail in `describe`."""
 
     EACH = 2  # processes per GPU: one computes while the other transfers its tiles
 
     def __init__(
-        self, spec, objective, number=1, gpus=(), batch_size=None, device="CPU", or_cpu=False
+        self, spec, objective, cores=1, gpus=(), batch_size=None, device="CPU", or_cpu=False
     ):
         self.spec, self.objective, self.notices = spec, objective, []
-        self._batch_size, self._cpu_number, self._or_cpu = batch_size, number, or_cpu
+        self._batch_size, self._cores, self._or_cpu = batch_size, cores, or_cpu
         with system_limits():
             self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
         self._set_out(gpus, self.EACH, device)
@@ -192,9 +237,10 @@ class Workers(Engine):
         self.gpus, self._each = gpus, each
         self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
         shared = [self._memory_file]
-        self.processes = CaffeProcesses(self._cpu_number, list(gpus) * each, shared)
-        many = "s" * (self.number > 1)
-        self.device = device if gpus else f"{device}, {self.number} worker{many}"
+        most = 0 if gpus else self._cores
+        self.processes = CaffeProcesses(min(2, self._cores), list(gpus) * each, shared, most)
+        many = "s" * (self._cores > 1)
+        self.device = device if gpus else f"{device}, {self._cores} core{many}"
 
     def end(self, at_once=False):
         self.processes.end(at_once)
@@ -268,9 +314,7 @@ class Workers(Engine):
         if not self.gpus:
             # Batches would not help, and a sum might depend on the other tiles of one.
             self.batch_size = 1
-            for _ in range(self._cpu_number - 1):  # the others load the network meanwhile
-                self.processes.submit(describe, *work)
-            return self.processes.submit(describe, *work).result()
+            return self._load_networks(self.processes.number)[0].result()
         facts = self.processes.on_each(describe, *work)[0]
         arguments = (self.spec, "batch_for_memory", self._each)
         fitting = self.processes.on_each(with_network, *arguments)
@@ -279,18 +323,29 @@ class Workers(Engine):
         self.processes.on_each(try_batch, *work, self.batch_size)
         return facts
 
+    def _load_networks(self, number):
+        """Lets `number` idle processes load the network; returns the futures."""
+        return [self.processes.submit(describe, self.spec, self.objective) for _ in range(number)]
+
+    def expect(self, count):
+        missing = min(count, self._cores) - self.processes.number
+        if not self.gpus and missing > 0:
+            self.processes.grow(self.processes.number + missing)
+            self._load_networks(missing)  # the new ones are idle, and the first to be used
+
     def _map_slots(self):
         """Makes two slots for each worker, one being computed and one to do next, and a spare."""
-        slots = 2 * self.processes.number + 1
+        slots = 2 * max(self.processes.number, 0 if self.gpus else self._cores) + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
         try:
-            os.truncate(self._memory_file.fileno(), 4 * math.prod(shape))
+            os.truncate(self._memory_file.fileno(), SharedMemory.size(shape))
         except OSError as error:
             problem = f"{one_line(error)}{remedy_of(error)}"
             raise RunFailed(f"memory shared with workers: {problem}") from None
         self._memory = (self._memory_file.fileno(), shape)
-        self._slots = map_memory(*self._memory)
+        self._shared = SharedMemory(*self._memory)
+        self._shared.cores[0] = self._cores
         self._free = list(range(slots))
 
     def has_room(self):
@@ -299,7 +354,7 @@ class Workers(Engine):
     def send(self, tiles_in, measure=True):
         slot = self._free.pop()
         for i, tile in enumerate(tiles_in):
-            self._slots[slot, 0, i] = tile
+            self._shared.slots[slot, 0, i] = tile
         self._compute(slot, len(tiles_in), measure)
         return slot
 
@@ -318,9 +373,10 @@ class Workers(Engine):
                 break
             except WorkerDied:
                 self.processes.restart()
+                self._shared.cores[0] = self._cores  # those of the dead are free
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
                         self._compute(slot, *job)
         del self._jobs[ticket]
         self._free.append(ticket)
-        return list(zip(self._slots[ticket, 1, :count].copy(), losses))
+        return list(zip(self._shared.slots[ticket, 1, :count].copy(), losses))

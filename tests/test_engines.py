@@ -256,7 +256,8 @@ def test_too_little_memory_to_start_in_is_one_line(limit, tmp_path):
 
 @pytest.mark.parametrize("number", [14, 30])
 def test_too_few_descriptors_are_one_line(number, tmp_path):
-    done = run_limited(f"-n {number}", *ONE, "--workers=40", cwd=tmp_path)
+    many = [*ONE, "--initial_size=800x800", "--workers=40"]  # more tiles at the same time
+    done = run_limited(f"-n {number}", *many, cwd=tmp_path)
     assert_one_line(done, 1, "Too many open files", "ulimit -n")
 
 

@@ -1,0 +1,41 @@
+// What the layers for blobs with the channels last, (N, height, width, C), have in common.
+#ifndef CHANNELS_LAST_LAYER_HPP_
+#define CHANNELS_LAST_LAYER_HPP_
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "caffe/layer.hpp"
+#include "caffe/util/math_functions.hpp"
+#include "cores.hpp"
+#include "vectors.hpp"
+
+namespace caffe {
+namespace channels_last {
+
+// Calls work(begin, end) for parts of `rows` rows of `length` numbers, each large enough for another thread.
+template <class Work>
+void ForRows(int rows, long length, const Work& work) {
+  const int each = std::max(1L, (1L << 14) / std::max(1L, length));
+  ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
+}
+
+// Networks are only looked through: weights are those of the first pass, and get no gradient. Single precision on the CPU.
+template <typename Dtype>
+class ChannelsLastLayer : public Layer<Dtype> {
+ public:
+  explicit ChannelsLastLayer(const LayerParameter& param) : Layer<Dtype>(param) {
+    static_assert(sizeof(Dtype) == sizeof(float), "single precision");
+  }
+  virtual inline int MinBottomBlobs() const { return 1; }
+  virtual inline int MinTopBlobs() const { return 1; }
+
+ protected:
+  typedef std::vector<Blob<Dtype>*> Blobs;
+};
+
+}  // namespace channels_last
+}  // namespace caffe
+
+#endif  // CHANNELS_LAST_LAYER_HPP_

@@ -1,0 +1,146 @@
+// Layers that move blobs (N, height, width, C): ChannelsLastConcat joins them, ChannelsLastSplit passes one on to several
+// layers, and ChannelsFirst makes them (N, C, height, width) for layers that have no version for these.
+
+#include "channels_last/layer.hpp"
+
+namespace caffe {
+
+template <typename Dtype>
+class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer<Dtype> {
+ public:
+  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
+  explicit ChannelsLastConcatLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  virtual inline const char* type() const { return "ChannelsLastConcat"; }
+  virtual inline int ExactNumTopBlobs() const { return 1; }
+
+  virtual void Reshape(const Blobs& bottom, const Blobs& top) {
+    vector<int> shape = bottom[0]->shape();
+    shape[3] = 0;
+    for (const Blob<Dtype>* blob : bottom) {
+      CHECK(std::equal(shape.begin(), shape.begin() + 3, blob->shape().begin())) << "all but channels must agree";
+      shape[3] += blob->shape(3);
+    }
+    top[0]->Reshape(shape);
+  }
+
+ protected:
+  virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
+    const int width = top[0]->shape(3);
+    float* out = top[0]->mutable_cpu_data();
+    vector<const float*> parts;
+    for (const Blob<Dtype>* blob : bottom) parts.push_back(blob->cpu_data());
+    channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
+      for (int pixel = begin; pixel < end; ++pixel) {
+        float* to = out + static_cast<long>(pixel) * width;
+        for (int i = 0; i < parts.size(); ++i) {
+          const int part = bottom[i]->shape(3);
+          to = std::copy_n(parts[i] + static_cast<long>(pixel) * part, part, to);
+        }
+      }
+    });
+  }
+
+  virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
+    const int width = top[0]->shape(3);
+    const float* gradient = top[0]->cpu_diff();
+    vector<float*> parts;
+    for (Blob<Dtype>* blob : bottom) parts.push_back(blob->mutable_cpu_diff());
+    channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
+      for (int pixel = begin; pixel < end; ++pixel) {
+        const float* from = gradient + static_cast<long>(pixel) * width;
+        for (int i = 0; i < parts.size(); ++i) {
+          const int part = bottom[i]->shape(3);
+          if (propagate_down[i]) std::copy_n(from, part, parts[i] + static_cast<long>(pixel) * part);
+          from += part;
+        }
+      }
+    });
+  }
+};
+
+template <typename Dtype>
+class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer<Dtype> {
+ public:
+  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
+  explicit ChannelsLastSplitLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  virtual inline const char* type() const { return "ChannelsLastSplit"; }
+  virtual inline int ExactNumBottomBlobs() const { return 1; }
+
+  virtual void Reshape(const Blobs& bottom, const Blobs& top) {
+    for (Blob<Dtype>* blob : top) blob->ReshapeLike(*bottom[0]);
+  }
+
+ protected:
+  virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
+    for (Blob<Dtype>* blob : top) blob->ShareData(*bottom[0]);
+  }
+
+  virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
+    if (!propagate_down[0]) return;
+    vector<const float*> parts;
+    for (const Blob<Dtype>* blob : top) parts.push_back(blob->cpu_diff());
+    float* to = bottom[0]->mutable_cpu_diff();
+    const int each = 1 << 12, count = bottom[0]->count();
+    channels_last::ForRows(channels_last::DivideUp(count, each), each, [&](int begin, int end) {
+      for (int row = begin; row < end; ++row) {
+        const int first = row * each, last = std::min(count, first + each);
+        std::copy(parts[0] + first, parts[0] + last, to + first);
+        for (int part = 1; part < parts.size(); ++part) {
+          for (int i = first; i < last; ++i) to[i] += parts[part][i];
+        }
+      }
+    });
+  }
+};
+
+template <typename Dtype>
+class ChannelsFirstLayer : public channels_last::ChannelsLastLayer<Dtype> {
+ public:
+  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
+  explicit ChannelsFirstLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  virtual inline const char* type() const { return "ChannelsFirst"; }
+  virtual inline int ExactNumBottomBlobs() const { return 1; }
+  virtual inline int ExactNumTopBlobs() const { return 1; }
+
+  virtual void Reshape(const Blobs& bottom, const Blobs& top) {
+    CHECK_EQ(bottom[0]->num_axes(), 4);
+    top[0]->Reshape({bottom[0]->shape(0), bottom[0]->shape(3), bottom[0]->shape(1), bottom[0]->shape(2)});
+  }
+
+ protected:
+  virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
+    Transpose(bottom[0]->cpu_data(), top[0]->count(2), top[0]->shape(1), top[0]->shape(0), top[0]->mutable_cpu_data());
+  }
+  virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
+    if (!propagate_down[0]) return;
+    Transpose(top[0]->cpu_diff(), top[0]->shape(1), top[0]->count(2), top[0]->shape(0), bottom[0]->mutable_cpu_diff());
+  }
+
+ private:
+  // `number` matrices rows x columns to columns x rows, in squares that stay in the processor's cache.
+  static void Transpose(const float* from, int rows, int columns, int number, float* to) {
+    const int side = 32, squares = channels_last::DivideUp(rows, side);
+    channels_last::ForRows(number * squares, static_cast<long>(side) * columns, [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) {
+        const long matrix = static_cast<long>(i / squares) * rows * columns;
+        const int top = i % squares * side, bottom = std::min(rows, top + side);
+        for (int left = 0; left < columns; left += side) {
+          for (int column = left; column < std::min(columns, left + side); ++column) {
+            for (int row = top; row < bottom; ++row) {
+              to[matrix + static_cast<long>(column) * rows + row] = from[matrix + static_cast<long>(row) * columns + column];
+            }
+          }
+        }
+      }
+    });
+  }
+};
+
+INSTANTIATE_CLASS(ChannelsLastConcatLayer);
+REGISTER_LAYER_CLASS(ChannelsLastConcat);
+INSTANTIATE_CLASS(ChannelsLastSplitLayer);
+REGISTER_LAYER_CLASS(ChannelsLastSplit);
+INSTANTIATE_CLASS(ChannelsFirstLayer);
+REGISTER_LAYER_CLASS(ChannelsFirst);
+
+}  // namespace caffe

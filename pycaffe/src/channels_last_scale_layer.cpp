@@ -1,0 +1,118 @@
+// Layers that treat each channel of blobs (N, height, width, C) in its own way, possibly in place: ChannelsLastBatchNorm, with
+// the statistics of the training, and ChannelsLastScale.
+
+#include "channels_last/layer.hpp"
+
+namespace caffe {
+
+// top = (bottom - less) * factor + more, with numbers for each channel.
+template <typename Dtype>
+class ByChannelLayer : public channels_last::ChannelsLastLayer<Dtype> {
+ public:
+  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
+  explicit ByChannelLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  virtual inline int ExactNumBottomBlobs() const { return 1; }
+  virtual inline int ExactNumTopBlobs() const { return 1; }
+
+  virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
+    if (this->blobs_.empty()) MakeBlobs(bottom[0]->shape(3));
+    this->param_propagate_down_.resize(this->blobs_.size(), false);
+  }
+  virtual void Reshape(const Blobs& bottom, const Blobs& top) {
+    CHECK_EQ(bottom[0]->num_axes(), 4);
+    top[0]->ReshapeLike(*bottom[0]);
+  }
+
+ protected:
+  virtual void MakeBlobs(int channels) = 0;
+  // Fills the numbers from the blobs.
+  virtual void SetNumbers() = 0;
+
+  void AddBlob(int length, float value) {
+    this->blobs_.emplace_back(new Blob<Dtype>(vector<int>(1, length)));
+    caffe_set(length, value, this->blobs_.back()->mutable_cpu_data());
+  }
+
+  virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
+    const int channels = bottom[0]->shape(3);
+    less_.assign(channels, 0);
+    factor_.assign(channels, 1);
+    more_.assign(channels, 0);
+    SetNumbers();
+    const float* in = bottom[0]->cpu_data();
+    float* out = top[0]->mutable_cpu_data();
+    channels_last::ForRows(bottom[0]->count(0, 3), channels, [&](int begin, int end) {
+      for (int pixel = begin; pixel < end; ++pixel) {
+        const float *from = in + static_cast<long>(pixel) * channels, *less = less_.data(), *factor = factor_.data();
+        const float* more = more_.data();
+        float* to = out + static_cast<long>(pixel) * channels;
+        for (int c = 0; c < channels; ++c) to[c] = (from[c] - less[c]) * factor[c] + more[c];
+      }
+    });
+  }
+
+  virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
+    if (!propagate_down[0]) return;
+    const int channels = bottom[0]->shape(3);
+    const float* gradient = top[0]->cpu_diff();
+    float* to = bottom[0]->mutable_cpu_diff();
+    channels_last::ForRows(bottom[0]->count(0, 3), channels, [&](int begin, int end) {
+      for (int pixel = begin; pixel < end; ++pixel) {
+        const float *from = gradient + static_cast<long>(pixel) * channels, *factor = factor_.data();
+        float* result = to + static_cast<long>(pixel) * channels;
+        for (int c = 0; c < channels; ++c) result[c] = from[c] * factor[c];
+      }
+    });
+  }
+
+  vector<float> less_, factor_, more_;
+};
+
+template <typename Dtype>
+class ChannelsLastBatchNormLayer : public ByChannelLayer<Dtype> {
+ public:
+  explicit ChannelsLastBatchNormLayer(const LayerParameter& param) : ByChannelLayer<Dtype>(param) {}
+  virtual inline const char* type() const { return "ChannelsLastBatchNorm"; }
+
+ protected:
+  virtual void MakeBlobs(int channels) {
+    this->AddBlob(channels, 0);
+    this->AddBlob(channels, 0);
+    this->AddBlob(1, 0);
+  }
+
+  virtual void SetNumbers() {
+    const float *mean = this->blobs_[0]->cpu_data(), *variance = this->blobs_[1]->cpu_data();
+    const float weight = this->blobs_[2]->cpu_data()[0], scale = weight == 0 ? 0 : 1 / weight;
+    for (int c = 0; c < this->less_.size(); ++c) {
+      this->less_[c] = mean[c] * scale;
+      this->factor_[c] = 1 / std::sqrt(variance[c] * scale + this->layer_param_.batch_norm_param().eps());
+    }
+  }
+};
+
+template <typename Dtype>
+class ChannelsLastScaleLayer : public ByChannelLayer<Dtype> {
+ public:
+  explicit ChannelsLastScaleLayer(const LayerParameter& param) : ByChannelLayer<Dtype>(param) {}
+  virtual inline const char* type() const { return "ChannelsLastScale"; }
+
+ protected:
+  virtual void MakeBlobs(int channels) {
+    this->AddBlob(channels, 1);
+    if (this->layer_param_.scale_param().bias_term()) this->AddBlob(channels, 0);
+  }
+
+  virtual void SetNumbers() {
+    const int channels = this->factor_.size();
+    std::copy_n(this->blobs_[0]->cpu_data(), channels, this->factor_.begin());
+    if (this->blobs_.size() > 1) std::copy_n(this->blobs_[1]->cpu_data(), channels, this->more_.begin());
+  }
+};
+
+INSTANTIATE_CLASS(ChannelsLastBatchNormLayer);
+REGISTER_LAYER_CLASS(ChannelsLastBatchNorm);
+INSTANTIATE_CLASS(ChannelsLastScaleLayer);
+REGISTER_LAYER_CLASS(ChannelsLastScale);
+
+}  // namespace caffe
