@@ -5,6 +5,7 @@ matrix products alone.
     python tests/benchmark.py    # everything: about five minutes on two cores, nothing else running
     python tests/benchmark.py --model googlenet_mini --steps 10
     python tests/benchmark.py --ceiling    # what the main process can do: about a minute
+    python tests/benchmark.py --occupancy  # how many cores one picture keeps busy: two minutes
 
 One run prints one table, so its ratios are of one machine in one state. Each row is measured in
 processes of its own. The original's way: the whole network forward, force_backward (so the
@@ -154,6 +155,7 @@ def measure_workers(spec, tile):
     another."""
     with Workers(spec, objective_of(spec), count_cores()) as workers:
         workers.describe()
+        workers.expect(count_cores())
         return tiles_through(workers, np.concatenate([tile] * 60))
 
 
@@ -343,13 +345,16 @@ def load(args):
 
 def one_measurement(args):
     """Does what --measure asks for, and prints the result as JSON."""
+    from occupancy import measure_pieces
+
     what, *arguments = json.loads(args.measure)
     spec, mean, picture = load(args)
     if what == "original_run":
         original_run(spec, picture, mean, args.steps)
         return
     tile = np.ascontiguousarray(cnn_vis.from_uint8(picture, mean)[:, :, :224, :224], np.float32)
-    print(json.dumps(globals()[f"measure_{what}"](spec, tile, *arguments)))
+    measure = measure_pieces if what == "pieces" else globals()[f"measure_{what}"]
+    print(json.dumps(measure(spec, tile, *arguments)))
 
 
 def program(folder, *words):
@@ -416,12 +421,17 @@ def main():
         "--steps", type=int, default=50, help="steps of the whole command (default: %(default)s)"
     )
     parser.add_argument("--ceiling", action="store_true", help="only what the main process can do")
+    parser.add_argument("--occupancy", action="store_true", help="only how busy cores are")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         one_measurement(args)
     elif args.ceiling:
         ceiling(args)
+    elif args.occupancy:
+        import occupancy
+
+        occupancy.report(measured("pieces", []))
     else:
         report(args)
 

@@ -41,6 +41,9 @@ class PretendedEngine:
         self.slots, self.batch_size, self.number = slots, batch_size, number
         self.held, self.batches, self.is_asked_again = {}, [], True
 
+    def expect(self, count):
+        assert count > 0
+
     def has_room(self):
         return len(self.held) < self.slots
 

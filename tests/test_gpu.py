@@ -34,7 +34,6 @@ from conftest import (
     wait_for,
     workers,
 )
-from test_caffe import CONVOLUTIONS
 from test_engines import WORK
 from test_golden import tiny_pictures
 
@@ -310,11 +309,23 @@ def test_a_run_that_goes_on_elsewhere_says_so(gpu_environment, tmp_path):
 # ---- Convolutions by cuDNN -----------------------------------------------------------------------
 
 
-CONVOLVE = """
+CONVOLUTIONS = [
+    "num_output: 9 kernel_size: 3 pad: 1",
+    "num_output: 9 kernel_size: 3 pad: 1 bias_term: false",
+    "num_output: 9 kernel_size: 3 pad: 0",
+    "num_output: 9 kernel_size: 3 pad: 1 stride: 2",
+    "num_output: 8 kernel_size: 1",
+    "num_output: 8 kernel_size: 3 pad: 1 group: 4",
+    "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
+    "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
+]
+CONVOLVE = (
+    f"""
+CONVOLUTIONS = {CONVOLUTIONS}"""
+    + """
 import json, pathlib, sys
 import numpy as np
-import test_caffe
-from test_caffe import CONVOLUTIONS, caffe, net, passes
+from test_caffe import caffe, net, passes
 
 def distance(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
@@ -341,6 +352,7 @@ for parameters in CONVOLUTIONS:
             errors += [distance(a, b) for a, b in zip(cpu, gpu)]
 json.dump(found, open("found.json", "w"))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +447,7 @@ def test_a_gpu_that_nobody_asked_for_and_fails_is_left_alone(failure, on_cpu, tm
     """The run is on the CPU and says why; the picture is the CPU's to the last bit."""
     environment, words = FAILURES[failure]
     said = dream(cwd=tmp_path, **environment)
-    assert re.search(rf", CPU \(.*{words}.*\), \d+ workers?: ", said), said
+    assert re.search(rf", CPU \(.*{words}.*\), \d+ cores?: ", said), said
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(on_cpu))
 
 

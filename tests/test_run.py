@@ -50,7 +50,7 @@ def test_a_line_tells_the_run_and_one_its_end(picture, tmp_path):
     words = [*QUICK, f"--image={picture}", "--iter_behavior=none"]
     line, end = run_cli(*words, cwd=tmp_path).stderr.splitlines()
     assert re.fullmatch(
-        r"network, inception_a/output, CPU, \d workers?: 90x60 pixels \(width x height\), 2 steps",
+        r"network, inception_a/output, CPU, \d cores?: 90x60 pixels \(width x height\), 2 steps",
         line,
     )
     same, more, _ = run_cli(*words, "--verbose", cwd=tmp_path).stderr.splitlines()

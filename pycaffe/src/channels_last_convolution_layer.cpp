@@ -6,17 +6,15 @@
 
 namespace caffe {
 
-template <typename Dtype>
-class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsLastConvolutionLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsLastConvolutionLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastConvolution"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
-    const ConvolutionParameter& c = this->layer_param_.convolution_param();
+    const ConvolutionParameter& c = layer_param_.convolution_param();
     CHECK(c.axis() == 1 || c.axis() == 3) << "axis of channels";
     is_planar_ = c.axis() == 1;
     geometry_.inputs = bottom[0]->shape(c.axis());
@@ -32,13 +30,13 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dty
       side.dilation = OneOf(c.dilation(), i, false, 0, 1);
       CHECK(side.kernel > 0 && side.stride > 0 && side.dilation > 0) << "sizes of the kernel";
     }
-    if (this->blobs_.empty()) {
+    if (blobs_.empty()) {
       const vector<int> shape = {geometry_.outputs, geometry_.group_inputs(), geometry_.y.kernel, geometry_.x.kernel};
-      this->blobs_.resize(c.bias_term() ? 2 : 1);
-      this->blobs_[0].reset(new Blob<Dtype>(shape));
-      if (c.bias_term()) this->blobs_[1].reset(new Blob<Dtype>(vector<int>(1, geometry_.outputs)));
+      blobs_.resize(c.bias_term() ? 2 : 1);
+      blobs_[0].reset(new Blob<float>(shape));
+      if (c.bias_term()) blobs_[1].reset(new Blob<float>(vector<int>(1, geometry_.outputs)));
     }
-    this->param_propagate_down_.resize(this->blobs_.size(), false);
+    param_propagate_down_.resize(blobs_.size(), false);
   }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
@@ -56,9 +54,9 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dty
  protected:
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
     Prepare();
-    const float* bias = this->blobs_.size() > 1 ? bias_.data() : nullptr;
+    const float* bias = blobs_.size() > 1 ? bias_.data() : nullptr;
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
-      way_->Forward(bottom[0]->cpu_data() + n * bottom[0]->count(1), {bias, this->layer_param_.has_relu_param()},
+      way_->Forward(bottom[0]->cpu_data() + n * bottom[0]->count(1), {bias, layer_param_.has_relu_param()},
                     top[0]->mutable_cpu_data() + n * top[0]->count(1));
     }
   }
@@ -67,7 +65,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dty
     if (!propagate_down[0]) return;
     Prepare();
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
-      const float* mask = this->layer_param_.has_relu_param() ? top[0]->cpu_data() + n * top[0]->count(1) : nullptr;
+      const float* mask = layer_param_.has_relu_param() ? top[0]->cpu_data() + n * top[0]->count(1) : nullptr;
       way_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
     }
   }
@@ -86,9 +84,9 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dty
     const channels_last::Side &y = geometry_.y, &x = geometry_.x;
     const channels_last::Strides planar = {static_cast<long>(y.size) * x.size, 1, x.size};
     const channels_last::Strides last = {1, geometry_.inputs, static_cast<long>(x.size) * geometry_.inputs};
-    way_ = channels_last::ChooseWay(geometry_, is_planar_ ? planar : last, this->blobs_[0]->cpu_data());
-    if (this->blobs_.size() > 1) {
-      const float* bias = this->blobs_[1]->cpu_data();
+    way_ = channels_last::ChooseWay(geometry_, is_planar_ ? planar : last, blobs_[0]->cpu_data());
+    if (blobs_.size() > 1) {
+      const float* bias = blobs_[1]->cpu_data();
       std::copy(bias, bias + geometry_.outputs, bias_.Need(channels_last::WholeVectors(geometry_.outputs)));
     }
   }
@@ -99,7 +97,6 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer<Dty
   channels_last::Buffer bias_;
 };
 
-INSTANTIATE_CLASS(ChannelsLastConvolutionLayer);
-REGISTER_LAYER_CLASS(ChannelsLastConvolution);
+REGISTER_CHANNELS_LAST(ChannelsLastConvolution);
 
 }  // namespace caffe

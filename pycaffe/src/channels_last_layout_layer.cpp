@@ -5,18 +5,16 @@
 
 namespace caffe {
 
-template <typename Dtype>
-class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsLastConcatLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsLastConcatLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastConcat"; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
     vector<int> shape = bottom[0]->shape();
     shape[3] = 0;
-    for (const Blob<Dtype>* blob : bottom) {
+    for (const Blob<float>* blob : bottom) {
       CHECK(std::equal(shape.begin(), shape.begin() + 3, blob->shape().begin())) << "all but channels must agree";
       shape[3] += blob->shape(3);
     }
@@ -28,7 +26,7 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer<Dtype> {
     const int width = top[0]->shape(3);
     float* out = top[0]->mutable_cpu_data();
     vector<const float*> parts;
-    for (const Blob<Dtype>* blob : bottom) parts.push_back(blob->cpu_data());
+    for (const Blob<float>* blob : bottom) parts.push_back(blob->cpu_data());
     channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
         float* to = out + static_cast<long>(pixel) * width;
@@ -44,7 +42,7 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer<Dtype> {
     const int width = top[0]->shape(3);
     const float* gradient = top[0]->cpu_diff();
     vector<float*> parts;
-    for (Blob<Dtype>* blob : bottom) parts.push_back(blob->mutable_cpu_diff());
+    for (Blob<float>* blob : bottom) parts.push_back(blob->mutable_cpu_diff());
     channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
         const float* from = gradient + static_cast<long>(pixel) * width;
@@ -58,27 +56,25 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer<Dtype> {
   }
 };
 
-template <typename Dtype>
-class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsLastSplitLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsLastSplitLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastSplit"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
-    for (Blob<Dtype>* blob : top) blob->ReshapeLike(*bottom[0]);
+    for (Blob<float>* blob : top) blob->ReshapeLike(*bottom[0]);
   }
 
  protected:
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
-    for (Blob<Dtype>* blob : top) blob->ShareData(*bottom[0]);
+    for (Blob<float>* blob : top) blob->ShareData(*bottom[0]);
   }
 
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
     if (!propagate_down[0]) return;
     vector<const float*> parts;
-    for (const Blob<Dtype>* blob : top) parts.push_back(blob->cpu_diff());
+    for (const Blob<float>* blob : top) parts.push_back(blob->cpu_diff());
     float* to = bottom[0]->mutable_cpu_diff();
     const int each = 1 << 12, count = bottom[0]->count();
     channels_last::ForRows(channels_last::DivideUp(count, each), each, [&](int begin, int end) {
@@ -93,11 +89,9 @@ class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer<Dtype> {
   }
 };
 
-template <typename Dtype>
-class ChannelsFirstLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsFirstLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsFirstLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsFirstLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsFirst"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
@@ -136,11 +130,8 @@ class ChannelsFirstLayer : public channels_last::ChannelsLastLayer<Dtype> {
   }
 };
 
-INSTANTIATE_CLASS(ChannelsLastConcatLayer);
-REGISTER_LAYER_CLASS(ChannelsLastConcat);
-INSTANTIATE_CLASS(ChannelsLastSplitLayer);
-REGISTER_LAYER_CLASS(ChannelsLastSplit);
-INSTANTIATE_CLASS(ChannelsFirstLayer);
-REGISTER_LAYER_CLASS(ChannelsFirst);
+REGISTER_CHANNELS_LAST(ChannelsLastConcat);
+REGISTER_CHANNELS_LAST(ChannelsLastSplit);
+REGISTER_CHANNELS_LAST(ChannelsFirst);
 
 }  // namespace caffe

@@ -6,17 +6,15 @@
 
 namespace caffe {
 
-template <typename Dtype>
-class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsLastLRNLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsLastLRNLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastLRN"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
-    const LRNParameter& p = this->layer_param_.lrn_param();
+    const LRNParameter& p = layer_param_.lrn_param();
     CHECK(p.beta() == 0.75f && p.norm_region() == LRNParameter_NormRegion_ACROSS_CHANNELS) << "only the usual exponent";
     CHECK_EQ(p.local_size() % 2, 1);
     size_ = p.local_size();
@@ -144,10 +142,9 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer<Dtype> {
 
   int size_, channels_;
   float alpha_, k_;
-  Blob<Dtype> scale_, power_;
+  Blob<float> scale_, power_;
 };
 
-INSTANTIATE_CLASS(ChannelsLastLRNLayer);
-REGISTER_LAYER_CLASS(ChannelsLastLRN);
+REGISTER_CHANNELS_LAST(ChannelsLastLRN);
 
 }  // namespace caffe

@@ -8,17 +8,15 @@
 
 namespace caffe {
 
-template <typename Dtype>
-class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ChannelsLastPoolingLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ChannelsLastPoolingLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastPooling"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
-    const PoolingParameter& p = this->layer_param_.pooling_param();
+    const PoolingParameter& p = layer_param_.pooling_param();
     y_.kernel = p.has_kernel_size() ? p.kernel_size() : p.kernel_h();
     x_.kernel = p.has_kernel_size() ? p.kernel_size() : p.kernel_w();
     y_.stride = p.has_stride_h() ? p.stride_h() : p.stride();
@@ -82,7 +80,7 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer<Dtype> 
 
   // As Caffe rounds: with padding, no window begins beyond the picture.
   void SetSize(Side* side, int size) const {
-    const PoolingParameter& p = this->layer_param_.pooling_param();
+    const PoolingParameter& p = layer_param_.pooling_param();
     const int room = size + 2 * side->pad - side->kernel;
     const bool is_down = p.round_mode() == PoolingParameter_RoundMode_FLOOR;
     side->size = size;
@@ -98,7 +96,7 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer<Dtype> 
     const bool is_usual = !top && !left && y_.kernel == 3 && x_.kernel == 3 && bottom == 3 && right == 3;
     const long row = static_cast<long>(x_.size) * channels_;
     const float* window = in + y * row + static_cast<long>(x) * channels_;
-    const float least = this->layer_param_.has_relu_param() ? 0 : -FLT_MAX;
+    const float least = layer_param_.has_relu_param() ? 0 : -FLT_MAX;
     for (int c = 0; c < channels_; c += kLanes) {
       Vector best = Vector{} + least;
       Integers place = Integers{} + kNone;
@@ -175,7 +173,6 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer<Dtype> 
   Blob<int> chosen_;
 };
 
-INSTANTIATE_CLASS(ChannelsLastPoolingLayer);
-REGISTER_LAYER_CLASS(ChannelsLastPooling);
+REGISTER_CHANNELS_LAST(ChannelsLastPooling);
 
 }  // namespace caffe

@@ -6,17 +6,15 @@
 namespace caffe {
 
 // top = (bottom - less) * factor + more, with numbers for each channel.
-template <typename Dtype>
-class ByChannelLayer : public channels_last::ChannelsLastLayer<Dtype> {
+class ByChannelLayer : public channels_last::ChannelsLastLayer {
  public:
-  typedef typename channels_last::ChannelsLastLayer<Dtype>::Blobs Blobs;
-  explicit ByChannelLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer<Dtype>(param) {}
+  explicit ByChannelLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
-    if (this->blobs_.empty()) MakeBlobs(bottom[0]->shape(3));
-    this->param_propagate_down_.resize(this->blobs_.size(), false);
+    if (blobs_.empty()) MakeBlobs(bottom[0]->shape(3));
+    param_propagate_down_.resize(blobs_.size(), false);
   }
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
     CHECK_EQ(bottom[0]->num_axes(), 4);
@@ -29,8 +27,8 @@ class ByChannelLayer : public channels_last::ChannelsLastLayer<Dtype> {
   virtual void SetNumbers() = 0;
 
   void AddBlob(int length, float value) {
-    this->blobs_.emplace_back(new Blob<Dtype>(vector<int>(1, length)));
-    caffe_set(length, value, this->blobs_.back()->mutable_cpu_data());
+    blobs_.emplace_back(new Blob<float>(vector<int>(1, length)));
+    caffe_set(length, value, blobs_.back()->mutable_cpu_data());
   }
 
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
@@ -68,51 +66,47 @@ class ByChannelLayer : public channels_last::ChannelsLastLayer<Dtype> {
   vector<float> less_, factor_, more_;
 };
 
-template <typename Dtype>
-class ChannelsLastBatchNormLayer : public ByChannelLayer<Dtype> {
+class ChannelsLastBatchNormLayer : public ByChannelLayer {
  public:
-  explicit ChannelsLastBatchNormLayer(const LayerParameter& param) : ByChannelLayer<Dtype>(param) {}
+  explicit ChannelsLastBatchNormLayer(const LayerParameter& param) : ByChannelLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastBatchNorm"; }
 
  protected:
   virtual void MakeBlobs(int channels) {
-    this->AddBlob(channels, 0);
-    this->AddBlob(channels, 0);
-    this->AddBlob(1, 0);
+    AddBlob(channels, 0);
+    AddBlob(channels, 0);
+    AddBlob(1, 0);
   }
 
   virtual void SetNumbers() {
-    const float *mean = this->blobs_[0]->cpu_data(), *variance = this->blobs_[1]->cpu_data();
-    const float weight = this->blobs_[2]->cpu_data()[0], scale = weight == 0 ? 0 : 1 / weight;
-    for (int c = 0; c < this->less_.size(); ++c) {
-      this->less_[c] = mean[c] * scale;
-      this->factor_[c] = 1 / std::sqrt(variance[c] * scale + this->layer_param_.batch_norm_param().eps());
+    const float *mean = blobs_[0]->cpu_data(), *variance = blobs_[1]->cpu_data();
+    const float weight = blobs_[2]->cpu_data()[0], scale = weight == 0 ? 0 : 1 / weight;
+    for (int c = 0; c < less_.size(); ++c) {
+      less_[c] = mean[c] * scale;
+      factor_[c] = 1 / std::sqrt(variance[c] * scale + layer_param_.batch_norm_param().eps());
     }
   }
 };
 
-template <typename Dtype>
-class ChannelsLastScaleLayer : public ByChannelLayer<Dtype> {
+class ChannelsLastScaleLayer : public ByChannelLayer {
  public:
-  explicit ChannelsLastScaleLayer(const LayerParameter& param) : ByChannelLayer<Dtype>(param) {}
+  explicit ChannelsLastScaleLayer(const LayerParameter& param) : ByChannelLayer(param) {}
   virtual inline const char* type() const { return "ChannelsLastScale"; }
 
  protected:
   virtual void MakeBlobs(int channels) {
-    this->AddBlob(channels, 1);
-    if (this->layer_param_.scale_param().bias_term()) this->AddBlob(channels, 0);
+    AddBlob(channels, 1);
+    if (layer_param_.scale_param().bias_term()) AddBlob(channels, 0);
   }
 
   virtual void SetNumbers() {
-    const int channels = this->factor_.size();
-    std::copy_n(this->blobs_[0]->cpu_data(), channels, this->factor_.begin());
-    if (this->blobs_.size() > 1) std::copy_n(this->blobs_[1]->cpu_data(), channels, this->more_.begin());
+    const int channels = factor_.size();
+    std::copy_n(blobs_[0]->cpu_data(), channels, factor_.begin());
+    if (blobs_.size() > 1) std::copy_n(blobs_[1]->cpu_data(), channels, more_.begin());
   }
 };
 
-INSTANTIATE_CLASS(ChannelsLastBatchNormLayer);
-REGISTER_LAYER_CLASS(ChannelsLastBatchNorm);
-INSTANTIATE_CLASS(ChannelsLastScaleLayer);
-REGISTER_LAYER_CLASS(ChannelsLastScale);
+REGISTER_CHANNELS_LAST(ChannelsLastBatchNorm);
+REGISTER_CHANNELS_LAST(ChannelsLastScale);
 
 }  // namespace caffe

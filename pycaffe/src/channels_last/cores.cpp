@@ -7,6 +7,7 @@
 #include <chrono>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace caffe {
 namespace channels_last {
@@ -51,11 +52,23 @@ bool WaitBriefly(const Condition& is_over) {
   return is_over();
 }
 
+void (*observer)(int, const double*) = nullptr;
+
 void TakePieces() {
   for (int i; (i = job.next++) < job.pieces;) job.work(job.context, i);
 }
 
 bool IsCoreWanted() { return *free_cores < 0; }
+
+void Observe() {
+  std::vector<double> seconds;
+  for (int i = 0; i < job.pieces; ++i) {
+    const Clock::time_point begun = Clock::now();
+    job.work(job.context, i);
+    seconds.push_back(std::chrono::duration<double>(Clock::now() - begun).count());
+  }
+  observer(job.pieces, seconds.data());
+}
 
 // A helping thread's life.
 void Help() {
@@ -98,6 +111,7 @@ void Invite(int most) {
 void ForEachPiece(int pieces, void (*work)(const void*, int), const void* context) {
   job.work = work, job.context = context, job.pieces = pieces;
   job.next = 0;
+  if (observer) return Observe();
   if (pieces < 2 || !free_cores) return TakePieces();
   is_open = true;
   Invite(pieces - 1 - awake);
@@ -120,6 +134,7 @@ void cnn_vis_share_cores(int* shared) {
 
 void cnn_vis_take_core() { --*free_cores; }
 void cnn_vis_return_core() { ++*free_cores; }
+void cnn_vis_observe(void (*see)(int, const double*)) { observer = see; }
 }
 
 }  // namespace channels_last

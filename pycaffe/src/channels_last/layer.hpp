@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "caffe/layer.hpp"
+#include "caffe/layer_factory.hpp"
 #include "caffe/util/math_functions.hpp"
 #include "cores.hpp"
 #include "vectors.hpp"
@@ -21,21 +22,25 @@ void ForRows(int rows, long length, const Work& work) {
   ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
 }
 
-// Networks are only looked through: weights are those of the first pass, and get no gradient. Single precision on the CPU.
-template <typename Dtype>
-class ChannelsLastLayer : public Layer<Dtype> {
+// A layer for networks that are only looked through: its weights are those of the first pass, and get no gradient. Single
+// precision, on the CPU.
+class ChannelsLastLayer : public Layer<float> {
  public:
-  explicit ChannelsLastLayer(const LayerParameter& param) : Layer<Dtype>(param) {
-    static_assert(sizeof(Dtype) == sizeof(float), "single precision");
-  }
+  typedef std::vector<Blob<float>*> Blobs;
+  explicit ChannelsLastLayer(const LayerParameter& param) : Layer<float>(param) {}
   virtual inline int MinBottomBlobs() const { return 1; }
   virtual inline int MinTopBlobs() const { return 1; }
-
- protected:
-  typedef std::vector<Blob<Dtype>*> Blobs;
 };
+
+template <class Made>
+shared_ptr<Layer<float>> Make(const LayerParameter& param) {
+  return shared_ptr<Layer<float>>(new Made(param));
+}
 
 }  // namespace channels_last
 }  // namespace caffe
+
+#define REGISTER_CHANNELS_LAST(type) \
+  static LayerRegisterer<float> g_creator_##type(#type, channels_last::Make<type##Layer>)
 
 #endif  // CHANNELS_LAST_LAYER_HPP_
