@@ -2,6 +2,8 @@
 build of Caffe has layers for that: they are several times faster than Caffe's own, and share their
 work among cores. Results differ only by rounding."""
 
+import itertools
+
 from .prototxt import import_caffe
 
 ENTRANCE = "Convolution"  # takes both layouts
@@ -64,22 +66,28 @@ ELEMENTWISE = {
 
 def use_channels_last(net, targets):
     """Rewrites the NetParameter `net`, in place, for layers with the channels last, if this Caffe
-    has them. Returns the names of the blobs that then have them last. All blobs keep their names,
-    and the `targets` what is computed in place on them; others may lose an in-place ReLU to the
-    convolution before it."""
+    has them. Returns the names of the blobs that then have them last. All targets keep their names
+    and what is computed in place on them; other blobs may lose an in-place ReLU to the convolution
+    before it."""
     if f"ChannelsLast{ENTRANCE}" not in import_caffe().layer_type_list():
         return set()
     join_relus(net, targets)
-    last = change_layers(net)
+    last = change_layers(net, targets)
     split(net, last)
     return last
+
+
+def is_fast(layer):
+    """Whether there is a version of the layer for channels last."""
+    is_single = len(layer.top) == 1 and (len(layer.bottom) == 1 or layer.type == "Concat")
+    return is_single and layer.type in FITS and FITS[layer.type](layer)
 
 
 def join_relus(net, targets):
     """Removes the in-place ReLU after each convolution that can be done in another layer: in the
     only layer that reads the result if that is max pooling, for which the order makes no
     difference and the pictures are smaller, or else in the convolution."""
-    for layer in [layer for layer in net.layer if is_fast(layer) and layer.type == ENTRANCE]:
+    for layer in [layer for layer in net.layer if layer.type == ENTRANCE and is_fast(layer)]:
         (top,) = layer.top
         relu, *readers = [other for other in net.layer if top in other.bottom] or [None]
         is_plain = relu and relu.type == "ReLU" and not relu.relu_param.negative_slope
@@ -90,35 +98,51 @@ def join_relus(net, targets):
         net.layer.remove(relu)
 
 
-def is_fast(layer):
-    """Whether there is a version of the layer for channels last."""
-    return layer.type in FITS and FITS[layer.type](layer)
-
-
-def change_layers(net):
+def change_layers(net, targets):
     """Changes the types of layers; returns the blobs that then have the channels last. Where
     another layer needs them first, it gets a copy."""
-    last, copies = set(), {}
+
+    def passes_on(layer):
+        return layer.type in ELEMENTWISE or is_fast(layer)
+
+    # Backward starts at the layer that makes a target, without passing a copy.
+    others = [layer for layer in net.layer if not passes_on(layer)]
+    fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
+    last = set()
     for layer in list(net.layer):
-        bottoms = set(layer.bottom)
+        bottoms, can_enter = set(layer.bottom), layer.type == ENTRANCE and is_fast(layer)
         is_last = bool(bottoms) and bottoms <= last
-        if is_fast(layer) and (is_last or layer.type == ENTRANCE):
-            layer.type = f"ChannelsLast{layer.type}"
-            if is_last and layer.type.endswith(ENTRANCE):
-                layer.convolution_param.axis = 3
+        if can_enter and not is_last and fixed.isdisjoint(layer.top):
+            layer.type = f"ChannelsLast{ENTRANCE}"
             last.update(layer.top)
-        elif layer.type in ELEMENTWISE and is_last:
+        elif is_last and passes_on(layer) and fixed.isdisjoint(layer.top):
+            if layer.type == ENTRANCE:
+                layer.convolution_param.axis = 3
+            if layer.type in FITS:
+                layer.type = f"ChannelsLast{layer.type}"
             last.update(layer.top)
         else:
             for blob in sorted(bottoms & last):
-                if blob not in copies:
-                    copies[blob] = f"{blob}/channels_first"
-                    place = list(net.layer).index(layer)
-                    copy = net.layer.add(name=copies[blob], type="ChannelsFirst", bottom=[blob])
-                    copy.top[:] = [copies[blob]]
-                    net.layer.insert(place, net.layer.pop())
-            layer.bottom[:] = [copies[blob] if blob in last else blob for blob in layer.bottom]
+                copy_before(net, layer, blob, last)
     return last
+
+
+def copy_before(net, layer, blob, last):
+    """Gives a layer that needs the channels of a blob in `last` first a copy that has them there.
+    If the layer works in place, the copy takes the name of the blob."""
+    copy, original = f"{blob}/channels_first", blob
+    if blob in layer.top:
+        copy, original = blob, f"{blob}/channels_last"
+        for other in itertools.takewhile(lambda other: other.name != layer.name, net.layer):
+            for names in (other.bottom, other.top):
+                names[:] = [original if name == blob else name for name in names]
+        last.symmetric_difference_update([blob, original])
+    else:
+        layer.bottom[:] = [copy if name == blob else name for name in layer.bottom]
+    if not any(copy in other.top for other in net.layer if other.type == "ChannelsFirst"):
+        place = [other.name for other in net.layer].index(layer.name)
+        net.layer.add(name=f"{blob}/copy", type="ChannelsFirst", bottom=[original], top=[copy])
+        net.layer.insert(place, net.layer.pop())
 
 
 def split(net, last):

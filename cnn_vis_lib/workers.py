@@ -103,20 +103,21 @@ def load_network(spec):
 
 
 class SharedMemory:
-    """The memory that is open as `descriptor`, here and in the worker processes. Attributes: slots,
-    a float32 array of `shape` (slots, 2, batch, 3, H, W), each tiles and their gradients; cores,
-    an array of one number, that of the cores that nobody uses."""
+    """The memory that is open as `descriptor`, here and in the worker processes. Attributes: cores,
+    an array of one number, that of the cores that nobody uses, which stays where it is if the
+    memory is made smaller; slots, a float32 array of `shape` (slots, 2, batch, 3, H, W), each tiles
+    and their gradients."""
 
     def __init__(self, descriptor, shape):
-        count = math.prod(shape)
         memory = mmap.mmap(descriptor, self.size(shape))
-        self.slots = np.frombuffer(memory, np.float32, count).reshape(shape)
-        self.cores = np.frombuffer(memory, np.int32, 1, 4 * count)
+        self.cores = np.frombuffer(memory, np.int32, 1)
+        slots = np.frombuffer(memory, np.float32, math.prod(shape), mmap.PAGESIZE)
+        self.slots = slots.reshape(shape)
 
     @staticmethod
     def size(shape):
         """How many bytes it needs."""
-        return 4 * math.prod(shape) + 4
+        return mmap.PAGESIZE + 4 * math.prod(shape)
 
     def share_cores(self):
         """In a worker: lets layers of this program's build of Caffe use cores that are free."""
@@ -226,6 +227,7 @@ class Workers(Engine):
         with system_limits():
             self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
         self._set_out(gpus, self.EACH, device)
+        self._shared = None
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     @property
@@ -344,8 +346,9 @@ class Workers(Engine):
             problem = f"{one_line(error)}{remedy_of(error)}"
             raise RunFailed(f"memory shared with workers: {problem}") from None
         self._memory = (self._memory_file.fileno(), shape)
-        self._shared = SharedMemory(*self._memory)
-        self._shared.cores[0] = self._cores
+        is_new, self._shared = self._shared is None, SharedMemory(*self._memory)
+        if is_new:
+            self._shared.cores[0] = self._cores
         self._free = list(range(slots))
 
     def has_room(self):
