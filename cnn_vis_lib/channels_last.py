@@ -64,6 +64,9 @@ ELEMENTWISE = {
 }
 
 
+ADDING = {f"ChannelsLast{ENTRANCE}", "ChannelsLastPooling"}  # can add to a gradient
+
+
 def use_channels_last(net, targets):
     """Rewrites the NetParameter `net`, in place, for layers with the channels last, if this Caffe
     has them. Returns the names of the blobs that then have them last. All targets keep their names
@@ -84,17 +87,21 @@ def is_fast(layer):
 
 
 def join_relus(net, targets):
-    """Removes the in-place ReLU after each convolution that can be done in another layer: in the
-    only layer that reads the result if that is max pooling, for which the order makes no
-    difference and the pictures are smaller, or else in the convolution."""
-    for layer in [layer for layer in net.layer if layer.type == ENTRANCE and is_fast(layer)]:
-        (top,) = layer.top
-        relu, *readers = [other for other in net.layer if top in other.bottom] or [None]
-        is_plain = relu and relu.type == "ReLU" and not relu.relu_param.negative_slope
-        if not is_plain or relu.top != layer.top or top in targets:
-            continue
-        is_pooled = len(readers) == 1 and readers[0].type == "Pooling" and is_fast(readers[0])
-        (readers[0] if is_pooled else layer).relu_param.SetInParent()
+    """Removes each in-place ReLU after a convolution that can be done in another layer: where that
+    is least work, in the only layer that reads the result, or else in the convolution. For max
+    pooling the order makes no difference; Concat does the ReLUs of all that it joins, or none."""
+    relus = {}  # {blob: (the convolution that makes it, its ReLU, the layers that then read it)}
+    for layer in net.layer:
+        if layer.type == ENTRANCE and is_fast(layer) and layer.top[0] not in targets:
+            relu, *readers = [o for o in net.layer if layer.top[0] in o.bottom] or [None]
+            is_plain = relu and relu.type == "ReLU" and not relu.relu_param.negative_slope
+            if is_plain and relu.top == layer.top:
+                relus[layer.top[0]] = layer, relu, readers
+    for layer, relu, readers in relus.values():
+        joined = set(readers[0].bottom) if len(readers) == 1 and is_fast(readers[0]) else set()
+        is_common = all(blob in relus and len(relus[blob][2]) == 1 for blob in joined)
+        is_later = joined and readers[0].type in ("Pooling", "Concat") and is_common
+        (readers[0] if is_later else layer).relu_param.SetInParent()
         net.layer.remove(relu)
 
 
@@ -146,7 +153,9 @@ def copy_before(net, layer, blob, last):
 
 
 def split(net, last):
-    """Gives each reader of a blob in `last` a blob of its own, so that Caffe need not."""
+    """Gives each reader of a blob in `last` a blob of its own, so that Caffe need not. If they can,
+    the readers share its gradient: the last one, whose turn is first, writes it, and the others add
+    to it."""
     for blob in sorted(last):
         writers = [i for i, layer in enumerate(net.layer) if blob in layer.top]
         readers = [
@@ -159,6 +168,9 @@ def split(net, last):
             continue
         layer = net.layer.add(name=f"{blob}/split", type="ChannelsLastSplit", bottom=[blob])
         layer.top[:] = [f"{blob}/split_{i}" for i in range(len(readers))]
-        net.layer.insert(writers[-1] + 1, net.layer.pop())
+        can_add = all(reader.type in ADDING for reader, _ in readers)
+        for reader, _ in readers[:-1] if can_add else ():
+            reader.python_param.param_str = layer.python_param.param_str = "adds"
         for (reader, i), top in zip(readers, layer.top):
             reader.bottom[i] = top
+        net.layer.insert(writers[-1] + 1, net.layer.pop())

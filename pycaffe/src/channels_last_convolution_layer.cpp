@@ -66,7 +66,8 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     Prepare();
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
       const float* mask = layer_param_.has_relu_param() ? top[0]->cpu_data() + n * top[0]->count(1) : nullptr;
-      way_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
+      way_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, Adds(),
+                     bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
     }
   }
 

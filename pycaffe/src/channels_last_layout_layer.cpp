@@ -1,5 +1,6 @@
-// Layers that move blobs (N, height, width, C): ChannelsLastConcat joins them, ChannelsLastSplit passes one on to several
-// layers, and ChannelsFirst makes them (N, C, height, width) for layers that have no version for these.
+// Layers that move blobs (N, height, width, C): ChannelsLastConcat joins them, with a relu_param after the ReLU of each;
+// ChannelsLastSplit passes one on to several layers, which may add up its gradient themselves, and ChannelsFirst makes them (N, C, height, width) for layers that have no
+// version for these.
 
 #include "channels_last/layer.hpp"
 
@@ -24,6 +25,7 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
  protected:
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
     const int width = top[0]->shape(3);
+    const bool relu = layer_param_.has_relu_param();
     float* out = top[0]->mutable_cpu_data();
     vector<const float*> parts;
     for (const Blob<float>* blob : bottom) parts.push_back(blob->cpu_data());
@@ -32,7 +34,13 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
         float* to = out + static_cast<long>(pixel) * width;
         for (int i = 0; i < parts.size(); ++i) {
           const int part = bottom[i]->shape(3);
-          to = std::copy_n(parts[i] + static_cast<long>(pixel) * part, part, to);
+          const float* from = parts[i] + static_cast<long>(pixel) * part;
+          if (relu) {
+            for (int c = 0; c < part; ++c) to[c] = 0 > from[c] ? 0 : from[c];
+          } else {
+            std::copy_n(from, part, to);
+          }
+          to += part;
         }
       }
     });
@@ -40,16 +48,22 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
 
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
     const int width = top[0]->shape(3);
-    const float* gradient = top[0]->cpu_diff();
+    const bool relu = layer_param_.has_relu_param();
+    const float *gradient = top[0]->cpu_diff(), *data = top[0]->cpu_data();
     vector<float*> parts;
     for (Blob<float>* blob : bottom) parts.push_back(blob->mutable_cpu_diff());
     channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
-        const float* from = gradient + static_cast<long>(pixel) * width;
+        const float *from = gradient + static_cast<long>(pixel) * width, *mask = data + static_cast<long>(pixel) * width;
         for (int i = 0; i < parts.size(); ++i) {
           const int part = bottom[i]->shape(3);
-          if (propagate_down[i]) std::copy_n(from, part, parts[i] + static_cast<long>(pixel) * part);
-          from += part;
+          float* to = parts[i] + static_cast<long>(pixel) * part;
+          if (propagate_down[i] && relu) {
+            for (int c = 0; c < part; ++c) to[c] = mask[c] > 0 ? from[c] : 0;
+          } else if (propagate_down[i]) {
+            std::copy_n(from, part, to);
+          }
+          from += part, mask += part;
         }
       }
     });
@@ -63,7 +77,10 @@ class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
   virtual inline int ExactNumBottomBlobs() const { return 1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
-    for (Blob<float>* blob : top) blob->ReshapeLike(*bottom[0]);
+    for (Blob<float>* blob : top) {
+      blob->ReshapeLike(*bottom[0]);
+      if (Adds()) blob->ShareDiff(*bottom[0]);
+    }
   }
 
  protected:
@@ -72,7 +89,7 @@ class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
   }
 
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
-    if (!propagate_down[0]) return;
+    if (!propagate_down[0] || Adds()) return;
     vector<const float*> parts;
     for (const Blob<float>* blob : top) parts.push_back(blob->cpu_diff());
     float* to = bottom[0]->mutable_cpu_diff();

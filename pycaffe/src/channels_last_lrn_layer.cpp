@@ -27,7 +27,6 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
     channels_ = bottom[0]->shape(3);
     top[0]->ReshapeLike(*bottom[0]);
     scale_.ReshapeLike(*bottom[0]);
-    power_.ReshapeLike(*bottom[0]);
   }
 
  protected:
@@ -35,7 +34,7 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
     using namespace channels_last;
     const float* in = bottom[0]->cpu_data();
-    float *out = top[0]->mutable_cpu_data(), *scales = scale_.mutable_cpu_data(), *powers = power_.mutable_cpu_data();
+    float *out = top[0]->mutable_cpu_data(), *scales = scale_.mutable_cpu_data();
     const int pixels = scale_.count() / channels_;
     ForRows(DivideUp(pixels, kLanes), static_cast<long>(kLanes) * channels_ * size_, [&](int begin, int end) {
       std::vector<float> scratch(2 * kLanes * WholeVectors(channels_));
@@ -43,8 +42,7 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
         const long first = static_cast<long>(block) * kLanes * channels_;
         const int count = std::min(kLanes, pixels - block * kLanes);
         SetScales(in + first, count, scales + first, scratch.data(), &scratch[scratch.size() / 2]);
-        for (long i = first; i < first + count * channels_; ++i) powers[i] = Power(scales[i]);
-        for (long i = first; i < first + count * channels_; ++i) out[i] = in[i] * powers[i];
+        for (long i = first; i < first + count * channels_; ++i) out[i] = in[i] * Power(scales[i]);
       }
     });
   }
@@ -53,15 +51,15 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
     if (!propagate_down[0]) return;
     const float *in = bottom[0]->cpu_data(), *out = top[0]->cpu_data(), *gradient = top[0]->cpu_diff();
-    const float *scales = scale_.cpu_data(), *powers = power_.cpu_data();
+    const float* scales = scale_.cpu_data();
     float* to = bottom[0]->mutable_cpu_diff();
     const float factor = 2 * alpha_ * 0.75f;
     ForPixels([&](long first, float* ratios) {
-      const float *x = in + first, *y = out + first, *d = gradient + first, *scale = scales + first, *power = powers + first;
+      const float *x = in + first, *y = out + first, *d = gradient + first, *scale = scales + first;
       float* result = to + first;
       for (int c = 0; c < channels_; ++c) ratios[c] = d[c] * y[c] / scale[c];
       SumWindows(ratios, result);
-      for (int c = 0; c < channels_; ++c) result[c] = d[c] * power[c] - factor * (x[c] * result[c]);
+      for (int c = 0; c < channels_; ++c) result[c] = d[c] * Power(scale[c]) - factor * (x[c] * result[c]);
     });
   }
 
@@ -69,31 +67,36 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
   // The scales of `count` pixels, which are summed up in the lanes of vectors. `squares` and `sums` are scratch.
   void SetScales(const float* in, int count, float* scales, float* squares, float* sums) const {
     using namespace channels_last;
-    const bool is_whole = count == kLanes;
-    for (int c = 0; c < channels_; c += kLanes) {
-      Vector rows[kLanes];
-      const int lanes = std::min(kLanes, channels_ - c);
+    const int channels = channels_, reach = size_ / 2;
+    Vector rows[kLanes];
+    for (int c = 0; c < channels; c += kLanes) {
+      if (count == kLanes && c + kLanes <= channels) {
 #pragma GCC unroll 16
-      for (int p = 0; p < kLanes; ++p) rows[p] = is_whole || p < count ? LoadFirst(in + p * channels_ + c, lanes) : Vector{};
+        for (int p = 0; p < kLanes; ++p) rows[p] = Load(in + p * channels + c);
+      } else {
+        for (int p = 0; p < kLanes; ++p) {
+          rows[p] = p < count ? LoadFirst(in + p * channels + c, std::min(kLanes, channels - c)) : Vector{};
+        }
+      }
       Transpose(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) Store(squares + (c + i) * kLanes, rows[i] * rows[i]);
     }
     Vector sum = Vector{} + k_;
-    const int reach = size_ / 2;
-    for (int c = -reach; c < channels_; ++c) {
-      if (c + reach < channels_) sum += alpha_ * Load(squares + (c + reach) * kLanes);
+    for (int c = -reach; c < channels; ++c) {
+      if (c + reach < channels) sum += alpha_ * Load(squares + (c + reach) * kLanes);
       if (c > reach) sum -= alpha_ * Load(squares + (c - reach - 1) * kLanes);
       if (c >= 0) Store(sums + c * kLanes, sum);
     }
-    for (int c = 0; c < channels_; c += kLanes) {
-      Vector rows[kLanes];
+    for (int c = 0; c < channels; c += kLanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) rows[i] = Load(sums + (c + i) * kLanes);
       Transpose(rows);
+      if (count == kLanes && c + kLanes <= channels) {
 #pragma GCC unroll 16
-      for (int p = 0; p < kLanes; ++p) {
-        if (is_whole || p < count) StoreFirst(scales + p * channels_ + c, rows[p], channels_ - c);
+        for (int p = 0; p < kLanes; ++p) Store(scales + p * channels + c, rows[p]);
+      } else {
+        for (int p = 0; p < count; ++p) StoreFirst(scales + p * channels + c, rows[p], channels - c);
       }
     }
   }
@@ -142,7 +145,7 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
 
   int size_, channels_;
   float alpha_, k_;
-  Blob<float> scale_, power_;
+  Blob<float> scale_;
 };
 
 REGISTER_CHANNELS_LAST(ChannelsLastLRN);

@@ -143,10 +143,11 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer {
   template <int kRows, int kColumns>
   void Sum(const float* gradient, const int* chosen, const Windows& windows, float* to) const {
     using namespace channels_last;
+    const bool adds = Adds();
     const int rows = kRows ? kRows : windows.rows, columns = kColumns ? kColumns : windows.columns;
     for (int c = 0; c < channels_; c += kLanes) {
-      Vector sum{};
       const int lanes = std::min(kLanes, channels_ - c);
+      Vector sum = adds ? LoadFirst(to + c, lanes) : Vector{};
       const auto add = [&](const auto& load) __attribute__((always_inline)) {
 #pragma GCC unroll 3
         for (int i = 0; i < rows; ++i) {

@@ -46,7 +46,7 @@ class Pointwise : public Way {
     Run(in, nullptr, inputs, outputs, forward_.data(), size, finish, out);
   }
 
-  virtual void Backward(const float* gradient, const float* mask, float* to) {
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     const size_t size = PackedSize(outputs, inputs);
     if (!backward_.data()) {
@@ -56,7 +56,7 @@ class Pointwise : public Way {
                    backward_.Need(g_.groups * size) + group * size);
       }
     }
-    Run(gradient, mask, outputs, inputs, backward_.data(), size, {nullptr, false}, to);
+    Run(gradient, mask, outputs, inputs, backward_.data(), size, {nullptr, false, adds}, to);
   }
 
  private:
@@ -79,7 +79,7 @@ class Pointwise : public Way {
         from = Masked(from, mask + (from - in), end - first, inputs, in_step);
         from_step = inputs;
       }
-      const Finish ours = {finish.bias ? finish.bias + group * outputs + channel : nullptr, finish.relu};
+      const Finish ours = {finish.bias ? finish.bias + group * outputs + channel : nullptr, finish.relu, finish.continues};
       MultiplyRow(end - first, inputs, std::min(outputs, panel.end * kPanel) - channel,
                   packed + group * size + static_cast<size_t>(inputs) * channel, ours,
                   out + first * out_step + group * outputs + channel, out_step,
@@ -125,7 +125,7 @@ class Filtered : public Way {
   }
 
   // The same with each kernel turned by half a turn.
-  virtual void Backward(const float* gradient, const float* mask, float* to) {
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     if (!backward_) {
       backward_.reset(new Filtering<M, R>[g_.groups]);
@@ -137,7 +137,7 @@ class Filtered : public Way {
     }
     for (int group = 0; group < g_.groups; ++group) {
       backward_[group].Run({gradient, g_.y.out_size, g_.x.out_size, g_.outputs, group * outputs}, mask,
-                           R - 1 - g_.y.pad, {nullptr, false},
+                           R - 1 - g_.y.pad, {nullptr, false, adds},
                            {to, g_.y.size, g_.x.size, g_.inputs, group * inputs});
     }
   }
@@ -175,7 +175,7 @@ class Phased : public Way {
                  {out, g_.y.out_size, g_.x.out_size, g_.outputs});
   }
 
-  virtual void Backward(const float* gradient, const float* mask, float* to) {
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     if (!is_backward_packed_) {
       is_backward_packed_ = true;
       backward_.Pack(g_.outputs, channels(), [&](int k, int o, int y, int x) { return Weight(k, o, 3 - y, 3 - x); });
@@ -184,12 +184,12 @@ class Phased : public Way {
                   {phases_.data(), height_, width_, step()});
     for (int y = 0; y < g_.y.size; ++y) {  // what no kernel reaches
       const int first = y < 2 * height_ - g_.y.pad ? std::max(0, 2 * width_ - g_.x.pad) : 0;
-      for (int x = first; x < g_.x.size; ++x) {
+      for (int x = first; x < g_.x.size && !adds; ++x) {
         for (int c = 0; c < g_.inputs; ++c) to[Place(c, y, x)] = 0;
       }
     }
     ForEach(height_, [&](int row) {
-      ForPixels(row, [&](long place, const float* phase) { to[place] = *phase; });
+      ForPixels(row, [&](long place, const float* phase) { to[place] = adds ? to[place] + *phase : *phase; });
     });
   }
 
@@ -269,7 +269,7 @@ class Direct : public Way {
     });
   }
 
-  virtual void Backward(const float* gradient, const float* mask, float* to) {
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     if (phases_.empty()) PackBackward();
     const int above = Reach(g_.y) / g_.y.stride + 1, left = Reach(g_.x) / g_.x.stride + 1;
@@ -283,11 +283,11 @@ class Direct : public Way {
         const int count = DivideUp(g_.x.size - x, g_.x.stride);
         float* out = to + (static_cast<long>(y) * g_.x.size + x) * g_.inputs + group * inputs;
         const long out_step = static_cast<long>(g_.x.stride) * g_.inputs;
-        for (int p = 0; phase.taps.empty() && p < count; ++p) std::fill_n(out + p * out_step, inputs, 0.f);
+        for (int p = 0; phase.taps.empty() && !adds && p < count; ++p) std::fill_n(out + p * out_step, inputs, 0.f);
         for (int i = 0; i < phase.taps.size(); ++i) {
           const float* from = bordered.at((y + g_.y.pad) / g_.y.stride - phase.taps[i].up + above,
                                           (x + g_.x.pad) / g_.x.stride - phase.taps[i].left + left) + group * outputs;
-          MultiplyRow(count, outputs, inputs, phase.packed[group * phase.taps.size() + i].data(), {nullptr, false, i > 0}, out,
+          MultiplyRow(count, outputs, inputs, phase.packed[group * phase.taps.size() + i].data(), {nullptr, false, adds || i > 0}, out,
                       out_step, [&](int first, std::vector<Segment>* segments) {
                         segments->push_back({from + first * bordered.step, bordered.step, outputs});
                       });
@@ -368,10 +368,10 @@ class Reordered : public Way {
     way_->Forward(copy_.data(), finish, out);
   }
 
-  virtual void Backward(const float* gradient, const float* mask, float* to) {
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     Need();
-    way_->Backward(gradient, mask, copy_.data());
-    ForNumbers([&](long place, const float* last) { to[place] = *last; });
+    way_->Backward(gradient, mask, false, copy_.data());
+    ForNumbers([&](long place, const float* last) { to[place] = adds ? to[place] + *last : *last; });
   }
 
  private:

@@ -36,7 +36,8 @@ class Way {
   // `out` of a picture `in`, both channels last.
   virtual void Forward(const float* in, const Finish& finish, float* out) = 0;
   // The gradient `to` by the input, from that by the output, which counts as 0 where `mask` is not positive, if that is not NULL.
-  virtual void Backward(const float* gradient, const float* mask, float* to) = 0;
+  // If it `adds`, the gradient is added to what is there.
+  virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) = 0;
 };
 
 // The fastest way for a geometry and an input of these strides. `weights` are Caffe's, (outputs, inputs of a group, kernel

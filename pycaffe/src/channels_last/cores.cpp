@@ -21,15 +21,17 @@ const std::chrono::microseconds kSoon(60);
 
 std::atomic<int>* free_cores = nullptr;
 
-struct {
+// What several threads change has a cache line of its own: they would wait for each other's.
+struct alignas(64) {
   void (*work)(const void*, int);
   const void* context;
-  std::atomic<int> pieces{0}, next{0};
+  std::atomic<int> pieces{0};
+  std::atomic<bool> is_open{false};  // whether there are pieces left to begin
+  alignas(64) std::atomic<int> next{0};
 } job;
-std::atomic<bool> is_open{false};  // whether `job` has pieces left to begin
-std::atomic<int> inside{0};        // helping threads that may be looking at `job`
-std::atomic<int> awake{0};         // helping threads with a core
-int helpers = 0;                   // all helping threads
+alignas(64) std::atomic<int> inside{0};  // helping threads that may be looking at `job`
+alignas(64) std::atomic<int> awake{0};   // helping threads with a core
+int helpers = 0;                         // all helping threads
 sem_t invitations;                 // cores taken for a helping thread that is to wake up
 
 inline void Pause() {
@@ -77,10 +79,10 @@ void Help() {
     }
     do {
       ++inside;
-      for (int i; is_open && !IsCoreWanted() && (i = job.next++) < job.pieces;) job.work(job.context, i);
+      for (int i; job.is_open && !IsCoreWanted() && (i = job.next++) < job.pieces;) job.work(job.context, i);
       --inside;
       // Until the last piece is done there is nothing to do; then the next layer's pieces come.
-    } while (WaitBriefly([] { return (is_open && job.next < job.pieces) || IsCoreWanted(); }) && !IsCoreWanted());
+    } while (WaitBriefly([] { return (job.is_open && job.next < job.pieces) || IsCoreWanted(); }) && !IsCoreWanted());
     --awake;
     ++*free_cores;
   }
@@ -113,10 +115,10 @@ void ForEachPiece(int pieces, void (*work)(const void*, int), const void* contex
   job.next = 0;
   if (observer) return Observe();
   if (pieces < 2 || !free_cores) return TakePieces();
-  is_open = true;
+  job.is_open = true;
   Invite(pieces - 1 - awake);
   TakePieces();
-  is_open = false;
+  job.is_open = false;
   while (!WaitBriefly([] { return inside == 0; })) {  // a helping thread was interrupted by another program
     const timespec moment = {0, 50000};
     nanosleep(&moment, nullptr);

@@ -158,14 +158,16 @@ class Filtering {
         float* to = out.at(y, x) + channel + o;
         const long row = out.width * out.step;
         if (y + M <= out.height && x + M <= out.width && o + kLanes <= width) {
-          TransformBack(from, product_matrix, bias, finish.relu, to, row, out.step);
+          TransformBack(from, product_matrix, bias, finish, to, row, out.step);
           continue;
         }
         float numbers[M * M * kLanes];
-        TransformBack(from, product_matrix, bias, finish.relu, numbers, M * kLanes, kLanes);
+        TransformBack(from, product_matrix, bias, {nullptr, finish.relu}, numbers, M * kLanes, kLanes);
         for (int i = 0; i < std::min(M, out.height - y); ++i) {
           for (int j = 0; j < std::min(M, out.width - x); ++j) {
-            std::copy_n(numbers + (i * M + j) * kLanes, std::min(kLanes, width - o), to + i * row + j * out.step);
+            const float* number = numbers + (i * M + j) * kLanes;
+            float* place = to + i * row + j * out.step;
+            for (int k = 0; k < std::min(kLanes, width - o); ++k) place[k] = finish.continues ? place[k] + number[k] : number[k];
           }
         }
       }
@@ -173,8 +175,8 @@ class Filtering {
   }
 
   // Vectors of products, `matrix` apart, to M x M outputs.
-  static inline __attribute__((always_inline)) void TransformBack(const float* products, long matrix, Vector bias, bool relu,
-                                                                  float* to, long row, long step) {
+  static inline __attribute__((always_inline)) void TransformBack(const float* products, long matrix, Vector bias,
+                                                                  const Finish& finish, float* to, long row, long step) {
     Vector half[M][N];
 #pragma GCC unroll 8
     for (int x = 0; x < N; ++x, products += matrix) {
@@ -189,7 +191,11 @@ class Filtering {
       Vector line[M];
       kTransforms.Out(half[y], 1, line, 1);
 #pragma GCC unroll 4
-      for (int x = 0; x < M; ++x) Store(to + x * step, relu ? Relu(line[x] + bias) : line[x] + bias);
+      for (int x = 0; x < M; ++x) {
+        Vector sum = line[x] + bias;
+        if (finish.continues) sum += Load(to + x * step);
+        Store(to + x * step, finish.relu ? Relu(sum) : sum);
+      }
       asm("" : "+r"(to));
     }
   }

@@ -18,7 +18,7 @@ namespace channels_last {
 // Calls work(begin, end) for parts of `rows` rows of `length` numbers, each large enough for another thread.
 template <class Work>
 void ForRows(int rows, long length, const Work& work) {
-  const int each = std::max(1L, (1L << 14) / std::max(1L, length));
+  const int each = std::max(1L, (1L << 16) / std::max(1L, length));
   ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
 }
 
@@ -30,6 +30,11 @@ class ChannelsLastLayer : public Layer<float> {
   explicit ChannelsLastLayer(const LayerParameter& param) : Layer<float>(param) {}
   virtual inline int MinBottomBlobs() const { return 1; }
   virtual inline int MinTopBlobs() const { return 1; }
+
+ protected:
+  // Whether the gradient by the bottom is added to what is there already: that of the bottom's other readers, which share it.
+  // The param_str of python_param, free for layers that Caffe does not know, says so, and to a Split that its tops share one.
+  bool Adds() const { return layer_param_.python_param().param_str() == "adds"; }
 };
 
 template <class Made>
