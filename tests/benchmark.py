@@ -37,7 +37,7 @@ from cnn_vis_lib.caffemodel import read_weights
 from cnn_vis_lib.compiled_step import compiled_step
 from cnn_vis_lib.description import Description, fit_classifier
 from cnn_vis_lib.find_network import find_network
-from cnn_vis_lib.machine import count_cores
+from cnn_vis_lib.machine import count_cores, huge_pages
 from cnn_vis_lib.network import Network, NetworkSpec
 from cnn_vis_lib.pixels import resize
 from cnn_vis_lib.prototxt import caffe_net, import_caffe
@@ -195,7 +195,7 @@ def measure_floor(spec, tile):
     for name, (weight, *_) in loaded.params.items():
         outputs, columns = weight.shape[0], int(np.prod(weight.shape[1:]))
         top = loaded.blobs[loaded.top_names[name][0]]
-        pixels = top.shape[2] * top.shape[3]
+        pixels = top.count // outputs
         w, x, y = (
             np.random.rand(*s).astype(np.float32)
             for s in ((outputs, columns), (columns, pixels), (outputs, pixels))
@@ -238,9 +238,8 @@ def measured(what, arguments, threads=1, copies=1):
     command = [sys.executable, __file__, "--measure", json.dumps([what, *arguments]), *sys.argv[1:]]
     threaded = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [
-        subprocess.Popen(command, env=os.environ | threaded, **options) for _ in range(copies)
-    ]
+    environment = os.environ | huge_pages() | threaded
+    running = [subprocess.Popen(command, env=environment, **options) for _ in range(copies)]
     said = [process.communicate() for process in running]
     if any(process.returncode for process in running):
         why = "".join(errors for _, errors in said).strip().splitlines()[-1]
