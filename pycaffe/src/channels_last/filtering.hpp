@@ -43,15 +43,18 @@ class Filtering {
            const Picture<float>& out) const {
     const int columns = DivideUp(out.width, M), patches = DivideUp(out.height, M) * columns;
     const int input_step = WholeVectors(inputs_), panels = DivideUp(outputs_, kPanel);
+    // So many blocks that each stays in a core's cache, and that there is work for many cores; but each uses weights for several
+    // patches.
     const int most = kCached / (kArea * input_step) / kPixels * kPixels;
-    const Ranges blocks(patches, DivideUp(patches, std::max(kPixels, std::min(most, 4 * kPixels))));
+    const int least = DivideUp(patches, std::max(kPixels, std::min(most, 4 * kPixels)));
+    const Ranges blocks(patches, std::max(least, std::min(DivideUp(patches, kPixels), DivideUp(kPieces, panels))));
     const int largest = DivideUp(patches, blocks.size());
     const long matrix = static_cast<long>(largest) * input_step + kLanes;  // not a power of two: those share a cache's places
     const auto transform = [&](int patch, int b, float* to) {
       TransformPatch(in, mask, patch / columns * M - offset, patch % columns * M - offset,
                      to + (patch - blocks[b].begin) * input_step, matrix);
     };
-    if (blocks.size() >= kEnough) {  // each stays in the cache of one core
+    if (blocks.size() >= kPieces) {  // none need wait for others
       ForEach(blocks.size(), [&](int b) {
         float* own = OwnScratch(kArea * (matrix + ProductsStep(largest, kPanel)));
         for (int patch = blocks[b].begin; patch < blocks[b].end; ++patch) transform(patch, b, own);
@@ -62,8 +65,9 @@ class Filtering {
       return;
     }
     float* shared = SharedScratch(blocks.size() * kArea * matrix);
-    ForEach(DivideUp(patches, kPixels), [&](int piece) {
-      const int first = piece * kPixels, end = std::min(first + kPixels, patches);
+    const Ranges turns(patches, std::min(patches, std::max(kPieces, DivideUp(patches, kPixels))));
+    ForEach(turns.size(), [&](int piece) {
+      const int first = turns[piece].begin, end = turns[piece].end;
       for (int patch = first, b = blocks.Find(first); patch < end; ++patch) {
         if (patch == blocks[b].end) ++b;
         transform(patch, b, shared + b * kArea * matrix);
@@ -80,7 +84,7 @@ class Filtering {
   static constexpr int N = Filter<M, R>::N, kArea = N * N;
   static constexpr Transforms<M, R> kTransforms{};
   static constexpr int kCached = 1 << 17;  // numbers that a core's cache holds with ease
-  static constexpr int kEnough = 8;        // blocks that are work for all cores
+  static constexpr int kPieces = 16;       // enough for all cores
 
   static long ProductsStep(int patches, int width) { return static_cast<long>(patches) * width + kLanes; }
 
