@@ -2,10 +2,12 @@
 NumPy stands in for PyTorch, which these tests do not need."""
 
 import sys
+import time
 import types
 
 import benchmark
 import numpy as np
+import occupancy
 import pytest
 import torch_network
 from conftest import GOLDEN, ROOT, Ascent
@@ -124,3 +126,25 @@ def test_a_row_that_fails_says_so_and_why(monkeypatch):
         import torch  # noqa: F401
     except ModuleNotFoundError:
         assert benchmark.measured("torch", [1]) == "not installed"
+
+
+def test_the_time_of_a_tile_on_many_cores_is_that_of_its_pieces():
+    assert occupancy.makespan([3, 1, 1, 1], 2) == 3
+    assert occupancy.makespan([1, 1, 1], 2) == 2
+    assert occupancy.makespan([1, 2], 8) == 2
+    # 8 ms in four pieces, 1 in one, 1 besides; on two cores half a millisecond for sharing.
+    tile_time = occupancy.TileTime(one=10, two=6.5, pieces=[[2] * 4, [1]])
+    assert tile_time.moment == pytest.approx(0.5)
+    assert [tile_time(n) for n in (1, 2, 3, 4, 32)] == pytest.approx([10, 6.5, 6.5, 4.5, 4.5])
+
+
+def test_sleeping_workers_share_the_cores():
+    """Two tiles on two cores take as long as one tile on one core, and both cores are busy."""
+    engine = occupancy.Sleeping(2, lambda cores: 60 / cores)
+    begun = time.perf_counter()
+    tickets = [engine.send([None]) for _ in range(2)]
+    while not all(map(engine.is_done, tickets)):
+        pass
+    passed = time.perf_counter() - begun
+    assert passed >= 0.06
+    assert engine.busy == pytest.approx(0.12, rel=1e-3)
