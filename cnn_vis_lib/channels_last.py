@@ -1,18 +1,20 @@
 """On the CPU, a network whose blobs have the channels last, (N, H, W, C), as far as this program's
-build of Caffe has layers for that: they are several times faster than Caffe's own, and share their
-work among cores. Results differ only by rounding."""
+build of Caffe has layers for that: they are faster than Caffe's own, and share their work among
+cores. Results differ only by rounding."""
 
 import itertools
 
 from .prototxt import import_caffe
 
-ENTRANCE = "Convolution"  # takes both layouts
+CONVOLUTION = "Convolution"  # takes both layouts
 
 
 def convolution_fits(layer):
-    """Whether it is one in two dimensions."""
+    """Whether it is one in two dimensions that does not treat each channel alone: there is nothing
+    to gain for those."""
     own = layer.convolution_param
-    return own.axis == 1 and len(own.kernel_size) <= 2
+    is_joint = own.group == 1 or own.num_output >= 8 * own.group
+    return own.axis == 1 and len(own.kernel_size) <= 2 and is_joint
 
 
 def pooling_fits(layer):
@@ -20,8 +22,8 @@ def pooling_fits(layer):
     own = layer.pooling_param
     sides = own.kernel_size or own.kernel_h, own.kernel_size or own.kernel_w
     pads = own.pad or own.pad_h, own.pad or own.pad_w
-    is_usual = own.pool == own.MAX and not own.global_pooling and len(layer.top) == 1
-    return is_usual and sides[0] * sides[1] < 255 and all(p < k for p, k in zip(pads, sides))
+    is_usual = own.pool == own.MAX and not own.global_pooling
+    return is_usual and all(pad < side for pad, side in zip(pads, sides))
 
 
 def lrn_fits(layer):
@@ -46,11 +48,11 @@ def batch_norm_fits(layer):
 def scale_fits(layer):
     """Whether it multiplies each channel by a weight."""
     own = layer.scale_param
-    return own.axis == 1 and own.num_axes == 1 and len(layer.bottom) == 1
+    return own.axis == 1 and own.num_axes == 1
 
 
 FITS = {  # {Caffe's type: whether the layer has a version for channels last}
-    ENTRANCE: convolution_fits,
+    CONVOLUTION: convolution_fits,
     "Pooling": pooling_fits,
     "LRN": lrn_fits,
     "Concat": concat_fits,
@@ -59,12 +61,24 @@ FITS = {  # {Caffe's type: whether the layer has a version for channels last}
 }
 # Types of layers to which it is all the same where the channels are.
 ELEMENTWISE = {
-    *("AbsVal", "BNLL", "Dropout", "ELU", "Eltwise", "Exp", "Log", "Power", "ReLU", "Sigmoid"),
+    *(
+        "AbsVal",
+        "BNLL",
+        "Clip",
+        "Dropout",
+        "ELU",
+        "Eltwise",
+        "Exp",
+        "Log",
+        "Power",
+        "ReLU",
+        "Sigmoid",
+    ),
     *("Swish", "TanH"),
 }
 
 
-ADDING = {f"ChannelsLast{ENTRANCE}", "ChannelsLastPooling"}  # can add to a gradient
+ADDING = {f"ChannelsLast{CONVOLUTION}", "ChannelsLastPooling"}  # can add to a gradient
 
 
 def use_channels_last(net, targets):
@@ -72,11 +86,15 @@ def use_channels_last(net, targets):
     has them. Returns the names of the blobs that then have them last. All targets keep their names
     and what is computed in place on them; other blobs may lose an in-place ReLU to the convolution
     before it."""
-    if f"ChannelsLast{ENTRANCE}" not in import_caffe().layer_type_list():
+    if f"ChannelsLast{CONVOLUTION}" not in import_caffe().layer_type_list():
         return set()
-    join_relus(net, targets)
-    last = change_layers(net, targets)
-    split(net, last)
+    # Backward starts at the layer that makes a target, without passing a copy of it. So where
+    # another layer works in place on a target, all stays as it is.
+    others = [layer for layer in net.layer if not passes_on(layer)]
+    fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
+    join_relus(net, targets, fixed)
+    last = change_layers(net, fixed)
+    split(net, last, targets)
     return last
 
 
@@ -86,13 +104,19 @@ def is_fast(layer):
     return is_single and layer.type in FITS and FITS[layer.type](layer)
 
 
-def join_relus(net, targets):
+def passes_on(layer):
+    """Whether the layer can have its channels last if what it reads has them last."""
+    is_mixed = len(layer.bottom) > 1 and not {*layer.bottom}.isdisjoint(layer.top)
+    return (layer.type in ELEMENTWISE and not is_mixed) or is_fast(layer)
+
+
+def join_relus(net, targets, fixed):
     """Removes each in-place ReLU after a convolution that can be done in another layer: where that
     is least work, in the only layer that reads the result, or else in the convolution. For max
     pooling the order makes no difference; Concat does the ReLUs of all that it joins, or none."""
     relus = {}  # {blob: (the convolution that makes it, its ReLU, the layers that then read it)}
     for layer in net.layer:
-        if layer.type == ENTRANCE and is_fast(layer) and layer.top[0] not in targets:
+        if layer.type == CONVOLUTION and is_fast(layer) and layer.top[0] not in targets:
             relu, *readers = [o for o in net.layer if layer.top[0] in o.bottom] or [None]
             is_plain = relu and relu.type == "ReLU" and not relu.relu_param.negative_slope
             if is_plain and relu.top == layer.top:
@@ -101,29 +125,23 @@ def join_relus(net, targets):
         joined = set(readers[0].bottom) if len(readers) == 1 and is_fast(readers[0]) else set()
         is_common = all(blob in relus and len(relus[blob][2]) == 1 for blob in joined)
         is_later = joined and readers[0].type in ("Pooling", "Concat") and is_common
+        is_later = is_later and fixed.isdisjoint(readers[0].top)
         (readers[0] if is_later else layer).relu_param.SetInParent()
         net.layer.remove(relu)
 
 
-def change_layers(net, targets):
-    """Changes the types of layers; returns the blobs that then have the channels last. Where
-    another layer needs them first, it gets a copy."""
-
-    def passes_on(layer):
-        return layer.type in ELEMENTWISE or is_fast(layer)
-
-    # Backward starts at the layer that makes a target, without passing a copy.
-    others = [layer for layer in net.layer if not passes_on(layer)]
-    fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
-    last = set()
+def change_layers(net, fixed):
+    """Changes the types of layers, but of those that make a blob in `fixed`; returns the blobs that
+    then have the channels last. Where another layer needs them first, it gets a copy."""
+    last, reshaped = set(), set()  # reshaped: perhaps not pictures any more
     for layer in list(net.layer):
-        bottoms, can_enter = set(layer.bottom), layer.type == ENTRANCE and is_fast(layer)
+        bottoms, is_free = set(layer.bottom), fixed.isdisjoint(layer.top)
         is_last = bool(bottoms) and bottoms <= last
-        if can_enter and not is_last and fixed.isdisjoint(layer.top):
-            layer.type = f"ChannelsLast{ENTRANCE}"
-            last.update(layer.top)
-        elif is_last and passes_on(layer) and fixed.isdisjoint(layer.top):
-            if layer.type == ENTRANCE:
+        can_enter = layer.type == CONVOLUTION and is_fast(layer) and bottoms.isdisjoint(reshaped)
+        if layer.type == "Reshape" or not bottoms.isdisjoint(reshaped):
+            reshaped.update(layer.top)
+        if is_free and ((is_last and passes_on(layer)) or can_enter):
+            if is_last and layer.type == CONVOLUTION:
                 layer.convolution_param.axis = 3
             if layer.type in FITS:
                 layer.type = f"ChannelsLast{layer.type}"
@@ -152,10 +170,13 @@ def copy_before(net, layer, blob, last):
         net.layer.insert(place, net.layer.pop())
 
 
-def split(net, last):
+def split(net, last, targets):
     """Gives each reader of a blob in `last` a blob of its own, so that Caffe need not. If they can,
     the readers share its gradient: the last one, whose turn is first, writes it, and the others add
     to it."""
+    tops = [list(layer.top) for layer in net.layer]
+    start = max(next(i for i, top in enumerate(tops) if blob in top) for blob in targets)
+    running = {layer.name for layer in net.layer[: start + 1]}  # backward
     for blob in sorted(last):
         writers = [i for i, layer in enumerate(net.layer) if blob in layer.top]
         readers = [
@@ -168,7 +189,7 @@ def split(net, last):
             continue
         layer = net.layer.add(name=f"{blob}/split", type="ChannelsLastSplit", bottom=[blob])
         layer.top[:] = [f"{blob}/split_{i}" for i in range(len(readers))]
-        can_add = all(reader.type in ADDING for reader, _ in readers)
+        can_add = all(o.type in ADDING and o.name in running for o, _ in readers)
         for reader, _ in readers[:-1] if can_add else ():
             reader.python_param.param_str = layer.python_param.param_str = "adds"
         for (reader, i), top in zip(readers, layer.top):

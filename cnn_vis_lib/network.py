@@ -170,6 +170,11 @@ class End:
     is_read: bool
     is_last: bool
 
+    def shape(self):
+        """The (C, ...) of one tile's activations."""
+        _, *sides = self.blob.shape
+        return (sides[-1], *sides[:-1]) if self.is_last else tuple(sides)
+
     def array(self, kind):
         """The blob's "data" or "diff", (N, C, ...), for reading only."""
         return self._channels_first(read_only(self.blob, kind))
@@ -201,7 +206,7 @@ class Network:
         if spec.use_gpu:
             use_fast_layers(net, TF32_LAYERS if spec.tf32 else GPU_LAYERS)
         last = set() if spec.use_gpu else use_channels_last(net, blobs)
-        # Caffe's layer for a single channel would look for it where it is otherwise.
+        # Caffe's layer for a single channel assumes that channels come first.
         is_one = spec.objective and (blobs[0] not in last or spec.objective[0] != "AmplifyNeuron")
         self.has_objective = bool(is_one) and end_in_objective(net, blobs[0], *spec.objective)
         self.spec, self.mean, self._net = spec, spec.files.mean, caffe_net(net)
@@ -217,7 +222,7 @@ class Network:
         for layer, blob in zip(spec.layers, blobs):
             start = order.index(description.starts[blob])
             self._ends[layer] = End(blob, self._net.blobs[blob], start, blob in read, blob in last)
-        self.shapes = {layer: end.array("data").shape[1:] for layer, end in self._ends.items()}
+        self.shapes = {layer: end.shape() for layer, end in self._ends.items()}
         for layer in [layer for layer, shape in self.shapes.items() if not shape]:
             problem = "this layer's output is a single number, without channels"
             raise refusal("layer", layer, problem, ANOTHER_LAYER)

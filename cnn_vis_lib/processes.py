@@ -239,8 +239,8 @@ class CaffeProcesses:
     def start(self):
         """Starts the processes. Raises RunFailed."""
         started = self._started(self.gpus or [None] * self.number)
-        # The one that was used last comes first: its network is in the processor's cache. Until
-        # now, tasks find the dead ones, and fail.
+        # Until now, tasks find the dead ones, and fail. From now on, the one that was used last
+        # comes first: its network is in the processor's cache.
         self._workers, self._idle = [], queue.LifoQueue()
         self._add(started)
 
@@ -342,13 +342,13 @@ class CaffeProcesses:
         `restart` raise."""
         return self.restarting(lambda: self.submit(task, *arguments).result())
 
-    def restarting(self, function):
+    def restarting(self, function, restart=None):
         """Returns function(), which is called again after a `restart` if it raises WorkerDied."""
         while True:
             try:
                 return function()
             except WorkerDied:
-                self.restart()
+                (restart or self.restart)()
 
 
 def in_a_worker(task, *arguments):

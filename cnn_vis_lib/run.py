@@ -176,6 +176,7 @@ def expected_time(dream):
     pace, most, rounds = Pace(dream), 1, 0
     if pace.total - pace.done < FEW_TILES or not log.isEnabledFor(logging.INFO):
         return ""
+    engine.expect(max(map(len, dream.tiles(dream.size))))
     for number, size in enumerate(dream.sizes[dream.size_number - 1 :]):
         left = steps if number else steps - dream.step
         turns = [math.ceil(len(colour) / engine.number) for colour in dream.tiles(size)]

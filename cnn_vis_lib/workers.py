@@ -102,50 +102,50 @@ def load_network(spec):
     return kept_network[spec]
 
 
-class SharedMemory:
-    """The memory that is open as `descriptor`, here and in the worker processes. Attributes: cores,
-    an array of one number, that of the cores that nobody uses, which stays where it is if the
-    memory is made smaller; slots, a float32 array of `shape` (slots, 2, batch, 3, H, W), each tiles
-    and their gradients."""
+def map_slots(descriptor, shape):
+    """The slots in the memory that is open as `descriptor`, here and in the worker processes, as a
+    float32 array of `shape` (slots, 2, batch, 3, H, W): each holds tiles and their gradients."""
+    memory = mmap.mmap(descriptor, slots_size(shape))
+    slots = np.frombuffer(memory, np.float32, math.prod(shape), mmap.PAGESIZE)
+    return slots.reshape(shape)
 
-    def __init__(self, descriptor, shape):
-        memory = mmap.mmap(descriptor, self.size(shape))
-        self.cores = np.frombuffer(memory, np.int32, 1)
-        slots = np.frombuffer(memory, np.float32, math.prod(shape), mmap.PAGESIZE)
-        self.slots = slots.reshape(shape)
 
-    @staticmethod
-    def size(shape):
-        """How many bytes it needs."""
-        return mmap.PAGESIZE + 4 * math.prod(shape)
+def slots_size(shape):
+    """The bytes that the memory needs for such slots, and a page before them."""
+    return mmap.PAGESIZE + 4 * math.prod(shape)
 
-    def share_cores(self):
-        """In a worker: lets layers of this program's build of Caffe use cores that are free."""
-        share = getattr(caffe_library(), "cnn_vis_share_cores", None)
-        if share:
-            share(ctypes.c_void_p(self.cores.ctypes.data))
 
-    @contextlib.contextmanager
-    def core(self):
-        """In a worker: within this context, it uses one core more."""
-        library = caffe_library()
-        if not hasattr(library, "cnn_vis_take_core"):
-            yield
-            return
+attach = functools.lru_cache(1)(map_slots)  # in a worker
+
+
+def map_cores(descriptor):
+    """The number of cores that nobody uses, an array in the first page of that memory."""
+    return np.frombuffer(mmap.mmap(descriptor, mmap.PAGESIZE), np.int32, 1)
+
+
+@functools.cache
+def share_cores(descriptor):
+    """In a worker: lets layers of this program's build of Caffe use cores that are free, from now
+    on. Returns Caffe's library, or None if it cannot."""
+    library, cores = caffe_library(), map_cores(descriptor)
+    if not hasattr(library, "cnn_vis_share_cores"):
+        return None
+    library.cnn_vis_share_cores(ctypes.c_void_p(cores.ctypes.data))
+    library.cores = cores  # stays mapped
+    return library
+
+
+@contextlib.contextmanager
+def one_core(descriptor):
+    """In a worker: within this context, it uses one core more."""
+    library = share_cores(descriptor)
+    if library:
         library.cnn_vis_take_core()
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        if library:
             library.cnn_vis_return_core()
-
-
-@functools.lru_cache(1)
-def attach(use_gpu, descriptor, shape):
-    """In a worker: the SharedMemory."""
-    memory = SharedMemory(descriptor, shape)
-    if not use_gpu:
-        memory.share_cores()
-    return memory
 
 
 @functools.lru_cache(1)
@@ -201,21 +201,20 @@ def check_batch(batch_size, slots, tile_size):
 def compute_slot(spec, objective, memory, slot, count, measure):
     """Task: computes the gradients of the slot's first `count` tiles; returns their losses, None
     unless `measure`."""
-    memory = attach(spec.use_gpu, *memory)
-    tiles_in, gradients_out = memory.slots[slot, :, :count]
+    tiles_in, gradients_out = attach(*memory)[slot, :, :count]
     work = load_network(spec), prepared(objective, spec)
-    with contextlib.nullcontext() if spec.use_gpu else memory.core():
+    with contextlib.nullcontext() if spec.use_gpu else one_core(memory[0]):
         gradients_out[...], losses = compute_batch(*work, tiles_in, measure)
     return losses
 
 
 class Workers(Engine):
     """The engine on this machine: processes on the GPUs in `gpus`, or on `cores` cores of the CPU.
-    There, a process computes a tile, and there are as many as tiles at the same time, but at least
-    two if there are two cores. Those that are free help: a layer's work is done in pieces, which
-    are the same for any number of cores, so the results are, too. A worker that is killed from
-    outside is replaced, and its tiles are computed again. With `or_cpu`, the CPU is used if the
-    GPUs fail in `describe`."""
+    On the CPU, one process computes one tile; as many run as there are tiles to compute at once, at
+    least two if there are two cores. Idle cores help: a layer's work is done in pieces, which are
+    the same for any number of cores, and so are the results. A worker that is killed from outside
+    is replaced, and its tiles are computed again. With `or_cpu`, the CPU is used if the GPUs fail
+    in `describe`."""
 
     EACH = 2  # processes per GPU: one computes while the other transfers its tiles
 
@@ -227,7 +226,9 @@ class Workers(Engine):
         with system_limits():
             self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
         self._set_out(gpus, self.EACH, device)
-        self._shared = None
+        os.truncate(self._memory_file.fileno(), mmap.PAGESIZE)
+        self._free_cores = map_cores(self._memory_file.fileno())
+        self._free_cores[0] = cores
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     @property
@@ -282,7 +283,7 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            facts = self.processes.restarting(self._described)
+            facts = self.processes.restarting(self._described, self._restart)
         except LayerFailed:
             raise self._bad_layer() from None
         except CaffeStopped as error:
@@ -293,6 +294,10 @@ class Workers(Engine):
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.shapes, notices = facts
         self.notices += notices
+
+    def _restart(self):
+        self.processes.restart()
+        self._free_cores[0] = self._cores  # those of the dead are free
 
     def _bad_layer(self):
         """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
@@ -341,14 +346,12 @@ class Workers(Engine):
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
         try:
-            os.truncate(self._memory_file.fileno(), SharedMemory.size(shape))
+            os.truncate(self._memory_file.fileno(), slots_size(shape))
         except OSError as error:
             problem = f"{one_line(error)}{remedy_of(error)}"
             raise RunFailed(f"memory shared with workers: {problem}") from None
         self._memory = (self._memory_file.fileno(), shape)
-        is_new, self._shared = self._shared is None, SharedMemory(*self._memory)
-        if is_new:
-            self._shared.cores[0] = self._cores
+        self._slots = map_slots(*self._memory)
         self._free = list(range(slots))
 
     def has_room(self):
@@ -357,7 +360,7 @@ class Workers(Engine):
     def send(self, tiles_in, measure=True):
         slot = self._free.pop()
         for i, tile in enumerate(tiles_in):
-            self._shared.slots[slot, 0, i] = tile
+            self._slots[slot, 0, i] = tile
         self._compute(slot, len(tiles_in), measure)
         return slot
 
@@ -375,11 +378,10 @@ class Workers(Engine):
                 losses = future.result()
                 break
             except WorkerDied:
-                self.processes.restart()
-                self._shared.cores[0] = self._cores  # those of the dead are free
+                self._restart()
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
                         self._compute(slot, *job)
         del self._jobs[ticket]
         self._free.append(ticket)
-        return list(zip(self._shared.slots[ticket, 1, :count].copy(), losses))
+        return list(zip(self._slots[ticket, 1, :count].copy(), losses))

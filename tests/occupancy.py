@@ -37,8 +37,8 @@ def measure_pieces(spec, tile):
     each = len(parts) // 5
     passes = [parts[i * each : (i + 1) * each] for i in range(5)]
     pieces = [(1000 * np.median(same, axis=0)).tolist() for same in zip(*passes)]
-    cores = ctypes.c_int(1)  # besides this one
-    library.cnn_vis_share_cores(ctypes.byref(cores))
+    library.cores = ctypes.c_int(1)  # besides this one; helping threads keep its address
+    library.cnn_vis_share_cores(ctypes.byref(library.cores))
     times[2] = milliseconds(gradient, 25)
     return {"one": times[1], "two": times[2], "pieces": pieces}
 

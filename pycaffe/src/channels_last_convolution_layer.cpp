@@ -8,7 +8,7 @@ namespace caffe {
 
 class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsLastConvolutionLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastConvolution"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
@@ -24,8 +24,8 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     CHECK_EQ(geometry_.outputs % geometry_.groups, 0);
     for (int i = 0; i < 2; ++i) {
       channels_last::Side& side = i ? geometry_.x : geometry_.y;
-      side.kernel = OneOf(c.kernel_size(), i, c.has_kernel_h(), i ? c.kernel_w() : c.kernel_h(), 0);
-      side.stride = OneOf(c.stride(), i, c.has_stride_h(), i ? c.stride_w() : c.stride_h(), 1);
+      side.kernel = OneOf(c.kernel_size(), i, c.has_kernel_h() || c.has_kernel_w(), i ? c.kernel_w() : c.kernel_h(), 0);
+      side.stride = OneOf(c.stride(), i, c.has_stride_h() || c.has_stride_w(), i ? c.stride_w() : c.stride_h(), 1);
       side.pad = OneOf(c.pad(), i, c.has_pad_h() || c.has_pad_w(), i ? c.pad_w() : c.pad_h(), 0);
       side.dilation = OneOf(c.dilation(), i, false, 0, 1);
       CHECK(side.kernel > 0 && side.stride > 0 && side.dilation > 0) << "sizes of the kernel";
@@ -56,7 +56,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     Prepare();
     const float* bias = blobs_.size() > 1 ? bias_.data() : nullptr;
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
-      way_->Forward(bottom[0]->cpu_data() + n * bottom[0]->count(1), {bias, layer_param_.has_relu_param()},
+      algorithm_->Forward(bottom[0]->cpu_data() + n * bottom[0]->count(1), {bias, layer_param_.has_relu_param()},
                     top[0]->mutable_cpu_data() + n * top[0]->count(1));
     }
   }
@@ -66,7 +66,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     Prepare();
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
       const float* mask = layer_param_.has_relu_param() ? top[0]->cpu_data() + n * top[0]->count(1) : nullptr;
-      way_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, Adds(),
+      algorithm_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, Adds(),
                      bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
     }
   }
@@ -78,14 +78,14 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     return is_own ? own : numbers.size() == 0 ? otherwise : numbers.Get(numbers.size() > 1 ? i : 0);
   }
 
-  // Chooses the way for the size of the picture, and copies the bias, filled up to whole vectors.
+  // Chooses the algorithm for the size of the picture, and copies the bias, filled up to whole vectors.
   void Prepare() {
-    if (way_ && geometry_ == prepared_) return;
+    if (algorithm_ && geometry_ == prepared_) return;
     prepared_ = geometry_;
     const channels_last::Side &y = geometry_.y, &x = geometry_.x;
     const channels_last::Strides planar = {static_cast<long>(y.size) * x.size, 1, x.size};
     const channels_last::Strides last = {1, geometry_.inputs, static_cast<long>(x.size) * geometry_.inputs};
-    way_ = channels_last::ChooseWay(geometry_, is_planar_ ? planar : last, blobs_[0]->cpu_data());
+    algorithm_ = channels_last::ChooseAlgorithm(geometry_, is_planar_ ? planar : last, blobs_[0]->cpu_data());
     if (blobs_.size() > 1) {
       const float* bias = blobs_[1]->cpu_data();
       std::copy(bias, bias + geometry_.outputs, bias_.Need(channels_last::WholeVectors(geometry_.outputs)));
@@ -94,7 +94,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
 
   channels_last::Geometry geometry_, prepared_;
   bool is_planar_;
-  std::unique_ptr<channels_last::Way> way_;
+  std::unique_ptr<channels_last::Algorithm> algorithm_;
   channels_last::Buffer bias_;
 };
 

@@ -1,6 +1,7 @@
-// Layers that move blobs (N, height, width, C): ChannelsLastConcat joins them, with a relu_param after the ReLU of each;
-// ChannelsLastSplit passes one on to several layers, which may add up its gradient themselves, and ChannelsFirst makes them (N, C, height, width) for layers that have no
-// version for these.
+// Layers that move blobs (N, height, width, C).
+// ChannelsLastConcat joins several; with a relu_param, after the ReLU of each.
+// ChannelsLastSplit passes one on to several layers. They may add up its gradient themselves.
+// ChannelsFirst copies one to a blob (N, C, height, width), for layers that need that.
 
 #include "channels_last/layer.hpp"
 
@@ -8,7 +9,7 @@ namespace caffe {
 
 class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsLastConcatLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastConcat"; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
@@ -49,21 +50,23 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
     const int width = top[0]->shape(3);
     const bool relu = layer_param_.has_relu_param();
-    const float *gradient = top[0]->cpu_diff(), *data = top[0]->cpu_data();
+    const float* gradient = top[0]->cpu_diff();
     vector<float*> parts;
-    for (Blob<float>* blob : bottom) parts.push_back(blob->mutable_cpu_diff());
+    vector<const float*> masks;
+    for (Blob<float>* blob : bottom) parts.push_back(blob->mutable_cpu_diff()), masks.push_back(blob->cpu_data());
     channels_last::ForRows(top[0]->count(0, 3), width, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
-        const float *from = gradient + static_cast<long>(pixel) * width, *mask = data + static_cast<long>(pixel) * width;
+        const float* from = gradient + static_cast<long>(pixel) * width;
         for (int i = 0; i < parts.size(); ++i) {
           const int part = bottom[i]->shape(3);
           float* to = parts[i] + static_cast<long>(pixel) * part;
+          const float* mask = masks[i] + static_cast<long>(pixel) * part;
           if (propagate_down[i] && relu) {
             for (int c = 0; c < part; ++c) to[c] = mask[c] > 0 ? from[c] : 0;
           } else if (propagate_down[i]) {
             std::copy_n(from, part, to);
           }
-          from += part, mask += part;
+          from += part;
         }
       }
     });
@@ -72,7 +75,7 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
 
 class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsLastSplitLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastSplit"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
 
@@ -108,7 +111,7 @@ class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
 
 class ChannelsFirstLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsFirstLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsFirst"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }

@@ -8,7 +8,7 @@ namespace caffe {
 
 class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsLastLRNLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastLRN"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
@@ -129,6 +129,9 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
   // subtracted from a constant, give it to 6%; a step of Halley's method for y^-4 = s^3 gives it to 0.2%; and a series the rest,
   // from the error with what rounding its products lost.
   static inline float Power(float s) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+    return std::pow(s, -0.75f);
+#endif
     int32_t bits;
     memcpy(&bits, &s, sizeof(bits));
     bits = 0x6f180000 - (bits >> 1) - (bits >> 2);

@@ -1,6 +1,6 @@
 // ChannelsLastPooling: Caffe's max pooling for blobs (N, height, width, C). Same values, same choice among equals (the first
-// in reading order), and gradients summed in the same order, so the same to the last bit. With a relu_param of the ReLU before
-// it: the maxima are the same, and where they are 0 there is no gradient.
+// in reading order), and gradients summed in the same order, so the same to the last bit, unless they are added to others. With
+// a relu_param, as after that ReLU: the maxima are the same, and where they are 0 there is no gradient.
 
 #include <cfloat>
 
@@ -10,7 +10,7 @@ namespace caffe {
 
 class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ChannelsLastPoolingLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastPooling"; }
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
@@ -82,9 +82,9 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer {
   void SetSize(Side* side, int size) const {
     const PoolingParameter& p = layer_param_.pooling_param();
     const int room = size + 2 * side->pad - side->kernel;
-    const bool is_down = p.round_mode() == PoolingParameter_RoundMode_FLOOR;
+    const float steps = static_cast<float>(room) / side->stride;
     side->size = size;
-    side->out_size = (is_down ? room / side->stride : static_cast<int>(ceil(static_cast<float>(room) / side->stride))) + 1;
+    side->out_size = static_cast<int>(p.round_mode() == PoolingParameter_RoundMode_FLOOR ? floor(steps) : ceil(steps)) + 1;
     if ((y_.pad || x_.pad) && (side->out_size - 1) * side->stride >= size + side->pad) --side->out_size;
   }
 

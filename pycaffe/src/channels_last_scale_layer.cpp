@@ -5,10 +5,10 @@
 
 namespace caffe {
 
-// top = (bottom - less) * factor + more, with numbers for each channel.
+// top = (bottom - mean) * scale + bias, with numbers for each channel.
 class ByChannelLayer : public channels_last::ChannelsLastLayer {
  public:
-  explicit ByChannelLayer(const LayerParameter& param) : channels_last::ChannelsLastLayer(param) {}
+  using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline int ExactNumBottomBlobs() const { return 1; }
   virtual inline int ExactNumTopBlobs() const { return 1; }
 
@@ -33,18 +33,18 @@ class ByChannelLayer : public channels_last::ChannelsLastLayer {
 
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
     const int channels = bottom[0]->shape(3);
-    less_.assign(channels, 0);
-    factor_.assign(channels, 1);
-    more_.assign(channels, 0);
+    mean_.assign(channels, 0);
+    scale_.assign(channels, 1);
+    bias_.assign(channels, 0);
     SetNumbers();
     const float* in = bottom[0]->cpu_data();
     float* out = top[0]->mutable_cpu_data();
     channels_last::ForRows(bottom[0]->count(0, 3), channels, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
-        const float *from = in + static_cast<long>(pixel) * channels, *less = less_.data(), *factor = factor_.data();
-        const float* more = more_.data();
+        const float *from = in + static_cast<long>(pixel) * channels, *mean = mean_.data(), *scale = scale_.data();
+        const float* bias = bias_.data();
         float* to = out + static_cast<long>(pixel) * channels;
-        for (int c = 0; c < channels; ++c) to[c] = (from[c] - less[c]) * factor[c] + more[c];
+        for (int c = 0; c < channels; ++c) to[c] = (from[c] - mean[c]) * scale[c] + bias[c];
       }
     });
   }
@@ -56,19 +56,19 @@ class ByChannelLayer : public channels_last::ChannelsLastLayer {
     float* to = bottom[0]->mutable_cpu_diff();
     channels_last::ForRows(bottom[0]->count(0, 3), channels, [&](int begin, int end) {
       for (int pixel = begin; pixel < end; ++pixel) {
-        const float *from = gradient + static_cast<long>(pixel) * channels, *factor = factor_.data();
+        const float *from = gradient + static_cast<long>(pixel) * channels, *scale = scale_.data();
         float* result = to + static_cast<long>(pixel) * channels;
-        for (int c = 0; c < channels; ++c) result[c] = from[c] * factor[c];
+        for (int c = 0; c < channels; ++c) result[c] = from[c] * scale[c];
       }
     });
   }
 
-  vector<float> less_, factor_, more_;
+  vector<float> mean_, scale_, bias_;
 };
 
 class ChannelsLastBatchNormLayer : public ByChannelLayer {
  public:
-  explicit ChannelsLastBatchNormLayer(const LayerParameter& param) : ByChannelLayer(param) {}
+  using ByChannelLayer::ByChannelLayer;
   virtual inline const char* type() const { return "ChannelsLastBatchNorm"; }
 
  protected:
@@ -81,16 +81,16 @@ class ChannelsLastBatchNormLayer : public ByChannelLayer {
   virtual void SetNumbers() {
     const float *mean = blobs_[0]->cpu_data(), *variance = blobs_[1]->cpu_data();
     const float weight = blobs_[2]->cpu_data()[0], scale = weight == 0 ? 0 : 1 / weight;
-    for (int c = 0; c < less_.size(); ++c) {
-      less_[c] = mean[c] * scale;
-      factor_[c] = 1 / std::sqrt(variance[c] * scale + layer_param_.batch_norm_param().eps());
+    for (int c = 0; c < mean_.size(); ++c) {
+      mean_[c] = mean[c] * scale;
+      scale_[c] = 1 / std::sqrt(variance[c] * scale + layer_param_.batch_norm_param().eps());
     }
   }
 };
 
 class ChannelsLastScaleLayer : public ByChannelLayer {
  public:
-  explicit ChannelsLastScaleLayer(const LayerParameter& param) : ByChannelLayer(param) {}
+  using ByChannelLayer::ByChannelLayer;
   virtual inline const char* type() const { return "ChannelsLastScale"; }
 
  protected:
@@ -100,9 +100,9 @@ class ChannelsLastScaleLayer : public ByChannelLayer {
   }
 
   virtual void SetNumbers() {
-    const int channels = factor_.size();
-    std::copy_n(blobs_[0]->cpu_data(), channels, factor_.begin());
-    if (blobs_.size() > 1) std::copy_n(blobs_[1]->cpu_data(), channels, more_.begin());
+    const int channels = scale_.size();
+    std::copy_n(blobs_[0]->cpu_data(), channels, scale_.begin());
+    if (blobs_.size() > 1) std::copy_n(blobs_[1]->cpu_data(), channels, bias_.begin());
   }
 };
 

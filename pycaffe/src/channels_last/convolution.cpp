@@ -14,14 +14,14 @@ const double kPiece = 1 << 19;  // multiplications that are worth another thread
 // The finished products of `pixels` pixels for all outputs; `segments(first, list)` lists what the pixels from `first` on
 // depend on. Sums up `inputs` numbers for each, with weights that begin with `packed`.
 template <class List>
-void MultiplyRow(int pixels, int inputs, int outputs, const float* packed, const Finish& finish, float* out, long out_step,
+void MultiplyRow(int pixels, int inputs, int outputs, const float* packed, const Epilogue& epilogue, float* out, long out_step,
                  const List& list) {
   std::vector<Segment> segments;
   for (int first = 0; first < pixels; first += kPixels) {
     segments.clear();
     list(first, &segments);
     for (int o = 0; o < outputs; o += kPanel) {
-      const Finish part = {finish.bias ? finish.bias + o : nullptr, finish.relu, finish.continues};
+      const Epilogue part = {epilogue.bias ? epilogue.bias + o : nullptr, epilogue.relu, epilogue.continues};
       Multiply(std::min(kPixels, pixels - first), std::min(kPanel, outputs - o), segments.data(), segments.size(),
                packed + static_cast<size_t>(inputs) * o, part, out + first * out_step + o, out_step);
     }
@@ -29,11 +29,11 @@ void MultiplyRow(int pixels, int inputs, int outputs, const float* packed, const
 }
 
 // Kernels of a single pixel: products of matrices.
-class Pointwise : public Way {
+class Pointwise : public Algorithm {
  public:
   Pointwise(const Geometry& geometry, const float* weights) : g_(geometry), weights_(weights) {}
 
-  virtual void Forward(const float* in, const Finish& finish, float* out) {
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     const size_t size = PackedSize(inputs, outputs);
     if (!forward_.data()) {
@@ -43,7 +43,7 @@ class Pointwise : public Way {
                    forward_.Need(g_.groups * size) + group * size);
       }
     }
-    Run(in, nullptr, inputs, outputs, forward_.data(), size, finish, out);
+    Run(in, nullptr, inputs, outputs, forward_.data(), size, epilogue, out);
   }
 
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
@@ -61,7 +61,7 @@ class Pointwise : public Way {
 
  private:
   void Run(const float* in, const float* mask, int inputs, int outputs, const float* packed, size_t size,
-           const Finish& finish, float* out) const {
+           const Epilogue& epilogue, float* out) const {
     const int all = g_.y.size * g_.x.size, blocks = DivideUp(all, kPixels);
     const long in_step = static_cast<long>(inputs) * g_.groups, out_step = static_cast<long>(outputs) * g_.groups;
     // Some blocks of pixels for each piece, or some panels of outputs where a block is enough work for several.
@@ -79,7 +79,7 @@ class Pointwise : public Way {
         from = Masked(from, mask + (from - in), end - first, inputs, in_step);
         from_step = inputs;
       }
-      const Finish ours = {finish.bias ? finish.bias + group * outputs + channel : nullptr, finish.relu, finish.continues};
+      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs + channel : nullptr, epilogue.relu, epilogue.continues};
       MultiplyRow(end - first, inputs, std::min(outputs, panel.end * kPanel) - channel,
                   packed + group * size + static_cast<size_t>(inputs) * channel, ours,
                   out + first * out_step + group * outputs + channel, out_step,
@@ -105,11 +105,11 @@ class Pointwise : public Way {
 
 // Square kernels with stride 1, by minimal filtering.
 template <int M, int R>
-class Filtered : public Way {
+class Filtered : public Algorithm {
  public:
   Filtered(const Geometry& geometry, const float* weights) : g_(geometry), weights_(weights) {}
 
-  virtual void Forward(const float* in, const Finish& finish, float* out) {
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     if (!forward_) {
       forward_.reset(new Filtering<M, R>[g_.groups]);
@@ -118,7 +118,7 @@ class Filtered : public Way {
       }
     }
     for (int group = 0; group < g_.groups; ++group) {
-      const Finish ours = {finish.bias ? finish.bias + group * outputs : nullptr, finish.relu};
+      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs : nullptr, epilogue.relu};
       forward_[group].Run({in, g_.y.size, g_.x.size, g_.inputs, group * inputs}, nullptr, g_.y.pad, ours,
                           {out, g_.y.out_size, g_.x.out_size, g_.outputs, group * outputs});
     }
@@ -155,14 +155,14 @@ class Filtered : public Way {
 
 // Kernels of up to 8 x 8 with stride 2: of every second column and row, that is four pictures, kernels of 4 x 4 with stride 1.
 // Reads and writes pictures of any strides.
-class Phased : public Way {
+class InPhases : public Algorithm {
  public:
-  Phased(const Geometry& geometry, const Strides& strides, const float* weights)
+  InPhases(const Geometry& geometry, const Strides& strides, const float* weights)
       : g_(geometry), strides_(strides), weights_(weights), height_(g_.y.out_size + 3), width_(g_.x.out_size + 3) {
     phases_.Need(static_cast<size_t>(height_) * width_ * step());
   }
 
-  virtual void Forward(const float* in, const Finish& finish, float* out) {
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     if (!is_forward_packed_) {
       is_forward_packed_ = true;
       forward_.Pack(channels(), g_.outputs, [&](int k, int o, int y, int x) { return Weight(o, k, y, x); });
@@ -171,7 +171,7 @@ class Phased : public Way {
       std::fill_n(Row(row), static_cast<long>(width_) * step(), 0.f);
       ForPixels(row, [&](long place, float* phase) { *phase = in[place]; });
     });
-    forward_.Run({phases_.data(), height_, width_, step()}, nullptr, 0, finish,
+    forward_.Run({phases_.data(), height_, width_, step()}, nullptr, 0, epilogue,
                  {out, g_.y.out_size, g_.x.out_size, g_.outputs});
   }
 
@@ -229,12 +229,12 @@ class Phased : public Way {
 
 // Any other convolution, by its definition, and with sums in the order of Caffe's. The gradient has one kernel for each place
 // of an input pixel between those on which kernels begin.
-class Direct : public Way {
+class Direct : public Algorithm {
  public:
   Direct(const Geometry& geometry, const float* weights)
       : g_(geometry), weights_(weights), is_by_plane_(g_.inputs < 8 && g_.groups == 1 && g_.x.dilation == 1) {}
 
-  virtual void Forward(const float* in, const Finish& finish, float* out) {
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs(), taps = g_.y.kernel * g_.x.kernel;
     const size_t size = PackedSize(taps * inputs, outputs);
     if (!forward_.data()) {
@@ -250,7 +250,7 @@ class Direct : public Way {
                                              std::max(g_.x.size + g_.x.pad, Reach(g_.x)), is_by_plane_);
     ForEach(g_.y.out_size * g_.groups, [&](int piece) {
       const int group = piece % g_.groups, row = piece / g_.groups;
-      const Finish ours = {finish.bias ? finish.bias + group * outputs : nullptr, finish.relu};
+      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs : nullptr, epilogue.relu};
       MultiplyRow(g_.x.out_size, taps * inputs, outputs, forward_.data() + group * size, ours,
                   out + static_cast<long>(row) * g_.x.out_size * g_.outputs + group * outputs, g_.outputs,
                   [&](int first, std::vector<Segment>* segments) {
@@ -272,9 +272,11 @@ class Direct : public Way {
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
     if (phases_.empty()) PackBackward();
-    const int above = Reach(g_.y) / g_.y.stride + 1, left = Reach(g_.x) / g_.x.stride + 1;
+    const int above = (g_.y.kernel - 1) * g_.y.dilation / g_.y.stride, left = (g_.x.kernel - 1) * g_.x.dilation / g_.x.stride;
+    const int below = std::max(g_.y.out_size, (g_.y.size - 1 + g_.y.pad) / g_.y.stride + 1);
+    const int right = std::max(g_.x.out_size, (g_.x.size - 1 + g_.x.pad) / g_.x.stride + 1);
     const Picture<float> bordered = Bordered({gradient, g_.y.out_size, g_.x.out_size, g_.outputs}, mask, above, left,
-                                             2 * above + g_.y.out_size + g_.y.size, 2 * left + g_.x.out_size + g_.x.size);
+                                             above + below, left + right);
     ForEach(g_.y.size * g_.groups, [&](int piece) {
       const int group = piece % g_.groups, y = piece / g_.groups;
       for (int phase_x = 0; phase_x < g_.x.stride; ++phase_x) {
@@ -356,21 +358,21 @@ class Direct : public Way {
   std::vector<Phase> phases_;
 };
 
-// For pictures with the channels first: a copy with them last, computed in another way.
-class Reordered : public Way {
+// For pictures with the channels first: a copy with them last, computed by another algorithm.
+class Reordered : public Algorithm {
  public:
-  Reordered(const Geometry& geometry, const Strides& strides, std::unique_ptr<Way> way)
-      : g_(geometry), strides_(strides), way_(std::move(way)) {}
+  Reordered(const Geometry& geometry, const Strides& strides, std::unique_ptr<Algorithm> algorithm)
+      : g_(geometry), strides_(strides), algorithm_(std::move(algorithm)) {}
 
-  virtual void Forward(const float* in, const Finish& finish, float* out) {
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     Need();
     ForNumbers([&](long place, float* last) { *last = in[place]; });
-    way_->Forward(copy_.data(), finish, out);
+    algorithm_->Forward(copy_.data(), epilogue, out);
   }
 
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     Need();
-    way_->Backward(gradient, mask, false, copy_.data());
+    algorithm_->Backward(gradient, mask, false, copy_.data());
     ForNumbers([&](long place, const float* last) { to[place] = adds ? to[place] + *last : *last; });
   }
 
@@ -391,7 +393,7 @@ class Reordered : public Way {
 
   const Geometry g_;
   const Strides strides_;
-  const std::unique_ptr<Way> way_;
+  const std::unique_ptr<Algorithm> algorithm_;
   Buffer copy_;
 };
 
@@ -401,8 +403,8 @@ bool AreLargePatchesBetter(const Geometry& g) {
   return g.y.size * g.x.size > 400 && std::min(g.group_inputs(), g.group_outputs()) >= 32;
 }
 
-std::unique_ptr<Way> ChannelsLastWay(const Geometry& g, const float* weights) {
-  typedef std::unique_ptr<Way> Chosen;
+std::unique_ptr<Algorithm> ChannelsLastAlgorithm(const Geometry& g, const float* weights) {
+  typedef std::unique_ptr<Algorithm> Chosen;
 
   const bool is_dense = g.y.stride == 1 && g.x.stride == 1 && g.y.dilation == 1 && g.x.dilation == 1;
   const int kernel = g.y.kernel == g.x.kernel && g.y.pad == g.x.pad && g.y.pad < g.y.kernel ? g.y.kernel : 0;
@@ -415,14 +417,14 @@ std::unique_ptr<Way> ChannelsLastWay(const Geometry& g, const float* weights) {
 
 }  // namespace
 
-std::unique_ptr<Way> ChooseWay(const Geometry& g, const Strides& strides, const float* weights) {
+std::unique_ptr<Algorithm> ChooseAlgorithm(const Geometry& g, const Strides& strides, const float* weights) {
   const auto is_halved = [](const Side& side) {
     return side.stride == 2 && side.dilation == 1 && (side.kernel == 7 || side.kernel == 8);
   };
-  if (is_halved(g.y) && is_halved(g.x) && g.groups == 1) return std::unique_ptr<Way>(new Phased(g, strides, weights));
-  std::unique_ptr<Way> way = ChannelsLastWay(g, weights);
-  if (strides.channel == 1) return way;
-  return std::unique_ptr<Way>(new Reordered(g, strides, std::move(way)));
+  if (is_halved(g.y) && is_halved(g.x) && g.groups == 1) return std::unique_ptr<Algorithm>(new InPhases(g, strides, weights));
+  std::unique_ptr<Algorithm> algorithm = ChannelsLastAlgorithm(g, weights);
+  if (strides.channel == 1) return algorithm;
+  return std::unique_ptr<Algorithm>(new Reordered(g, strides, std::move(algorithm)));
 }
 
 }  // namespace channels_last

@@ -1,4 +1,4 @@
-// The ways to compute a convolution of a picture with the channels last.
+// Algorithms for the convolution of a picture with the channels last.
 #ifndef CHANNELS_LAST_CONVOLUTION_HPP_
 #define CHANNELS_LAST_CONVOLUTION_HPP_
 
@@ -30,19 +30,19 @@ struct Strides {
   long channel, column, row;
 };
 
-class Way {
+class Algorithm {
  public:
-  virtual ~Way() {}
+  virtual ~Algorithm() {}
   // `out` of a picture `in`, both channels last.
-  virtual void Forward(const float* in, const Finish& finish, float* out) = 0;
-  // The gradient `to` by the input, from that by the output, which counts as 0 where `mask` is not positive, if that is not NULL.
-  // If it `adds`, the gradient is added to what is there.
+  virtual void Forward(const float* in, const Epilogue& epilogue, float* out) = 0;
+  // The gradient `to` by the input, from that by the output, which counts as 0 where `mask` is not positive, if that is not
+  // NULL. If it `adds`, the gradient is added to what is there.
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) = 0;
 };
 
-// The fastest way for a geometry and an input of these strides. `weights` are Caffe's, (outputs, inputs of a group, kernel
+// The fastest algorithm for a geometry and an input of these strides. `weights` are Caffe's, (outputs, inputs of a group, kernel
 // height, kernel width); they are packed when they are first used, and must not change afterwards.
-std::unique_ptr<Way> ChooseWay(const Geometry& geometry, const Strides& strides, const float* weights);
+std::unique_ptr<Algorithm> ChooseAlgorithm(const Geometry& geometry, const Strides& strides, const float* weights);
 
 }  // namespace channels_last
 }  // namespace caffe

@@ -14,9 +14,9 @@ namespace channels_last {
 namespace {
 
 typedef std::chrono::steady_clock Clock;
-// How long to look for what will be there soon. To wake a sleeping thread takes as long as a piece: with this at 0, a tile takes
-// 1.1 times less time on two threads than on one, otherwise 1.8 times. A helping thread that looks has taken a core for that,
-// which it returns when a process wants one, so nobody is kept waiting.
+// How long to spin before sleeping. To wake a sleeping thread takes as long as a piece: with this at 0, a tile is computed 1.1
+// times faster on two threads than on one, otherwise 1.8 times. A helping thread that spins has taken a core for that, which it
+// returns when a process wants one, so nobody is kept waiting.
 const std::chrono::microseconds kSoon(60);
 
 std::atomic<int>* free_cores = nullptr;
@@ -110,7 +110,7 @@ void Invite(int most) {
 
 }  // namespace
 
-void ForEachPiece(int pieces, void (*work)(const void*, int), const void* context) {
+void ForEachPiece(int pieces, void (*work)(const void*, int), const void* context) noexcept {
   job.work = work, job.context = context, job.pieces = pieces;
   job.next = 0;
   if (observer) return Observe();

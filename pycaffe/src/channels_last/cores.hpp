@@ -7,7 +7,7 @@ namespace channels_last {
 
 // Calls work(context, i) for each piece 0 <= i < pieces, in this thread and in helping ones. What a piece computes must not
 // depend on the others: then results do not depend on who helps. One caller at a time in a process.
-void ForEachPiece(int pieces, void (*work)(const void* context, int i), const void* context);
+void ForEachPiece(int pieces, void (*work)(const void* context, int i), const void* context) noexcept;
 
 template <class Work>
 void ForEach(int pieces, const Work& work) {
@@ -23,7 +23,8 @@ void cnn_vis_share_cores(int* free_cores);
 void cnn_vis_take_core();
 void cnn_vis_return_core();
 
-// From now on no thread helps, and see(pieces, seconds that each took) is called after all pieces of some work; NULL: as before.
+// From now on no thread helps, and see(pieces, seconds that each took) is called after all pieces of some work. NULL: as
+// before.
 void cnn_vis_observe(void (*see)(int pieces, const double* seconds));
 }
 

@@ -39,7 +39,7 @@ class Filtering {
 
   // out(y, x) = the finished sum of kernel(i, j) in(y + i - offset, x + j - offset), where `in` is zero outside, and where
   // `mask`, of the same shape, is not positive. A NULL mask: nowhere.
-  void Run(const Picture<const float>& in, const float* mask, int offset, const Finish& finish,
+  void Run(const Picture<const float>& in, const float* mask, int offset, const Epilogue& epilogue,
            const Picture<float>& out) const {
     const int columns = DivideUp(out.width, M), patches = DivideUp(out.height, M) * columns;
     const int input_step = WholeVectors(inputs_), panels = DivideUp(outputs_, kPanel);
@@ -59,7 +59,7 @@ class Filtering {
         float* own = OwnScratch(kArea * (matrix + ProductsStep(largest, kPanel)));
         for (int patch = blocks[b].begin; patch < blocks[b].end; ++patch) transform(patch, b, own);
         for (int o = 0; o < outputs_; o += kPanel) {
-          FinishBlock(own, matrix, blocks[b], columns, o, finish, out, own + kArea * matrix);
+          FinishBlock(own, matrix, blocks[b], columns, o, epilogue, out, own + kArea * matrix);
         }
       });
       return;
@@ -75,7 +75,7 @@ class Filtering {
     });
     ForEach(blocks.size() * panels, [&](int piece) {
       const int b = piece / panels;
-      FinishBlock(shared + b * kArea * matrix, matrix, blocks[b], columns, piece % panels * kPanel, finish, out,
+      FinishBlock(shared + b * kArea * matrix, matrix, blocks[b], columns, piece % panels * kPanel, epilogue, out,
                   OwnScratch(kArea * ProductsStep(largest, kPanel)));
     });
   }
@@ -84,14 +84,14 @@ class Filtering {
   static constexpr int N = Filter<M, R>::N, kArea = N * N;
   static constexpr Transforms<M, R> kTransforms{};
   static constexpr int kCached = 1 << 17;  // numbers that a core's cache holds with ease
-  static constexpr int kPieces = 16;       // enough for all cores
+  static constexpr int kPieces = 16;       // keep as many cores busy
 
   static long ProductsStep(int patches, int width) { return static_cast<long>(patches) * width + kLanes; }
 
   // Writes kArea rows of inputs_ numbers, `matrix` apart, for the patch of `in` that begins at y0, x0.
   void TransformPatch(const Picture<const float>& in, const float* mask, int y0, int x0, float* to, long matrix) const {
     const bool is_inside = y0 >= 0 && x0 >= 0 && y0 + N <= in.height && x0 + N <= in.width;
-    const long row = in.width * in.step, behind = mask - in.data;
+    const long row = in.width * in.step, behind = mask ? mask - in.data : 0;
     const float* first = in.data + y0 * row + x0 * in.step + in.channel;
     for (int k = 0; k < inputs_; k += kLanes) {
       const bool is_whole = in.channel + k + kLanes <= in.step;  // what is behind the channels does not matter
@@ -139,7 +139,7 @@ class Filtering {
   }
 
   // The outputs of the patches of `block` for a panel of channels; `products` is scratch.
-  void FinishBlock(const float* transformed, long matrix, Range block, int columns, int channel, const Finish& finish,
+  void FinishBlock(const float* transformed, long matrix, Range block, int columns, int channel, const Epilogue& epilogue,
                    const Picture<float>& out, float* products) const {
     const int width = std::min(kPanel, outputs_ - channel), input_step = WholeVectors(inputs_);
     const int product_step = WholeVectors(width);
@@ -158,20 +158,20 @@ class Filtering {
       for (int o = 0; o < width; o += kLanes) {
         const float* from = products + (patch - block.begin) * product_step + o;
         const int y = patch / columns * M, x = patch % columns * M;
-        const Vector bias = finish.bias ? Load(finish.bias + channel + o) : Vector{};
+        const Vector bias = epilogue.bias ? Load(epilogue.bias + channel + o) : Vector{};
         float* to = out.at(y, x) + channel + o;
         const long row = out.width * out.step;
         if (y + M <= out.height && x + M <= out.width && o + kLanes <= width) {
-          TransformBack(from, product_matrix, bias, finish, to, row, out.step);
+          TransformBack(from, product_matrix, bias, epilogue, to, row, out.step);
           continue;
         }
         float numbers[M * M * kLanes];
-        TransformBack(from, product_matrix, bias, {nullptr, finish.relu}, numbers, M * kLanes, kLanes);
+        TransformBack(from, product_matrix, bias, {nullptr, epilogue.relu}, numbers, M * kLanes, kLanes);
         for (int i = 0; i < std::min(M, out.height - y); ++i) {
           for (int j = 0; j < std::min(M, out.width - x); ++j) {
             const float* number = numbers + (i * M + j) * kLanes;
             float* place = to + i * row + j * out.step;
-            for (int k = 0; k < std::min(kLanes, width - o); ++k) place[k] = finish.continues ? place[k] + number[k] : number[k];
+            for (int k = 0; k < std::min(kLanes, width - o); ++k) place[k] = epilogue.continues ? place[k] + number[k] : number[k];
           }
         }
       }
@@ -180,7 +180,7 @@ class Filtering {
 
   // Vectors of products, `matrix` apart, to M x M outputs.
   static inline __attribute__((always_inline)) void TransformBack(const float* products, long matrix, Vector bias,
-                                                                  const Finish& finish, float* to, long row, long step) {
+                                                                  const Epilogue& epilogue, float* to, long row, long step) {
     Vector half[M][N];
 #pragma GCC unroll 8
     for (int x = 0; x < N; ++x, products += matrix) {
@@ -197,8 +197,8 @@ class Filtering {
 #pragma GCC unroll 4
       for (int x = 0; x < M; ++x) {
         Vector sum = line[x] + bias;
-        if (finish.continues) sum += Load(to + x * step);
-        Store(to + x * step, finish.relu ? Relu(sum) : sum);
+        if (epilogue.continues) sum += Load(to + x * step);
+        Store(to + x * step, epilogue.relu ? Relu(sum) : sum);
       }
       asm("" : "+r"(to));
     }

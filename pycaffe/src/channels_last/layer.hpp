@@ -22,7 +22,7 @@ void ForRows(int rows, long length, const Work& work) {
   ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
 }
 
-// A layer for networks that are only looked through: its weights are those of the first pass, and get no gradient. Single
+// A layer for networks whose weights are fixed: they are those of the first pass, and gradients flow to the input only. Single
 // precision, on the CPU.
 class ChannelsLastLayer : public Layer<float> {
  public:

@@ -8,7 +8,7 @@ namespace {
 
 // All sums stay in registers. Three pixels share a pointer, as an instruction can address p, p + step and p + 2 step.
 template <int pixels, int vectors>
-__attribute__((noinline)) void Block(const Segment* segments, int count, const float* weights, const Finish& finish,
+__attribute__((noinline)) void Block(const Segment* segments, int count, const float* weights, const Epilogue& epilogue,
                                      float* out, long out_step, int last_lanes) {
   constexpr int kPointers = (pixels + 2) / 3;
   Vector sum[pixels][vectors];
@@ -43,19 +43,19 @@ __attribute__((noinline)) void Block(const Segment* segments, int count, const f
   }
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    const Vector bias = finish.bias ? Load(finish.bias + kLanes * v) : Vector{};
+    const Vector bias = epilogue.bias ? Load(epilogue.bias + kLanes * v) : Vector{};
     const int lanes = v < vectors - 1 ? kLanes : last_lanes;
 #pragma GCC unroll 16
     for (int p = 0; p < pixels; ++p) {
       float* to = out + p * out_step + kLanes * v;
       Vector result = sum[p][v] + bias;
-      if (finish.continues) result += LoadFirst(to, lanes);
-      StoreFirst(to, finish.relu ? Relu(result) : result, lanes);
+      if (epilogue.continues) result += LoadFirst(to, lanes);
+      StoreFirst(to, epilogue.relu ? Relu(result) : result, lanes);
     }
   }
 }
 
-typedef void (*BlockFunction)(const Segment*, int, const float*, const Finish&, float*, long, int);
+typedef void (*BlockFunction)(const Segment*, int, const float*, const Epilogue&, float*, long, int);
 
 template <int... i>
 BlockFunction Choose(int pixels, int vectors, std::integer_sequence<int, i...>) {
@@ -65,11 +65,11 @@ BlockFunction Choose(int pixels, int vectors, std::integer_sequence<int, i...>) 
 
 }  // namespace
 
-void Multiply(int pixels, int channels, const Segment* segments, int count, const float* weights, const Finish& finish,
+void Multiply(int pixels, int channels, const Segment* segments, int count, const float* weights, const Epilogue& epilogue,
               float* out, long out_step) {
   const int vectors = DivideUp(channels, kLanes);
   const BlockFunction block = Choose(pixels, vectors, std::make_integer_sequence<int, kPixels * kVectors>());
-  block(segments, count, weights, finish, out, out_step, channels - (vectors - 1) * kLanes);
+  block(segments, count, weights, epilogue, out, out_step, channels - (vectors - 1) * kLanes);
 }
 
 }  // namespace channels_last

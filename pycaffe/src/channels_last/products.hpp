@@ -14,9 +14,9 @@ struct Segment {
   int length;
 };
 
-// What becomes of a sum: `bias`, if it is not NULL, is added, or what is there already if it `continues`; and then less than
-// zero is zero with `relu`.
-struct Finish {
+// What becomes of a sum: `bias`, if it is not NULL, is added, and what is there already if it `continues`; and then less than
+// zero is zero with `relu`, which never continues.
+struct Epilogue {
   const float* bias;
   bool relu;
   bool continues = false;
@@ -25,7 +25,7 @@ struct Finish {
 // For `pixels` <= kPixels pixels p and `channels` <= kPanel channels o:
 //   out[p * out_step + o] = the finished sum over all numbers k of the segments of x[p][k] weights[k][o]
 // `weights` are a panel of PackPanels; the bias, that of this panel, is filled up to whole vectors.
-void Multiply(int pixels, int channels, const Segment* segments, int count, const float* weights, const Finish& finish,
+void Multiply(int pixels, int channels, const Segment* segments, int count, const float* weights, const Epilogue& epilogue,
               float* out, long out_step);
 
 // Where PackPanels puts the weight of input k and output o.

@@ -16,7 +16,8 @@ namespace caffe {
 namespace channels_last {
 
 // kLanes: numbers in a vector. A block of products is kPixels x kVectors vectors of sums, which must all fit in registers
-// with kVectors weights and a pixel's number (32 registers; 16 with AVX2 and SSE).
+// with kVectors weights and a pixel's number (32 registers; 16 with AVX2 and SSE). -DCHANNELS_LAST_AVX2: as if there were no
+// AVX-512, to compare.
 #if defined(CHANNELS_LAST_AVX2) || (defined(__AVX__) && !defined(__AVX512F__))
 constexpr int kLanes = 8, kPixels = 6, kVectors = 2;
 #elif defined(__AVX512F__)
@@ -76,7 +77,7 @@ inline __attribute__((always_inline)) void Transpose(Vector (&rows)[kLanes]) {
 inline int DivideUp(int a, int b) { return (a + b - 1) / b; }
 inline int WholeVectors(int channels) { return DivideUp(channels, kLanes) * kLanes; }
 
-// Memory that only grows, filled with zeros when it does; in huge pages if it is large.
+// Memory that only grows, and is zeros when it has grown; in huge pages if it is large.
 class Buffer {
  public:
   Buffer() {}
@@ -89,12 +90,14 @@ class Buffer {
     const size_t bytes = (count + kLanes) * sizeof(float);  // a vector may begin at the last number
     if (bytes > bytes_) {
       const size_t page = bytes >= kHugePage / 2 ? kHugePage : 4096;
-      bytes_ = (bytes + page - 1) / page * page;
+      const size_t whole = (bytes + page - 1) / page * page;
       free(data_);
-      data_ = static_cast<float*>(aligned_alloc(page, bytes_));
+      bytes_ = 0;
+      data_ = static_cast<float*>(aligned_alloc(page, whole));
       if (!data_) throw std::bad_alloc();
-      if (page == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
-      memset(data_, 0, bytes_);
+      if (page == kHugePage) madvise(data_, whole, MADV_HUGEPAGE);
+      memset(data_, 0, whole);
+      bytes_ = whole;
     }
     return data_;
   }
