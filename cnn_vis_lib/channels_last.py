@@ -60,24 +60,12 @@ FITS = {  # {Caffe's type: whether the layer has a version for channels last}
     "Scale": scale_fits,
 }
 # Types of layers to which it is all the same where the channels are.
+# fmt: off
 ELEMENTWISE = {
-    *(
-        "AbsVal",
-        "BNLL",
-        "Clip",
-        "Dropout",
-        "ELU",
-        "Eltwise",
-        "Exp",
-        "Log",
-        "Power",
-        "ReLU",
-        "Sigmoid",
-    ),
-    *("Swish", "TanH"),
+    "AbsVal", "BNLL", "Clip", "Dropout", "ELU", "Eltwise", "Exp", "Log", "Power", "ReLU",
+    "Sigmoid", "Swish", "TanH",
 }
-
-
+# fmt: on
 ADDING = {f"ChannelsLast{CONVOLUTION}", "ChannelsLastPooling"}  # can add to a gradient
 
 
@@ -88,10 +76,7 @@ def use_channels_last(net, targets):
     before it."""
     if f"ChannelsLast{CONVOLUTION}" not in import_caffe().layer_type_list():
         return set()
-    # Backward starts at the layer that makes a target, without passing a copy of it. So where
-    # another layer works in place on a target, all stays as it is.
-    others = [layer for layer in net.layer if not passes_on(layer)]
-    fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
+    fixed = fixed_blobs(net, targets)
     join_relus(net, targets, fixed)
     last = change_layers(net, fixed)
     split(net, last, targets)
@@ -110,13 +95,26 @@ def passes_on(layer):
     return (layer.type in ELEMENTWISE and not is_mixed) or is_fast(layer)
 
 
+def fixed_blobs(net, targets):
+    """The blobs whose layers must stay as they are: the targets on which a layer without a version
+    works in place, as backward starts at the layer that makes a target, and does not pass a copy;
+    and all that depends on a Reshape, after which blobs may not be pictures."""
+    others = [layer for layer in net.layer if not passes_on(layer)]
+    fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
+    reshaped = set()
+    for layer in net.layer:
+        if layer.type == "Reshape" or not reshaped.isdisjoint(layer.bottom):
+            reshaped.update(layer.top)
+    return fixed | reshaped
+
+
 def join_relus(net, targets, fixed):
     """Removes each in-place ReLU after a convolution that can be done in another layer: where that
     is least work, in the only layer that reads the result, or else in the convolution. For max
     pooling the order makes no difference; Concat does the ReLUs of all that it joins, or none."""
     relus = {}  # {blob: (the convolution that makes it, its ReLU, the layers that then read it)}
     for layer in net.layer:
-        if layer.type == CONVOLUTION and is_fast(layer) and layer.top[0] not in targets:
+        if layer.type == CONVOLUTION and is_fast(layer) and layer.top[0] not in {*targets, *fixed}:
             relu, *readers = [o for o in net.layer if layer.top[0] in o.bottom] or [None]
             is_plain = relu and relu.type == "ReLU" and not relu.relu_param.negative_slope
             if is_plain and relu.top == layer.top:
@@ -133,14 +131,12 @@ def join_relus(net, targets, fixed):
 def change_layers(net, fixed):
     """Changes the types of layers, but of those that make a blob in `fixed`; returns the blobs that
     then have the channels last. Where another layer needs them first, it gets a copy."""
-    last, reshaped = set(), set()  # reshaped: perhaps not pictures any more
+    last = set()
     for layer in list(net.layer):
         bottoms, is_free = set(layer.bottom), fixed.isdisjoint(layer.top)
         is_last = bool(bottoms) and bottoms <= last
-        can_enter = layer.type == CONVOLUTION and is_fast(layer) and bottoms.isdisjoint(reshaped)
-        if layer.type == "Reshape" or not bottoms.isdisjoint(reshaped):
-            reshaped.update(layer.top)
-        if is_free and ((is_last and passes_on(layer)) or can_enter):
+        can_enter = layer.type == CONVOLUTION and is_fast(layer)
+        if is_free and (can_enter or (is_last and passes_on(layer))):
             if is_last and layer.type == CONVOLUTION:
                 layer.convolution_param.axis = 3
             if layer.type in FITS:
