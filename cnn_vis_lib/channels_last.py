@@ -66,6 +66,7 @@ ELEMENTWISE = {
     "Sigmoid", "Swish", "TanH",
 }
 # fmt: on
+RESHAPING = {"Flatten", "InnerProduct", "Reduction", "Reshape"}  # to any number of axes
 ADDING = {f"ChannelsLast{CONVOLUTION}", "ChannelsLastPooling"}  # can add to a gradient
 
 
@@ -98,12 +99,12 @@ def passes_on(layer):
 def fixed_blobs(net, targets):
     """The blobs whose layers must stay as they are: the targets on which a layer without a version
     works in place, as backward starts at the layer that makes a target, and does not pass a copy;
-    and all that depends on a Reshape, after which blobs may not be pictures."""
+    and all that depends on a layer after which blobs may not be pictures."""
     others = [layer for layer in net.layer if not passes_on(layer)]
     fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
     reshaped = set()
     for layer in net.layer:
-        if layer.type == "Reshape" or not reshaped.isdisjoint(layer.bottom):
+        if layer.type in RESHAPING or not reshaped.isdisjoint(layer.bottom):
             reshaped.update(layer.top)
     return fixed | reshaped
 

@@ -172,8 +172,8 @@ class End:
 
     def shape(self):
         """The (C, ...) of one tile's activations."""
-        _, *sides = self.blob.shape
-        return (sides[-1], *sides[:-1]) if self.is_last else tuple(sides)
+        sides = tuple(self.blob.shape)[1:]
+        return (sides[-1], *sides[:-1]) if self.is_last else sides
 
     def array(self, kind):
         """The blob's "data" or "diff", (N, C, ...), for reading only."""

@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 
 from .errors import BadRequest, one_line, refusal, suggestion
 from .install import COMMAND, PROGRAM
@@ -99,7 +100,8 @@ class Parser(argparse.ArgumentParser):
             default=argparse.SUPPRESS, help="show this, or all options",
         )  # fmt: skip
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-        self.options, self._args, self._arguments = [], [], arguments
+        self.options, self._arguments = [], arguments
+        self._parsing = threading.local()  # dream() may be called in several threads
 
     def clear(self):
         """Forgets all options."""
@@ -132,14 +134,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        self._args = self.read_files(args)
+        args = self._parsing.args = self.read_files(args)
         given = argparse.Namespace(**{action.dest: None for action in self.options})
-        given, _ = super().parse_known_args(self._args, given)
+        given, _ = super().parse_known_args(args, given)
         preset = PRESETS.get(given.preset)
         if preset:  # is applied first, so that all other options override it
             namespace, _ = super().parse_known_args(preset.options.split(), namespace)
             settle(namespace)
-        options, rest = super().parse_known_args(self._args, namespace)
+        options, rest = super().parse_known_args(args, namespace)
         pictures = [*filter(may_be_picture, rest)]
         if pictures:
             image = self._option_string_actions["--image"]
@@ -198,7 +200,7 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(f"--{unknown[1]}", known, n=1, cutoff=0.75)
             remedy = f"did you mean {close[0]}?" if close else remedy
         if "expected one argument" in message:
-            pairs = [*itertools.pairwise(self._args)]
+            pairs = [*itertools.pairwise(self._parsing.args)]
             names = re.match("argument ([^:]*):", message)[1].split("/")
             values = (value for name, value in pairs if name in names)
             value = next((v for v in values if re.match("-(?!-)", v)), None)

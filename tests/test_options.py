@@ -1,5 +1,6 @@
 """Whatever one types: names, values, defaults, help."""
 
+import concurrent.futures
 import os
 import re
 import resource
@@ -556,3 +557,21 @@ def test_files_of_options_can_be_pipes(tmp_path):
     command = run_cli("--reproduce=input_soft.png", "--verbose", cwd=tmp_path).stdout
     assert "--num_steps=1 " in command
     assert "--step_rule=mean" in command  # the preset's
+
+
+def test_threads_do_not_mix_up_their_options():
+    """As calls of dream() in several threads would show."""
+
+    def parsed(number):
+        words = [f"--image={number}.jpg", f"--workers={number}", "--preset=dream"]
+        return [cnn_vis.PARSER.parse_args(words) for _ in range(30)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(parsed, range(1, 9)))
+    finally:
+        sys.setswitchinterval(interval)
+    for number, options in enumerate(found, 1):
+        assert {(*o.image, o.workers) for o in options} == {(f"{number}.jpg", number)}
