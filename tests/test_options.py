@@ -574,4 +574,4 @@ def test_threads_do_not_mix_up_their_options():
     finally:
         sys.setswitchinterval(interval)
     for number, options in enumerate(found, 1):
-        assert {(*o.image, o.workers) for o in options} == {(f"{number}.jpg", number)}
+        assert {(o.initial_image, o.workers) for o in options} == {(f"{number}.jpg", number)}
