@@ -126,8 +126,8 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
   }
 
   // s^-0.75 for s > 0, rounded as well as a library's pow. A number's bits are nearly its logarithm, so three quarters of them,
-  // subtracted from a constant, give it to 6%; a step of Halley's method for y^-4 = s^3 gives it to 0.2%; and a series the rest,
-  // from the error with what rounding its products lost.
+  // subtracted from a constant, give it to 6%; a step of Halley's method for y^-4 = s^3 gives it to 0.2%; and a series the
+  // rest, from the error with what rounding its products lost.
   static inline float Power(float s) {
 #if !defined(__FMA__) && !defined(__aarch64__)
     return std::pow(s, -0.75f);

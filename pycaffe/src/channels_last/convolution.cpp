@@ -79,7 +79,8 @@ class Pointwise : public Algorithm {
         from = Masked(from, mask + (from - in), end - first, inputs, in_step);
         from_step = inputs;
       }
-      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs + channel : nullptr, epilogue.relu, epilogue.continues};
+      const float* bias = epilogue.bias ? epilogue.bias + group * outputs + channel : nullptr;
+      const Epilogue ours = {bias, epilogue.relu, epilogue.continues};
       MultiplyRow(end - first, inputs, std::min(outputs, panel.end * kPanel) - channel,
                   packed + group * size + static_cast<size_t>(inputs) * channel, ours,
                   out + first * out_step + group * outputs + channel, out_step,
@@ -257,7 +258,8 @@ class Direct : public Algorithm {
                     const int x = first * g_.x.stride;
                     for (int i = 0; is_by_plane_ && i < g_.inputs * g_.y.kernel; ++i) {
                       const int y = row * g_.y.stride + i % g_.y.kernel * g_.y.dilation;
-                      const float* plane = bordered.data + static_cast<long>(i / g_.y.kernel) * bordered.height * bordered.width;
+                      const long area = static_cast<long>(bordered.height) * bordered.width;
+                      const float* plane = bordered.data + i / g_.y.kernel * area;
                       segments->push_back({plane + static_cast<long>(y) * bordered.width + x, g_.x.stride, g_.x.kernel});
                     }
                     for (int i = 0; !is_by_plane_ && i < taps; ++i) {
@@ -289,8 +291,9 @@ class Direct : public Algorithm {
         for (int i = 0; i < phase.taps.size(); ++i) {
           const float* from = bordered.at((y + g_.y.pad) / g_.y.stride - phase.taps[i].up + above,
                                           (x + g_.x.pad) / g_.x.stride - phase.taps[i].left + left) + group * outputs;
-          MultiplyRow(count, outputs, inputs, phase.packed[group * phase.taps.size() + i].data(), {nullptr, false, adds || i > 0}, out,
-                      out_step, [&](int first, std::vector<Segment>* segments) {
+          const float* packed = phase.packed[group * phase.taps.size() + i].data();
+          MultiplyRow(count, outputs, inputs, packed, {nullptr, false, adds || i > 0}, out, out_step,
+                      [&](int first, std::vector<Segment>* segments) {
                         segments->push_back({from + first * bordered.step, bordered.step, outputs});
                       });
         }
@@ -331,7 +334,8 @@ class Direct : public Algorithm {
     }
   }
 
-  // A copy of a picture in the middle of zeros, which are also where `mask` is not positive; with `by_plane`, channel by channel.
+  // A copy of a picture in the middle of zeros, which are also where `mask` is not positive; with `by_plane`, channel by
+  // channel.
   static Picture<float> Bordered(const Picture<const float>& in, const float* mask, int above, int left, int height,
                                  int width, bool by_plane = false) {
     const Picture<float> copy = {SharedScratch(static_cast<size_t>(height) * width * in.step), height, width, in.step};

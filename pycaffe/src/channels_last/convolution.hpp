@@ -40,8 +40,8 @@ class Algorithm {
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) = 0;
 };
 
-// The fastest algorithm for a geometry and an input of these strides. `weights` are Caffe's, (outputs, inputs of a group, kernel
-// height, kernel width); they are packed when they are first used, and must not change afterwards.
+// The fastest algorithm for a geometry and an input of these strides. `weights` are Caffe's, (outputs, inputs of a group,
+// kernel height, kernel width); they are packed when they are first used, and must not change afterwards.
 std::unique_ptr<Algorithm> ChooseAlgorithm(const Geometry& geometry, const Strides& strides, const float* weights);
 
 }  // namespace channels_last

@@ -43,8 +43,8 @@ class Filtering {
            const Picture<float>& out) const {
     const int columns = DivideUp(out.width, M), patches = DivideUp(out.height, M) * columns;
     const int input_step = WholeVectors(inputs_), panels = DivideUp(outputs_, kPanel);
-    // So many blocks that each stays in a core's cache, and that there is work for many cores; but each uses weights for several
-    // patches.
+    // So many blocks that each stays in a core's cache, and that there is work for many cores; but each uses weights for
+    // several patches.
     const int most = kCached / (kArea * input_step) / kPixels * kPixels;
     const int least = DivideUp(patches, std::max(kPixels, std::min(most, 4 * kPixels)));
     const Ranges blocks(patches, std::max(least, std::min(DivideUp(patches, kPixels), DivideUp(kPieces, panels))));
@@ -171,7 +171,9 @@ class Filtering {
           for (int j = 0; j < std::min(M, out.width - x); ++j) {
             const float* number = numbers + (i * M + j) * kLanes;
             float* place = to + i * row + j * out.step;
-            for (int k = 0; k < std::min(kLanes, width - o); ++k) place[k] = epilogue.continues ? place[k] + number[k] : number[k];
+            for (int k = 0; k < std::min(kLanes, width - o); ++k) {
+              place[k] = epilogue.continues ? place[k] + number[k] : number[k];
+            }
           }
         }
       }
