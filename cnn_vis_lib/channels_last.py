@@ -4,6 +4,7 @@ cores. Results differ only by rounding."""
 
 import itertools
 
+from .description import followers
 from .prototxt import import_caffe
 
 CONVOLUTION = "Convolution"  # takes both layouts
@@ -102,11 +103,7 @@ def fixed_blobs(net, targets):
     and all that depends on a layer after which blobs may not be pictures."""
     others = [layer for layer in net.layer if not passes_on(layer)]
     fixed = {blob for layer in others for blob in layer.top if blob in layer.bottom} & {*targets}
-    reshaped = set()
-    for layer in net.layer:
-        if layer.type in RESHAPING or not reshaped.isdisjoint(layer.bottom):
-            reshaped.update(layer.top)
-    return fixed | reshaped
+    return fixed | followers(net, {layer.name for layer in net.layer if layer.type in RESHAPING})
 
 
 def join_relus(net, targets, fixed):
@@ -163,17 +160,22 @@ def copy_before(net, layer, blob, last):
         layer.bottom[:] = [copy if name == blob else name for name in layer.bottom]
     if not any(copy in other.top for other in net.layer if other.type == "ChannelsFirst"):
         place = [other.name for other in net.layer].index(layer.name)
-        net.layer.add(name=f"{blob}/copy", type="ChannelsFirst", bottom=[original], top=[copy])
-        net.layer.insert(place, net.layer.pop())
+        insert(net, place, name=f"{blob}/copy", type="ChannelsFirst", bottom=[original], top=[copy])
+
+
+def insert(net, place, **fields):
+    """Adds a layer to the NetParameter `net`, as number `place`; returns it."""
+    net.layer.add(**fields)
+    net.layer.insert(place, net.layer.pop())
+    return net.layer[place]
 
 
 def split(net, last, targets):
     """Gives each reader of a blob in `last` a blob of its own, so that Caffe need not. If they can,
     the readers share its gradient: the last one, whose turn is first, writes it, and the others add
     to it."""
-    tops = [list(layer.top) for layer in net.layer]
-    start = max(next(i for i, top in enumerate(tops) if blob in top) for blob in targets)
-    running = {layer.name for layer in net.layer[: start + 1]}  # backward
+    makers = [next(i for i, o in enumerate(net.layer) if blob in o.top) for blob in targets]
+    running = {layer.name for layer in net.layer[: max(makers) + 1]}  # backward
     for blob in sorted(last):
         writers = [i for i, layer in enumerate(net.layer) if blob in layer.top]
         readers = [
@@ -184,11 +186,11 @@ def split(net, last, targets):
         ]
         if len(readers) < 2:
             continue
-        layer = net.layer.add(name=f"{blob}/split", type="ChannelsLastSplit", bottom=[blob])
-        layer.top[:] = [f"{blob}/split_{i}" for i in range(len(readers))]
+        tops = [f"{blob}/split_{i}" for i in range(len(readers))]
+        fields = {"type": "ChannelsLastSplit", "bottom": [blob], "top": tops}
+        layer = insert(net, writers[-1] + 1, name=f"{blob}/split", **fields)
         can_add = all(o.type in ADDING and o.name in running for o, _ in readers)
         for reader, _ in readers[:-1] if can_add else ():
             reader.python_param.param_str = layer.python_param.param_str = "adds"
-        for (reader, i), top in zip(readers, layer.top):
+        for (reader, i), top in zip(readers, tops):
             reader.bottom[i] = top
-        net.layer.insert(writers[-1] + 1, net.layer.pop())

@@ -219,12 +219,14 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 class CaffeProcesses:
     """Processes that run tasks with Caffe; a context manager. There is one for each entry of
     `gpus`, in which a GPU may occur twice, or there are `number` on the CPU, which can become
-    `most`. They inherit the `shared` files. If one dies, all are restarted."""
+    `most`. They inherit the `shared` files. If one dies, all are restarted. `prepare` is called
+    whenever all start."""
 
     MAX_RESTARTS = 3
 
-    def __init__(self, number=1, gpus=(), shared=(), most=0):
+    def __init__(self, number=1, gpus=(), shared=(), most=0, prepare=lambda: None):
         self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
+        self.most, self._prepare = max(self.number, most), prepare
         if not os.path.isdir("/proc/self/fd"):
             raise BadRequest("Caffe's processes need /proc", "run: mount -t proc proc /proc")
         with system_limits():
@@ -233,11 +235,12 @@ class CaffeProcesses:
         for end in (self._log, self._log_end):
             os.set_blocking(end.fileno(), False)  # a full log must not hold a worker up
         # A thread for each process waits for it: that is all it takes to see it die.
-        self._threads = concurrent.futures.ThreadPoolExecutor(max(self.number, most))
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.most)
         self.start()
 
     def start(self):
         """Starts the processes. Raises RunFailed."""
+        self._prepare()
         started = self._started(self.gpus or [None] * self.number)
         # Until now, tasks find the dead ones, and fail. From now on, the one that was used last
         # comes first: its network is in the processor's cache.
@@ -342,13 +345,13 @@ class CaffeProcesses:
         `restart` raise."""
         return self.restarting(lambda: self.submit(task, *arguments).result())
 
-    def restarting(self, function, restart=None):
+    def restarting(self, function):
         """Returns function(), which is called again after a `restart` if it raises WorkerDied."""
         while True:
             try:
                 return function()
             except WorkerDied:
-                (restart or self.restart)()
+                self.restart()
 
 
 def in_a_worker(task, *arguments):

@@ -225,10 +225,9 @@ class Workers(Engine):
         self._batch_size, self._cores, self._or_cpu = batch_size, cores, or_cpu
         with system_limits():
             self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
+            os.truncate(self._memory_file.fileno(), mmap.PAGESIZE)
+            self._free_cores = map_cores(self._memory_file.fileno())
         self._set_out(gpus, self.EACH, device)
-        os.truncate(self._memory_file.fileno(), mmap.PAGESIZE)
-        self._free_cores = map_cores(self._memory_file.fileno())
-        self._free_cores[0] = cores
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     @property
@@ -239,11 +238,15 @@ class Workers(Engine):
         """Starts `each` processes for each of the GPUs, or those for the CPU."""
         self.gpus, self._each = gpus, each
         self.spec = dataclasses.replace(self.spec, use_gpu=bool(gpus))
-        shared = [self._memory_file]
         most = 0 if gpus else self._cores
-        self.processes = CaffeProcesses(min(2, self._cores), list(gpus) * each, shared, most)
+        shared, prepare = [self._memory_file], self._free_all_cores
+        number = min(2, self._cores)
+        self.processes = CaffeProcesses(number, list(gpus) * each, shared, most, prepare)
         many = "s" * (self._cores > 1)
         self.device = device if gpus else f"{device}, {self._cores} core{many}"
+
+    def _free_all_cores(self):
+        self._free_cores[0] = self._cores
 
     def end(self, at_once=False):
         self.processes.end(at_once)
@@ -283,7 +286,7 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            facts = self.processes.restarting(self._described, self._restart)
+            facts = self.processes.restarting(self._described)
         except LayerFailed:
             raise self._bad_layer() from None
         except CaffeStopped as error:
@@ -294,10 +297,6 @@ class Workers(Engine):
             raise RunFailed(f"{error}; do {files} belong together?") from None
         self.tile_size, self.shapes, notices = facts
         self.notices += notices
-
-    def _restart(self):
-        self.processes.restart()
-        self._free_cores[0] = self._cores  # those of the dead are free
 
     def _bad_layer(self):
         """The BadRequest for a network with a layer that Caffe cannot run, or not backward."""
@@ -342,7 +341,7 @@ class Workers(Engine):
 
     def _map_slots(self):
         """Makes two slots for each worker, one being computed and one to do next, and a spare."""
-        slots = 2 * max(self.processes.number, 0 if self.gpus else self._cores) + 1
+        slots = 2 * self.processes.most + 1
         shape = (slots, 2, self.batch_size, 3, *self.tile_size)
         check_batch(self.batch_size, slots, self.tile_size)
         try:
@@ -378,7 +377,7 @@ class Workers(Engine):
                 losses = future.result()
                 break
             except WorkerDied:
-                self._restart()
+                self.processes.restart()
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
                         self._compute(slot, *job)

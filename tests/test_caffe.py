@@ -438,6 +438,15 @@ NETWORKS = {
 }
 
 
+def with_and_without(spec, monkeypatch):
+    """Yields the Network of a NetworkSpec with our layers, then with Caffe's own."""
+    yield Network(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr("cnn_vis_lib.network.use_channels_last", lambda net, targets: set())
+        network = Network(spec)
+    yield network
+
+
 @needs_ours
 @pytest.mark.parametrize("targets", ["last", "all"])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -461,11 +470,7 @@ def test_any_network_gives_the_same_as_with_caffes_layers(name, targets, monkeyp
     spec = NetworkSpec(NetworkFiles(deploy, weights), layers)
     x = 10 * random.randn(1, 3, 64, 64).astype(np.float32)
     results = []
-    for change in (None, lambda net, targets: set()):
-        with monkeypatch.context() as patch:
-            if change:
-                patch.setattr("cnn_vis_lib.network.use_channels_last", change)
-            network = Network(spec)
+    for network in with_and_without(spec, monkeypatch):
         network.forward(x)
         activations = {layer: a.copy() for layer, a in network.activations().items()}
         gradients = [(layer, np.abs(a) + 1) for layer, a in activations.items()]
@@ -501,11 +506,7 @@ def test_a_network_is_as_exact_as_with_caffes_layers(model, monkeypatch):
     a = exact.forward(tile)
     right = a, exact.backward(objective.gradient(a))
     errors = []
-    for change in (None, lambda net, targets: set()):
-        with monkeypatch.context() as patch:
-            if change:
-                patch.setattr("cnn_vis_lib.network.use_channels_last", change)
-            network = Network(spec)
+    for network in with_and_without(spec, monkeypatch):
         network.forward(tile)
         (y,) = network.activations().values()
         d = network.backward([(spec.layers[0], objective.gradient(y))])

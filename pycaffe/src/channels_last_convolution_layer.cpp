@@ -10,13 +10,12 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastConvolution"; }
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
     const ConvolutionParameter& c = layer_param_.convolution_param();
     CHECK(c.axis() == 1 || c.axis() == 3) << "axis of channels";
     is_planar_ = c.axis() == 1;
+    CHECK(!(is_planar_ && Adds())) << "only a gradient with the channels last can be added to";
     geometry_.inputs = bottom[0]->shape(c.axis());
     geometry_.outputs = c.num_output();
     geometry_.groups = c.group();
@@ -57,7 +56,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     const float* bias = blobs_.size() > 1 ? bias_.data() : nullptr;
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
       algorithm_->Forward(bottom[0]->cpu_data() + n * bottom[0]->count(1), {bias, layer_param_.has_relu_param()},
-                    top[0]->mutable_cpu_data() + n * top[0]->count(1));
+                          top[0]->mutable_cpu_data() + n * top[0]->count(1));
     }
   }
 
@@ -67,7 +66,7 @@ class ChannelsLastConvolutionLayer : public channels_last::ChannelsLastLayer {
     for (int n = 0; n < bottom[0]->shape(0); ++n) {
       const float* mask = layer_param_.has_relu_param() ? top[0]->cpu_data() + n * top[0]->count(1) : nullptr;
       algorithm_->Backward(top[0]->cpu_diff() + n * top[0]->count(1), mask, Adds(),
-                     bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
+                           bottom[0]->mutable_cpu_diff() + n * bottom[0]->count(1));
     }
   }
 

@@ -11,7 +11,7 @@ class ChannelsLastConcatLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastConcat"; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
+  virtual inline int ExactNumBottomBlobs() const { return -1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
     vector<int> shape = bottom[0]->shape();
@@ -77,7 +77,7 @@ class ChannelsLastSplitLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastSplit"; }
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
+  virtual inline int ExactNumTopBlobs() const { return -1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
     for (Blob<float>* blob : top) {
@@ -113,8 +113,6 @@ class ChannelsFirstLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsFirst"; }
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void Reshape(const Blobs& bottom, const Blobs& top) {
     CHECK_EQ(bottom[0]->num_axes(), 4);
@@ -123,30 +121,13 @@ class ChannelsFirstLayer : public channels_last::ChannelsLastLayer {
 
  protected:
   virtual void Forward_cpu(const Blobs& bottom, const Blobs& top) {
-    Transpose(bottom[0]->cpu_data(), top[0]->count(2), top[0]->shape(1), top[0]->shape(0), top[0]->mutable_cpu_data());
+    channels_last::TransposeMatrices(bottom[0]->cpu_data(), top[0]->count(2), top[0]->shape(1), top[0]->shape(0),
+                                     top[0]->mutable_cpu_data());
   }
   virtual void Backward_cpu(const Blobs& top, const vector<bool>& propagate_down, const Blobs& bottom) {
     if (!propagate_down[0]) return;
-    Transpose(top[0]->cpu_diff(), top[0]->shape(1), top[0]->count(2), top[0]->shape(0), bottom[0]->mutable_cpu_diff());
-  }
-
- private:
-  // `number` matrices rows x columns to columns x rows, in squares that stay in the processor's cache.
-  static void Transpose(const float* from, int rows, int columns, int number, float* to) {
-    const int side = 32, squares = channels_last::DivideUp(rows, side);
-    channels_last::ForRows(number * squares, static_cast<long>(side) * columns, [&](int begin, int end) {
-      for (int i = begin; i < end; ++i) {
-        const long matrix = static_cast<long>(i / squares) * rows * columns;
-        const int top = i % squares * side, bottom = std::min(rows, top + side);
-        for (int left = 0; left < columns; left += side) {
-          for (int column = left; column < std::min(columns, left + side); ++column) {
-            for (int row = top; row < bottom; ++row) {
-              to[matrix + static_cast<long>(column) * rows + row] = from[matrix + static_cast<long>(row) * columns + column];
-            }
-          }
-        }
-      }
-    });
+    channels_last::TransposeMatrices(top[0]->cpu_diff(), top[0]->shape(1), top[0]->count(2), top[0]->shape(0),
+                                     bottom[0]->mutable_cpu_diff());
   }
 };
 

@@ -10,8 +10,6 @@ class ChannelsLastLRNLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastLRN"; }
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
     const LRNParameter& p = layer_param_.lrn_param();

@@ -12,8 +12,6 @@ class ChannelsLastPoolingLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
   virtual inline const char* type() const { return "ChannelsLastPooling"; }
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
     const PoolingParameter& p = layer_param_.pooling_param();

@@ -9,8 +9,6 @@ namespace caffe {
 class ByChannelLayer : public channels_last::ChannelsLastLayer {
  public:
   using ChannelsLastLayer::ChannelsLastLayer;
-  virtual inline int ExactNumBottomBlobs() const { return 1; }
-  virtual inline int ExactNumTopBlobs() const { return 1; }
 
   virtual void LayerSetUp(const Blobs& bottom, const Blobs& top) {
     if (blobs_.empty()) MakeBlobs(bottom[0]->shape(3));

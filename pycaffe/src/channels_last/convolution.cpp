@@ -21,47 +21,64 @@ void MultiplyRow(int pixels, int inputs, int outputs, const float* packed, const
     segments.clear();
     list(first, &segments);
     for (int o = 0; o < outputs; o += kPanel) {
-      const Epilogue part = {epilogue.bias ? epilogue.bias + o : nullptr, epilogue.relu, epilogue.continues};
       Multiply(std::min(kPixels, pixels - first), std::min(kPanel, outputs - o), segments.data(), segments.size(),
-               packed + static_cast<size_t>(inputs) * o, part, out + first * out_step + o, out_step);
+               packed + static_cast<size_t>(inputs) * o, epilogue.From(o), out + first * out_step + o, out_step);
     }
   }
 }
 
-// Kernels of a single pixel: products of matrices.
-class Pointwise : public Algorithm {
+// Packs weight(group, k, o), inputs x outputs for each group, unless that is done. Returns them; each group takes PackedSize.
+template <class Weight>
+const float* PackOnce(int groups, int inputs, int outputs, const Weight& weight, Buffer* packed) {
+  if (!packed->data()) {
+    const size_t size = PackedSize(inputs, outputs);
+    float* to = packed->Need(groups * size);
+    for (int group = 0; group < groups; ++group) {
+      PackPanels(inputs, outputs, [&](int k, int o) { return weight(group, k, o); }, to + group * size);
+    }
+  }
+  return packed->data();
+}
+
+// What all algorithms know.
+class WithWeights : public Algorithm {
  public:
-  Pointwise(const Geometry& geometry, const float* weights) : g_(geometry), weights_(weights) {}
+  WithWeights(const Geometry& geometry, const float* weights) : g_(geometry), weights_(weights) {}
+
+ protected:
+  // `place` in the kernel: row by row.
+  float Weight(int group, int output, int input, int place) const {
+    const size_t kernel = static_cast<size_t>(group * g_.group_outputs() + output) * g_.group_inputs() + input;
+    return weights_[kernel * g_.y.kernel * g_.x.kernel + place];
+  }
+
+  const Geometry g_;
+
+ private:
+  const float* weights_;
+};
+
+// Kernels of a single pixel: products of matrices.
+class Pointwise : public WithWeights {
+ public:
+  using WithWeights::WithWeights;
 
   virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
-    const size_t size = PackedSize(inputs, outputs);
-    if (!forward_.data()) {
-      for (int group = 0; group < g_.groups; ++group) {
-        const float* w = weights_ + static_cast<size_t>(group) * outputs * inputs;
-        PackPanels(inputs, outputs, [&](int k, int o) { return w[static_cast<size_t>(o) * inputs + k]; },
-                   forward_.Need(g_.groups * size) + group * size);
-      }
-    }
-    Run(in, nullptr, inputs, outputs, forward_.data(), size, epilogue, out);
+    const auto weight = [this](int group, int k, int o) { return Weight(group, o, k, 0); };
+    Run(in, nullptr, inputs, outputs, PackOnce(g_.groups, inputs, outputs, weight, &forward_), epilogue, out);
   }
 
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
-    const size_t size = PackedSize(outputs, inputs);
-    if (!backward_.data()) {
-      for (int group = 0; group < g_.groups; ++group) {
-        const float* w = weights_ + static_cast<size_t>(group) * outputs * inputs;
-        PackPanels(outputs, inputs, [&](int k, int i) { return w[static_cast<size_t>(k) * inputs + i]; },
-                   backward_.Need(g_.groups * size) + group * size);
-      }
-    }
-    Run(gradient, mask, outputs, inputs, backward_.data(), size, {nullptr, false, adds}, to);
+    const auto weight = [this](int group, int k, int i) { return Weight(group, k, i, 0); };
+    const float* packed = PackOnce(g_.groups, outputs, inputs, weight, &backward_);
+    Run(gradient, mask, outputs, inputs, packed, {nullptr, false, adds}, to);
   }
 
  private:
-  void Run(const float* in, const float* mask, int inputs, int outputs, const float* packed, size_t size,
-           const Epilogue& epilogue, float* out) const {
+  void Run(const float* in, const float* mask, int inputs, int outputs, const float* packed, const Epilogue& epilogue,
+           float* out) const {
     const int all = g_.y.size * g_.x.size, blocks = DivideUp(all, kPixels);
     const long in_step = static_cast<long>(inputs) * g_.groups, out_step = static_cast<long>(outputs) * g_.groups;
     // Some blocks of pixels for each piece, or some panels of outputs where a block is enough work for several.
@@ -79,11 +96,9 @@ class Pointwise : public Algorithm {
         from = Masked(from, mask + (from - in), end - first, inputs, in_step);
         from_step = inputs;
       }
-      const float* bias = epilogue.bias ? epilogue.bias + group * outputs + channel : nullptr;
-      const Epilogue ours = {bias, epilogue.relu, epilogue.continues};
       MultiplyRow(end - first, inputs, std::min(outputs, panel.end * kPanel) - channel,
-                  packed + group * size + static_cast<size_t>(inputs) * channel, ours,
-                  out + first * out_step + group * outputs + channel, out_step,
+                  packed + group * PackedSize(inputs, outputs) + static_cast<size_t>(inputs) * channel,
+                  epilogue.From(group * outputs + channel), out + first * out_step + group * outputs + channel, out_step,
                   [&](int pixel, std::vector<Segment>* segments) {
                     segments->push_back({from + pixel * from_step, from_step, inputs});
                   });
@@ -99,28 +114,24 @@ class Pointwise : public Algorithm {
     return copy;
   }
 
-  const Geometry g_;
-  const float* weights_;
   Buffer forward_, backward_;
 };
 
 // Square kernels with stride 1, by minimal filtering.
 template <int M, int R>
-class Filtered : public Algorithm {
+class Filtered : public WithWeights {
  public:
-  Filtered(const Geometry& geometry, const float* weights) : g_(geometry), weights_(weights) {}
+  Filtered(const Geometry& geometry, const float* weights)
+      : WithWeights(geometry, weights), forward_(new Filtering<M, R>[g_.groups]), backward_(new Filtering<M, R>[g_.groups]) {}
 
   virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
-    if (!forward_) {
-      forward_.reset(new Filtering<M, R>[g_.groups]);
-      for (int group = 0; group < g_.groups; ++group) {
-        forward_[group].Pack(inputs, outputs, [&](int k, int o, int y, int x) { return Weight(group, o, k, y, x); });
-      }
-    }
     for (int group = 0; group < g_.groups; ++group) {
-      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs : nullptr, epilogue.relu};
-      forward_[group].Run({in, g_.y.size, g_.x.size, g_.inputs, group * inputs}, nullptr, g_.y.pad, ours,
+      if (!forward_[group].is_packed()) {
+        forward_[group].Pack(inputs, outputs, [&](int k, int o, int y, int x) { return Weight(group, o, k, y * R + x); });
+      }
+      forward_[group].Run({in, g_.y.size, g_.x.size, g_.inputs, group * inputs}, nullptr, g_.y.pad,
+                          epilogue.From(group * outputs),
                           {out, g_.y.out_size, g_.x.out_size, g_.outputs, group * outputs});
     }
   }
@@ -128,15 +139,12 @@ class Filtered : public Algorithm {
   // The same with each kernel turned by half a turn.
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs();
-    if (!backward_) {
-      backward_.reset(new Filtering<M, R>[g_.groups]);
-      for (int group = 0; group < g_.groups; ++group) {
+    for (int group = 0; group < g_.groups; ++group) {
+      if (!backward_[group].is_packed()) {
         backward_[group].Pack(outputs, inputs, [&](int k, int i, int y, int x) {
-          return Weight(group, k, i, R - 1 - y, R - 1 - x);
+          return Weight(group, k, i, R * R - 1 - (y * R + x));
         });
       }
-    }
-    for (int group = 0; group < g_.groups; ++group) {
       backward_[group].Run({gradient, g_.y.out_size, g_.x.out_size, g_.outputs, group * outputs}, mask,
                            R - 1 - g_.y.pad, {nullptr, false, adds},
                            {to, g_.y.size, g_.x.size, g_.inputs, group * inputs});
@@ -144,29 +152,21 @@ class Filtered : public Algorithm {
   }
 
  private:
-  float Weight(int group, int output, int input, int y, int x) const {
-    const size_t kernel = static_cast<size_t>(group * g_.group_outputs() + output) * g_.group_inputs() + input;
-    return weights_[(kernel * R + y) * R + x];
-  }
-
-  const Geometry g_;
-  const float* weights_;
-  std::unique_ptr<Filtering<M, R>[]> forward_, backward_;  // for each group
+  const std::unique_ptr<Filtering<M, R>[]> forward_, backward_;  // for each group
 };
 
 // Kernels of up to 8 x 8 with stride 2: of every second column and row, that is four pictures, kernels of 4 x 4 with stride 1.
 // Reads and writes pictures of any strides.
-class InPhases : public Algorithm {
+class InPhases : public WithWeights {
  public:
   InPhases(const Geometry& geometry, const Strides& strides, const float* weights)
-      : g_(geometry), strides_(strides), weights_(weights), height_(g_.y.out_size + 3), width_(g_.x.out_size + 3) {
+      : WithWeights(geometry, weights), strides_(strides), height_(g_.y.out_size + 3), width_(g_.x.out_size + 3) {
     phases_.Need(static_cast<size_t>(height_) * width_ * step());
   }
 
   virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
-    if (!is_forward_packed_) {
-      is_forward_packed_ = true;
-      forward_.Pack(channels(), g_.outputs, [&](int k, int o, int y, int x) { return Weight(o, k, y, x); });
+    if (!forward_.is_packed()) {
+      forward_.Pack(channels(), g_.outputs, [&](int k, int o, int y, int x) { return PhaseWeight(o, k, y, x); });
     }
     ForEach(height_, [&](int row) {
       std::fill_n(Row(row), static_cast<long>(width_) * step(), 0.f);
@@ -177,9 +177,8 @@ class InPhases : public Algorithm {
   }
 
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
-    if (!is_backward_packed_) {
-      is_backward_packed_ = true;
-      backward_.Pack(g_.outputs, channels(), [&](int k, int o, int y, int x) { return Weight(k, o, 3 - y, 3 - x); });
+    if (!backward_.is_packed()) {
+      backward_.Pack(g_.outputs, channels(), [&](int k, int o, int y, int x) { return PhaseWeight(k, o, 3 - y, 3 - x); });
     }
     backward_.Run({gradient, g_.y.out_size, g_.x.out_size, g_.outputs}, mask, 3, {nullptr, false},
                   {phases_.data(), height_, width_, step()});
@@ -212,60 +211,47 @@ class InPhases : public Algorithm {
     }
   }
 
-  float Weight(int output, int channel, int y, int x) const {
+  float PhaseWeight(int output, int channel, int y, int x) const {
     const int phase = channel / g_.inputs, input = channel % g_.inputs;
     const int row = 2 * y + phase / 2, column = 2 * x + phase % 2;
     if (row >= g_.y.kernel || column >= g_.x.kernel) return 0;
-    return weights_[((static_cast<size_t>(output) * g_.inputs + input) * g_.y.kernel + row) * g_.x.kernel + column];
+    return Weight(0, output, input, row * g_.x.kernel + column);
   }
 
-  const Geometry g_;
   const Strides strides_;
-  const float* weights_;
   const int height_, width_;  // of phases_
   Buffer phases_;
   Filtering<3, 4> forward_, backward_;
-  bool is_forward_packed_ = false, is_backward_packed_ = false;
 };
 
 // Any other convolution, by its definition, and with sums in the order of Caffe's. The gradient has one kernel for each place
 // of an input pixel between those on which kernels begin.
-class Direct : public Algorithm {
+class Direct : public WithWeights {
  public:
   Direct(const Geometry& geometry, const float* weights)
-      : g_(geometry), weights_(weights), is_by_plane_(g_.inputs < 8 && g_.groups == 1 && g_.x.dilation == 1) {}
+      : WithWeights(geometry, weights), is_by_plane_(g_.inputs < 8 && g_.groups == 1 && g_.x.dilation == 1) {}
 
   virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
     const int inputs = g_.group_inputs(), outputs = g_.group_outputs(), taps = g_.y.kernel * g_.x.kernel;
-    const size_t size = PackedSize(taps * inputs, outputs);
-    if (!forward_.data()) {
-      const auto place = [&](int k) { return is_by_plane_ ? k : k % inputs * taps + k / inputs; };
-      for (int group = 0; group < g_.groups; ++group) {
-        const float* w = weights_ + static_cast<size_t>(group) * outputs * inputs * taps;
-        PackPanels(taps * inputs, outputs, [&](int k, int o) { return w[static_cast<size_t>(o) * inputs * taps + place(k)]; },
-                   forward_.Need(g_.groups * size) + group * size);
-      }
-    }
-    const Picture<float> bordered = Bordered({in, g_.y.size, g_.x.size, g_.inputs}, nullptr, g_.y.pad, g_.x.pad,
-                                             std::max(g_.y.size + g_.y.pad, Reach(g_.y)),
-                                             std::max(g_.x.size + g_.x.pad, Reach(g_.x)), is_by_plane_);
+    const auto weight = [&](int group, int k, int o) {
+      return is_by_plane_ ? Weight(group, o, k / taps, k % taps) : Weight(group, o, k % inputs, k / inputs);
+    };
+    const float* packed = PackOnce(g_.groups, taps * inputs, outputs, weight, &forward_);
+    const Picture<const float> picture = {in, g_.y.size, g_.x.size, g_.inputs};
+    const int height = std::max(g_.y.size + g_.y.pad, Reach(g_.y)), width = std::max(g_.x.size + g_.x.pad, Reach(g_.x));
+    const Picture<float> bordered = is_by_plane_ ? BorderedPlanes(picture, g_.y.pad, g_.x.pad, height, width)
+                                                 : Bordered(picture, nullptr, g_.y.pad, g_.x.pad, height, width);
     ForEach(g_.y.out_size * g_.groups, [&](int piece) {
       const int group = piece % g_.groups, row = piece / g_.groups;
-      const Epilogue ours = {epilogue.bias ? epilogue.bias + group * outputs : nullptr, epilogue.relu};
-      MultiplyRow(g_.x.out_size, taps * inputs, outputs, forward_.data() + group * size, ours,
+      MultiplyRow(g_.x.out_size, taps * inputs, outputs, packed + group * PackedSize(taps * inputs, outputs),
+                  epilogue.From(group * outputs),
                   out + static_cast<long>(row) * g_.x.out_size * g_.outputs + group * outputs, g_.outputs,
                   [&](int first, std::vector<Segment>* segments) {
-                    const int x = first * g_.x.stride;
-                    for (int i = 0; is_by_plane_ && i < g_.inputs * g_.y.kernel; ++i) {
-                      const int y = row * g_.y.stride + i % g_.y.kernel * g_.y.dilation;
-                      const long area = static_cast<long>(bordered.height) * bordered.width;
-                      const float* plane = bordered.data + i / g_.y.kernel * area;
-                      segments->push_back({plane + static_cast<long>(y) * bordered.width + x, g_.x.stride, g_.x.kernel});
-                    }
-                    for (int i = 0; !is_by_plane_ && i < taps; ++i) {
-                      const int y = row * g_.y.stride + i / g_.x.kernel * g_.y.dilation;
-                      const float* from = bordered.at(y, x + i % g_.x.kernel * g_.x.dilation);
-                      segments->push_back({from + group * inputs, g_.x.stride * bordered.step, inputs});
+                    const int y = row * g_.y.stride, x = first * g_.x.stride;
+                    if (is_by_plane_) {
+                      ListRows(bordered, y, x, segments);
+                    } else {
+                      ListTaps(bordered, y, x, group * inputs, segments);
                     }
                   });
     });
@@ -326,77 +312,81 @@ class Direct : public Algorithm {
       const int taps = phase.taps.size();
       phase.packed.reset(new Buffer[g_.groups * taps]);
       for (int i = 0; i < g_.groups * taps; ++i) {
-        const float* w = weights_ + static_cast<size_t>(i / taps) * outputs * inputs * g_.y.kernel * g_.x.kernel;
-        PackPanels(outputs, inputs, [&](int o, int k) {
-          return w[(static_cast<size_t>(o) * inputs + k) * g_.y.kernel * g_.x.kernel + phase.taps[i % taps].place];
-        }, phase.packed[i].Need(PackedSize(outputs, inputs)));
+        PackPanels(outputs, inputs, [&](int k, int o) { return Weight(i / taps, k, o, phase.taps[i % taps].place); },
+                   phase.packed[i].Need(PackedSize(outputs, inputs)));
       }
     }
   }
 
-  // A copy of a picture in the middle of zeros, which are also where `mask` is not positive; with `by_plane`, channel by
-  // channel.
+  // What the pixel at y, x and those after it depend on: in planes, a row of the kernel in each channel;
+  void ListRows(const Picture<float>& planes, int y, int x, std::vector<Segment>* segments) const {
+    for (int i = 0; i < g_.inputs * g_.y.kernel; ++i) {
+      const long row = static_cast<long>(i / g_.y.kernel) * planes.height + y + i % g_.y.kernel * g_.y.dilation;
+      segments->push_back({planes.data + row * planes.width + x, g_.x.stride, g_.x.kernel});
+    }
+  }
+
+  // or else all channels of the group at each place of the kernel.
+  void ListTaps(const Picture<float>& bordered, int y, int x, int channel, std::vector<Segment>* segments) const {
+    for (int i = 0; i < g_.y.kernel * g_.x.kernel; ++i) {
+      const float* from = bordered.at(y + i / g_.x.kernel * g_.y.dilation, x + i % g_.x.kernel * g_.x.dilation);
+      segments->push_back({from + channel, g_.x.stride * bordered.step, g_.group_inputs()});
+    }
+  }
+
+  // A copy of a picture in the middle of zeros, which are also where `mask` is not positive.
   static Picture<float> Bordered(const Picture<const float>& in, const float* mask, int above, int left, int height,
-                                 int width, bool by_plane = false) {
+                                 int width) {
     const Picture<float> copy = {SharedScratch(static_cast<size_t>(height) * width * in.step), height, width, in.step};
-    const long plane = static_cast<long>(height) * width;
     ForEach(height, [&](int row) {
-      const int y = row - above, count = y >= 0 && y < in.height ? std::min(in.width, width - left) : 0;
-      for (int c = 0; c < (by_plane ? in.step : 1); ++c) {
-        float* to = by_plane ? copy.data + c * plane + static_cast<long>(row) * width : copy.at(row, 0);
-        std::fill_n(to, by_plane ? width : width * in.step, 0.f);
-        for (int x = 0; by_plane && x < count; ++x) to[left + x] = in.at(y, x)[c];
-      }
-      const long numbers = by_plane ? 0 : count * in.step, place = static_cast<long>(y) * in.width * in.step;
-      for (long i = 0; i < numbers; ++i) {
-        copy.at(row, left)[i] = !mask || mask[place + i] > 0 ? in.data[place + i] : 0;
-      }
+      std::fill_n(copy.at(row, 0), width * in.step, 0.f);
+      const int y = row - above;
+      if (y < 0 || y >= in.height) return;
+      const long count = std::min(in.width, width - left) * in.step, place = static_cast<long>(y) * in.width * in.step;
+      float* to = copy.at(row, left);
+      for (long i = 0; i < count; ++i) to[i] = !mask || mask[place + i] > 0 ? in.data[place + i] : 0;
     });
     return copy;
   }
 
-  const Geometry g_;
-  const float* weights_;
+  // The same, one channel after the other.
+  static Picture<float> BorderedPlanes(const Picture<const float>& in, int above, int left, int height, int width) {
+    const Picture<float> copy = {SharedScratch(static_cast<size_t>(height) * width * in.step), height, width, in.step};
+    ForEach(in.step * height, [&](int row) {
+      float* to = copy.data + static_cast<long>(row) * width;
+      std::fill_n(to, width, 0.f);
+      const int channel = row / height, y = row % height - above;
+      if (y < 0 || y >= in.height) return;
+      for (int x = 0; x < std::min(in.width, width - left); ++x) to[left + x] = in.at(y, x)[channel];
+    });
+    return copy;
+  }
+
   const bool is_by_plane_;
   Buffer forward_;
   std::vector<Phase> phases_;
 };
 
-// For pictures with the channels first: a copy with them last, computed by another algorithm.
+// For pictures with the channels first: a copy with them last, computed by another algorithm. Never adds.
 class Reordered : public Algorithm {
  public:
-  Reordered(const Geometry& geometry, const Strides& strides, std::unique_ptr<Algorithm> algorithm)
-      : g_(geometry), strides_(strides), algorithm_(std::move(algorithm)) {}
+  Reordered(const Geometry& geometry, std::unique_ptr<Algorithm> algorithm)
+      : channels_(geometry.inputs), pixels_(geometry.y.size * geometry.x.size), algorithm_(std::move(algorithm)) {
+    copy_.Need(static_cast<size_t>(channels_) * pixels_);
+  }
 
   virtual void Forward(const float* in, const Epilogue& epilogue, float* out) {
-    Need();
-    ForNumbers([&](long place, float* last) { *last = in[place]; });
+    TransposeMatrices(in, channels_, pixels_, 1, copy_.data());
     algorithm_->Forward(copy_.data(), epilogue, out);
   }
 
   virtual void Backward(const float* gradient, const float* mask, bool adds, float* to) {
-    Need();
     algorithm_->Backward(gradient, mask, false, copy_.data());
-    ForNumbers([&](long place, const float* last) { to[place] = adds ? to[place] + *last : *last; });
+    TransposeMatrices(copy_.data(), pixels_, channels_, 1, to);
   }
 
  private:
-  void Need() { copy_.Need(static_cast<size_t>(g_.y.size) * g_.x.size * g_.inputs); }
-
-  template <class Use>
-  void ForNumbers(const Use& use) {
-    ForEach(g_.y.size, [&](int y) {
-      for (int c = 0; c < g_.inputs; ++c) {
-        float* last = copy_.data() + static_cast<long>(y) * g_.x.size * g_.inputs + c;
-        for (int x = 0; x < g_.x.size; ++x) {
-          use(c * strides_.channel + y * strides_.row + x * strides_.column, last + static_cast<long>(x) * g_.inputs);
-        }
-      }
-    });
-  }
-
-  const Geometry g_;
-  const Strides strides_;
+  const int channels_, pixels_;
   const std::unique_ptr<Algorithm> algorithm_;
   Buffer copy_;
 };
@@ -409,7 +399,6 @@ bool AreLargePatchesBetter(const Geometry& g) {
 
 std::unique_ptr<Algorithm> ChannelsLastAlgorithm(const Geometry& g, const float* weights) {
   typedef std::unique_ptr<Algorithm> Chosen;
-
   const bool is_dense = g.y.stride == 1 && g.x.stride == 1 && g.y.dilation == 1 && g.x.dilation == 1;
   const int kernel = g.y.kernel == g.x.kernel && g.y.pad == g.x.pad && g.y.pad < g.y.kernel ? g.y.kernel : 0;
   if (is_dense && kernel == 1) return Chosen(new Pointwise(g, weights));
@@ -428,7 +417,7 @@ std::unique_ptr<Algorithm> ChooseAlgorithm(const Geometry& g, const Strides& str
   if (is_halved(g.y) && is_halved(g.x) && g.groups == 1) return std::unique_ptr<Algorithm>(new InPhases(g, strides, weights));
   std::unique_ptr<Algorithm> algorithm = ChannelsLastAlgorithm(g, weights);
   if (strides.channel == 1) return algorithm;
-  return std::unique_ptr<Algorithm>(new Reordered(g, strides, std::move(algorithm)));
+  return std::unique_ptr<Algorithm>(new Reordered(g, std::move(algorithm)));
 }
 
 }  // namespace channels_last

@@ -32,7 +32,7 @@ struct alignas(64) {
 alignas(64) std::atomic<int> inside{0};  // helping threads that may be looking at `job`
 alignas(64) std::atomic<int> awake{0};   // helping threads with a core
 int helpers = 0;                         // all helping threads
-sem_t invitations;                 // cores taken for a helping thread that is to wake up
+sem_t invitations;                       // cores taken for a helping thread that is to wake up
 
 inline void Pause() {
 #if defined(__x86_64__)

@@ -14,6 +14,8 @@ namespace channels_last {
 template <int M, int R>
 class Filtering {
  public:
+  bool is_packed() const { return packed_.data(); }
+
   // Takes kernels of R x R: weight(k, o, y, x) for input k and output o.
   template <class Weight>
   void Pack(int inputs, int outputs, const Weight& weight) {

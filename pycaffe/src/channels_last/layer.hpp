@@ -9,18 +9,10 @@
 #include "caffe/layer.hpp"
 #include "caffe/layer_factory.hpp"
 #include "caffe/util/math_functions.hpp"
-#include "cores.hpp"
-#include "vectors.hpp"
+#include "picture.hpp"
 
 namespace caffe {
 namespace channels_last {
-
-// Calls work(begin, end) for parts of `rows` rows of `length` numbers, each large enough for another thread.
-template <class Work>
-void ForRows(int rows, long length, const Work& work) {
-  const int each = std::max(1L, (1L << 16) / std::max(1L, length));
-  ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
-}
 
 // A layer for networks whose weights are fixed: they are those of the first pass, and gradients flow to the input only. Single
 // precision, on the CPU.
@@ -28,6 +20,8 @@ class ChannelsLastLayer : public Layer<float> {
  public:
   typedef std::vector<Blob<float>*> Blobs;
   explicit ChannelsLastLayer(const LayerParameter& param) : Layer<float>(param) {}
+  virtual inline int ExactNumBottomBlobs() const { return 1; }
+  virtual inline int ExactNumTopBlobs() const { return 1; }
   virtual inline int MinBottomBlobs() const { return 1; }
   virtual inline int MinTopBlobs() const { return 1; }
 

@@ -1,7 +1,8 @@
-// Pictures with the channels last, ranges of their parts, and scratch memory.
+// Pictures with the channels last, what is done to parts of them, and scratch memory.
 #ifndef CHANNELS_LAST_PICTURE_HPP_
 #define CHANNELS_LAST_PICTURE_HPP_
 
+#include "cores.hpp"
 #include "vectors.hpp"
 
 namespace caffe {
@@ -50,6 +51,31 @@ class Ranges {
   Range whole_;
   int parts_;
 };
+
+// Calls work(begin, end) for parts of `rows` rows of `length` numbers, each large enough for another thread.
+template <class Work>
+void ForRows(int rows, long length, const Work& work) {
+  const int each = std::max(1L, (1L << 16) / std::max(1L, length));
+  ForEach(DivideUp(rows, each), [&](int i) { work(i * each, std::min(rows, (i + 1) * each)); });
+}
+
+// `number` matrices rows x columns to columns x rows, in squares that stay in the processor's cache.
+inline void TransposeMatrices(const float* from, int rows, int columns, int number, float* to) {
+  const int side = 32, squares = DivideUp(rows, side);
+  ForRows(number * squares, static_cast<long>(side) * columns, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const long matrix = static_cast<long>(i / squares) * rows * columns;
+      const int top = i % squares * side, bottom = std::min(rows, top + side);
+      for (int left = 0; left < columns; left += side) {
+        for (int column = left; column < std::min(columns, left + side); ++column) {
+          for (int row = top; row < bottom; ++row) {
+            to[matrix + static_cast<long>(column) * rows + row] = from[matrix + static_cast<long>(row) * columns + column];
+          }
+        }
+      }
+    }
+  });
+}
 
 // Memory for the layer that is being computed: shared by all threads, and of each thread's own. The next call overwrites it.
 inline float* SharedScratch(size_t count) {

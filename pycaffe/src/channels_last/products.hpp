@@ -20,6 +20,9 @@ struct Epilogue {
   const float* bias;
   bool relu;
   bool continues = false;
+
+  // That of the channels from `channel` on.
+  Epilogue From(int channel) const { return {bias ? bias + channel : nullptr, relu, continues}; }
 };
 
 // For `pixels` <= kPixels pixels p and `channels` <= kPanel channels o:
