@@ -631,15 +631,16 @@ def rmsprop(gradient, cache, decay, learning_rate):
     return gradient
 
 
-def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
+def step_tile(x, start, mean, descent, cache, divisors, terms, decay, learning_rate):
     """Takes the step of a tile, x += step. Returns the step's mean absolute value, or None if it
     overflows; x is then left as it was in the channel that overflows and in those after it.
 
-    `x`, float64 (3, H, W), is the tile's part of the image, and `start` the same part of the start
-    image, or None. `descent` is the network's gradient, float32 (3, H, W). `cache`, float64
-    (3, H, W), is RMSProp's, and is updated; with None, the step is -learning_rate times the
-    gradient. The step is divided by `divisors`, float64 (H, W), or by nothing if None. `terms` are
-    the regularizers, {name: term}, in the original's order.
+    `x`, float64 (3, H, W), is the tile's part of the image, and `start`, uint8 (3, H, W), the same
+    part of the start picture, from which `mean` is to be subtracted, or None. `descent` is the
+    network's gradient, float32 (3, H, W). `cache`, float64 (3, H, W), is RMSProp's, and is updated;
+    with None, the step is -learning_rate times the gradient. The step is divided by `divisors`,
+    float64 (H, W), or by nothing if None. `terms` are the regularizers, {name: term}, in the
+    original's order.
     """
     total = 0.0
     for channel in range(3):  # channels are independent, and one's arrays fit the processor's cache
@@ -647,7 +648,7 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
         gradient = descent[part].astype(np.float64)
         for term in terms.values():
             from_start = None if start is None else start[part]
-            gradient += term.gradient(argument(term, x[part], from_start))
+            gradient += term.gradient(argument(term, x[part], from_start, mean))
         if cache is None:
             step = gradient
             step *= -learning_rate
@@ -662,21 +663,22 @@ def step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
     return total / x.size
 
 
-def compiled_step_tile(x, start, descent, cache, divisors, terms, decay, learning_rate):
+def compiled_step_tile(x, start, mean, descent, cache, divisors, terms, decay, learning_rate):
     """What step_tile does, by compiled_step."""
     p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
     tv = terms.get("tv", TotalVariation(0, 2))
     difference = TV_OPERATORS[tv.operator][0]
     norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
-    numbers = [*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate]
+    numbers = [*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate, mean]
     places = (difference.index(1), difference.index(-1), len(difference), tv.of_change)
     step_size = compiled_step()(x, start, descent, cache, divisors, numbers, places)
     return None if step_size < 0 else step_size
 
 
-def argument(term, x, start):
-    """The x of a regularizer: the image, or its change from the start image, if there is one."""
-    return x - start if term.of_change and start is not None else x
+def argument(term, x, start, mean):
+    """The x of a regularizer: the image, or its change from the start image, if there is one, whose
+    picture with the `mean` is `start`."""
+    return x - (start.astype(np.float64) - mean) if term.of_change and start is not None else x
 
 
 # ---- The dream --------------------------------------------------------------------------------
@@ -786,7 +788,8 @@ class Dream:
                 self.lay_out()
                 if not is_begun:
                     self.begin_size()
-                yield from self._steps(Steps(pool), wants_stats, is_stopping)
+                steps = Steps(pool if self.engine.is_elsewhere else None)
+                yield from self._steps(steps, wants_stats, is_stopping)
                 if self.size_number == len(self.sizes) or is_stopping():
                     return
                 self.size_number, self.step, is_begun = self.size_number + 1, 0, False
@@ -897,16 +900,19 @@ class Dream:
         else:
             steps.wait()
             x, start = cut_tile(self.image, region), self._start_of(region, terms)
-            pairs = {n: (t, argument(t, x, start)[np.newaxis]) for n, t in terms.items()}
+            pairs = {
+                name: (term, argument(term, x, start, self.mean)[np.newaxis])
+                for name, term in terms.items()
+            }
             self.gauge.add_tile(loss, x, descent, pairs)
             self.gauge.add(step_size=self._take_step(region, scaled, terms))
 
     def _start_of(self, region, terms):
-        """The region of the start image, less the mean, float64 (3, H, W); None if there is no
-        start image or no term needs it."""
+        """The region of the start picture, uint8 (3, H, W); None if there is no start picture or no
+        term needs it."""
         if self.start is None or not any(term.of_change for term in terms.values()):
             return None
-        return cut_tile(self.start, region).astype(np.float64) - self.mean
+        return cut_tile(self.start, region)
 
     def _take_step(self, region, descent, terms):
         """Takes a tile's step; returns its mean absolute value. Raises RunFailed, NotFinite."""
@@ -914,9 +920,10 @@ class Dream:
         x, start = cut_tile(self.image, region), self._start_of(region, terms)
         cache = self.caches[self.cache_index[region]] if self.has_caches else None
         divisors = None if self.divisors is None else self.divisors[y0:y1, x0:x1]
+        arrays = (x, start, self.mean, descent, cache, divisors)
         rates = (self.settings.decay_rate, self.learning_rate)
         with np.errstate(all="ignore"):  # step_tile returns None on overflow
-            step_size = self.step_tile(x, start, descent, cache, divisors, terms, *rates)
+            step_size = self.step_tile(*arrays, terms, *rates)
         if step_size is None:
             is_first = (self.size_number, self.step) == (1, 0) and np.abs(x).max() < 1e6
             if is_first and not np.isfinite(descent).all():  # no step has caused this
@@ -1377,11 +1384,12 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         watch(Run(options, files, watchers, inputs, dream, record, kept, batch), signals)
 
 
-def check_layers(jobs, network):
-    """Raises BadRequest if the network lacks a layer or channel that one of the jobs asks for."""
+def check_layers(jobs, network, call):
+    """Raises BadRequest if the network lacks a layer or channel that one of the jobs asks for.
+    `call` is in_a_worker or the like."""
     targets = dict.fromkeys(t for job in jobs for t in Settings.of(job).objective().targets)
     with contextlib.suppress(CaffeStopped):  # a layer that is not needed may stop it
-        in_a_worker(check_targets, network, jobs[0].input_size, tuple(targets))
+        call(check_targets, network, jobs[0].input_size, tuple(targets))
 
 
 def dream(image=None, **options):

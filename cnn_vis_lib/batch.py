@@ -2,21 +2,24 @@
 options."""
 
 import collections
+import contextlib
 import copy
 import itertools
 import os
 import re
 
-from .behaviors import ARRAYS
-from .checkpoints import Checkpoint
+from .engines import choose_gpus
 from .errors import BadRequest, OutOfMemory, RunFailed, Stopped, log, one_line, refusal, some
 from .files import existing_file, extension_of
 from .find_network import find_network
+from .machine import count_cores
+from .makers import Makers, make_one, number_of_makers, tiles_at_once
 from .options import PARSER, check_preset, listed, names_file, names_several
 from .outputs import Files, check_output
-from .reading import pictures_in, unreadable
+from .processes import CaffeStopped, in_a_worker
+from .reading import look_at, pictures_in
 from .records import identify, inputs_of, kept_options, read_record
-from .resume import check_unchanged, is_layer_of, repeated_layer, saved_options
+from .resume import is_layer_of
 from .run import Batch
 from .writing import check_depth, check_format
 
@@ -125,52 +128,102 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
     network = find_network(jobs[0])
     for job in jobs if network.scale != 1 else ():
         job.input_scale = network.scale  # as records of finished pictures have it
-    check_layers(jobs, network)
-    for job in jobs:
-        make_folder_of(job.output_file)
-        check_output("output", job.output_file)
-        if job.stats:
-            check_output("stats", job.stats)
-    for notice in notices:
-        log.info(f"note: {notice}")
     identity = identify(network)
     left = [job for job in jobs if not is_made(job, identity)]
-    if len(left) < len(jobs):
-        log.info(f"note: {len(jobs) - len(left)} of {len(jobs)} pictures are there already")
-    number, left = len(left), readable(left)
-    failed, batch = number - len(left), Batch(len(left))
-    for batch.number, job in enumerate(left, 1):
-        try:
-            signals.hold(False)
-            begun, checkpoint = under_way(job)
-            try:
-                make_picture(begun, signals, engines, checkpoint, batch)
-            except BadRequest:
-                if checkpoint is None:
-                    raise
-                make_picture(job, signals, engines, None, batch)  # the checkpoint does not fit
-        except Stopped as stop:
-            hint = "run the same command again to make the rest"
-            raise Stopped(stop.signum, f"{stop}; {hint}") from None
-        except (BadRequest, RunFailed, MemoryError, OSError) as error:
-            engines.end()
-            if batch.number == 1 and isinstance(error, BadRequest) and not is_of_one(error):
-                raise
-            failed += 1
-            error = OutOfMemory() if isinstance(error, MemoryError) else error
-            log.error(f"error: {job.output_file}: {one_line(error)}")
+    number, sizes, unreadable = len(left), *look_at_all(left)
+    left = [job for job in left if job.initial_image not in unreadable]
+    batch = Batch(len(left))
+    with contextlib.closing(batch.bar), makers_for(left, sizes, batch) as makers:
+        check_layers(jobs, network, makers.call if makers else in_a_worker)
+        for job in jobs:
+            make_folder_of(job.output_file)
+            check_output("output", job.output_file)
+            if job.stats:
+                check_output("stats", job.stats)
+        if number < len(jobs):
+            notices = [*notices, f"{len(jobs) - number} of {len(jobs)} pictures are there already"]
+        for notice in notices:
+            log.info(f"note: {notice}")
+        for error in unreadable.values():
+            log.error(f"error: {error}")
+        failed = number - len(left)
+        work = (left, signals, engines, batch, make_picture)
+        failures = failures_of(makers, *work) if makers else one_by_one(*work)
+        with contextlib.closing(failures):
+            for job, error in failures:
+                is_general = isinstance(error, BadRequest) and not is_of_one(error)
+                if is_general and not batch.is_announced:  # none has begun
+                    raise error
+                failed += 1
+                error = OutOfMemory() if isinstance(error, MemoryError) else error
+                log.error(f"error: {job.output_file}: {one_line(error)}")
     if failed:
         raise RunFailed(f"{failed} of {number} pictures could not be made; see above")
 
 
-def readable(jobs):
-    """Those of the jobs whose start pictures can be read; logs the other pictures, each once."""
-    errors = {}
-    for path in {job.initial_image: None for job in jobs if job.initial_image}:
-        errors[path] = unreadable(path)
-        if errors[path]:
-            log.error(f"error: {errors[path]}")
-    return [job for job in jobs if not errors.get(job.initial_image)]
+def look_at_all(jobs):
+    """({path: size} of the jobs' start pictures, {path: BadRequest} of those that cannot be
+    read)."""
+    sizes, errors = {None: None}, {}
+    for path in dict.fromkeys(job.initial_image for job in jobs if job.initial_image):
+        try:
+            sizes[path] = look_at(path)
+        except BadRequest as error:
+            errors[path] = error
+    return sizes, errors
+
+
+ALONE = {"show", "plot_pix", "web"}  # words of --iter_behavior that show one picture at a time
+
+
+@contextlib.contextmanager
+def makers_for(jobs, sizes, batch):
+    """Context manager: the Makers for the jobs, or None if each picture is to be made on all
+    devices, one after the other: if it shows itself while it is made, or has more tiles to compute
+    at the same time than there are pictures. `sizes`, {path: (height, width)}, are those of their
+    start pictures."""
+    number = 0
+    if jobs and not (jobs[0].scheduler or jobs[0].scratch or ALONE & jobs[0].iter_behavior):
+        gpus, device = choose_gpus(jobs[0].gpu)
+        cores = jobs[0].workers or count_cores()
+        number = 0 if gpus else number_of_makers(jobs, sizes, cores)
+        if number < cores and number < min(tiles_at_once(job, sizes) for job in jobs):
+            number = 0
+    if number < 2:
+        yield None
+        return
+    with Makers(number, cores, device, batch, sizes) as makers:
+        yield makers
+
+
+def failures_of(makers, jobs, signals, engines, batch, make_picture):
+    """What one_by_one does, with as many pictures under way as there are makers."""
+    try:
+        for job, error in makers.failures(jobs, signals, make_picture):
+            if isinstance(error, CaffeStopped):  # with all cores, an engine finds out why
+                yield from one_by_one([job], signals, engines, batch, make_picture)
+                signals.hold()
+            else:
+                yield job, error
+    except Stopped as stop:
+        raise Stopped(stop.signum, f"{stop}; {TO_GO_ON}") from None
+
+
+TO_GO_ON = "run the same command again to make the rest"
+
+
+def one_by_one(jobs, signals, engines, batch, make_picture):
+    """Makes a picture for each of the jobs; yields (job, exception) for those that fail. Raises
+    Stopped after a signal."""
+    for batch.number, job in enumerate(jobs, 1):
+        try:
+            make_one(make_picture, job, signals, engines, batch)
+        except Stopped as stop:
+            raise Stopped(stop.signum, f"{stop}; {TO_GO_ON}") from None
+        except (BadRequest, RunFailed, MemoryError, OSError) as error:
+            engines.end()
+            batch.bar.end_picture(batch.number)
+            yield job, error
 
 
 def is_of_one(error):
@@ -206,21 +259,3 @@ def is_made(options, identity):
     expected = identity | {"inputs": inputs_of(options)}
     is_same = all(record.get(name) == value for name, value in expected.items())
     return os.path.isfile(path) and "step" not in record and is_same
-
-
-def under_way(options):
-    """(options, Checkpoint) to continue one of several pictures, if it was started with the same
-    options; otherwise the options unchanged, and None."""
-    path, begun = Files(options.output_file).checkpoint, copy.copy(options)
-    if not os.path.isfile(path):
-        return options, None
-    try:
-        checkpoint = Checkpoint.read(path, ARRAYS, options.scratch)
-        saved = saved_options(path, checkpoint)
-        begun.seed = saved.seed if begun.seed is None else begun.seed
-        begun.target_layer = repeated_layer(begun, saved, checkpoint)
-        check_unchanged(path, saved, begun)
-        begun.resume = path
-        return begun, checkpoint
-    except BadRequest:
-        return options, None

@@ -15,15 +15,15 @@ def compiled_step():
     last bit if `power` uses square roots and products, and nearly identical otherwise.
 
     It takes x, start, descent, cache and divisors, as for the script's step_tile; numbers, weight,
-    exponent and scale of two p-norms and of total variation, then decay and learning rate; places,
-    where the operator of total variation has 1 and -1, its length, and whether it is that of the
-    change. It returns the mean size of the step, negative if that overflows.
+    exponent and scale of two p-norms and of total variation, then decay, learning rate and mean;
+    places, where the operator of total variation has 1 and -1, its length, and whether it is that
+    of the change. It returns the mean size of the step, negative if that overflows.
     """
     path = find_in_caffe("python/caffe/libstep_tile.so", "libstep_tile.so")
     if path is None:
         return None
     try:
-        function = ctypes.CDLL(path).cnn_vis_step_tile_3  # its third signature
+        function = ctypes.CDLL(path).cnn_vis_step_tile_4  # its fourth signature
     except (OSError, AttributeError):  # built for another machine, or too old
         return None
     function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 7
@@ -32,7 +32,8 @@ def compiled_step():
     def step(x, start, descent, cache, divisors, numbers, places):
         numbers, places = np.array(numbers, np.float64), np.array(places, np.int64)
         descent = np.ascontiguousarray(descent, np.float32)
-        start = None if start is None else np.ascontiguousarray(start, np.float64)
+        if start is not None and start.strides[:2] != (x.strides[0] // 8, x.strides[1] // 8):
+            raise ValueError("x and start must be parts of pictures of the same size")
         arrays = (x, start, descent, cache, divisors, numbers, places)
         addresses = (None if array is None else array.ctypes.data for array in arrays)
         plane, row = (stride // 8 for stride in x.strides[:2])

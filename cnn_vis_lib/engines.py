@@ -56,10 +56,11 @@ def open_engine(options, spec, objective):
 
 class Engines:
     """Provides the engines for a series of runs that differ only in their start pictures and
-    objectives; a context manager. Running processes are reused."""
+    objectives; a context manager. Running processes are reused. `open_engine` is called with the
+    options, a NetworkSpec and an objective."""
 
-    def __init__(self, options):
-        self.options, self._engine = options, None
+    def __init__(self, options, open_engine=open_engine):
+        self.options, self._engine, self._open = options, None, open_engine
 
     def get(self, spec, objective):
         """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
@@ -71,7 +72,7 @@ class Engines:
                 return engine
         if engine is None or not engine.change(spec, objective):
             self.end()
-            self._engine = open_engine(self.options, spec, objective)
+            self._engine = self._open(self.options, spec, objective)
             self._engine.describe()
         return self._engine
 

@@ -47,6 +47,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.signum = signum
 
+    def __reduce__(self):
+        return type(self), (self.signum, str(self))
+
 
 def one_line(error):
     """An exception's message on one line."""

@@ -21,10 +21,9 @@ BYTES_BESIDES = 16  # a pixel, for 8-bit pictures: the start, and those for enla
 BYTES_MORE = {"use_pixel_learning_rates": 8, "mask": 20, "keep_colors": 14}  # a pixel, by setting
 
 
-def check_room(settings, sizes, cached, scratch=None, held=0):
-    """Raises BadRequest if the sizes of a run, whose tiles have so many `cached` pixels at each,
-    are too large for the memory, or for the folder `scratch`, in which the images and caches are.
-    `held` is how many of the bytes needed are allocated already."""
+def room_needed(settings, sizes, cached):
+    """(bytes of the images and caches, bytes besides, the index of the size that needs these), for
+    a run with these sizes, whose tiles have so many `cached` pixels at each."""
     areas = [math.prod(size) for size in sizes]
     most = BYTES_BESIDES + sum(n for name, n in BYTES_MORE.items() if getattr(settings, name))
     needs = [
@@ -32,7 +31,14 @@ def check_room(settings, sizes, cached, scratch=None, held=0):
         for area, smaller, tiles in zip(areas, [0, *areas], cached)
     ]
     largest = max(range(len(sizes)), key=lambda i: sum(needs[i]))
-    arrays, besides = needs[largest]
+    return *needs[largest], largest
+
+
+def check_room(settings, sizes, cached, scratch=None, held=0):
+    """Raises BadRequest if the sizes of a run, whose tiles have so many `cached` pixels at each,
+    are too large for the memory, or for the folder `scratch`, in which the images and caches are.
+    `held` is how many of the bytes needed are allocated already."""
+    arrays, besides, largest = room_needed(settings, sizes, cached)
     checks = [
         (arrays + besides, free_memory() + held, "memory", "use --scratch, or a smaller size")
     ]

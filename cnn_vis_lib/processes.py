@@ -51,6 +51,14 @@ BOOTSTRAP = (
 )
 
 
+parents = []  # in a worker: the socket to the process that it works for
+
+
+def report(*what):
+    """In a worker, during a task: calls heed(*what) of its CaffeProcesses."""
+    parents[0].send((None, what))
+
+
 def serve(descriptor, parent_pid, memory):
     """The life of a worker: runs tasks that come through a socket, until None comes. A bad file
     cannot make it use more than `memory` bytes; 0: as many as it likes."""
@@ -62,6 +70,7 @@ def serve(descriptor, parent_pid, memory):
         limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     parent = multiprocessing.connection.Connection(descriptor)
+    parents.append(parent)
     for task, arguments in iter(parent.recv, None):
         try:
             answer = True, task(*arguments)
@@ -101,11 +110,11 @@ class WorkerDied(Exception):
 
 class Worker:
     """A process that runs tasks, one at a time; it sees one GPU, or none if `gpu` is None. Its
-    output goes to the file `log`, it inherits the `shared` files, and `memory` is as for `serve`.
-    Raises OSError."""
+    output goes to the file `log`, it inherits the `shared` files, `memory` is as for `serve`, and
+    `heed` is called with what it reports. Raises OSError."""
 
-    def __init__(self, log, gpu, memory, shared=()):
-        self._owner, self.has_answered = os.getpid(), False
+    def __init__(self, log, gpu, memory, shared=(), heed=None):
+        self._owner, self.has_answered, self._heed = os.getpid(), False, heed
         self._connection, other_end = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
@@ -126,10 +135,10 @@ class Worker:
         """Returns task(*arguments). Raises what the task raises, and WorkerDied."""
         try:
             self._connection.send((task, arguments))
-            while not self._connection.poll(1):
-                if self._process.poll() is not None:  # with another process holding its end
-                    raise EOFError
-            is_done, answer = self._connection.recv()
+            is_done, answer = self._receive()
+            while is_done is None:
+                self._heed(*answer)
+                is_done, answer = self._receive()
         except (EOFError, OSError):
             raise WorkerDied from None
         self.has_answered = True
@@ -138,6 +147,12 @@ class Worker:
         if not is_done:
             raise answer
         return answer
+
+    def _receive(self):
+        while not self._connection.poll(1):
+            if self._process.poll() is not None:  # with another process holding its end
+                raise EOFError
+        return self._connection.recv()
 
     def end(self):
         """Ends the process, which must have no task. Does nothing in a fork of its owner."""
@@ -220,13 +235,13 @@ class CaffeProcesses:
     """Processes that run tasks with Caffe; a context manager. There is one for each entry of
     `gpus`, in which a GPU may occur twice, or there are `number` on the CPU, which can become
     `most`. They inherit the `shared` files. If one dies, all are restarted. `prepare` is called
-    whenever all start."""
+    whenever all start, and `heed` with what a task reports, in some thread."""
 
     MAX_RESTARTS = 3
 
-    def __init__(self, number=1, gpus=(), shared=(), most=0, prepare=lambda: None):
+    def __init__(self, number=1, gpus=(), shared=(), most=0, prepare=lambda: None, heed=None):
         self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
-        self.most, self._prepare = max(self.number, most), prepare
+        self.most, self._prepare, self._heed = max(self.number, most), prepare, heed
         if not os.path.isdir("/proc/self/fd"):
             raise BadRequest("Caffe's processes need /proc", "run: mount -t proc proc /proc")
         with system_limits():
@@ -259,7 +274,7 @@ class CaffeProcesses:
         try:
             with system_limits(), signals_held_back():
                 for gpu in gpus:
-                    started.append(Worker(self._log_end, gpu, memory, self.shared))
+                    started.append(Worker(self._log_end, gpu, memory, self.shared, self._heed))
         except BaseException:
             for worker in started:
                 worker.kill()
@@ -280,14 +295,14 @@ class CaffeProcesses:
     def end(self, at_once=False):
         """Ends the processes, after the tasks that have started, or `at_once`."""
         if at_once:
-            self._kill()
+            self.kill()
         self._threads.shutdown(cancel_futures=True)  # waits for tasks that have started
         for worker in self._workers:
             worker.end()
         self._log.close()
         self._log_end.close()
 
-    def _kill(self):
+    def kill(self):
         """Kills the processes; returns their exit statuses."""
         return [worker.kill() for worker in self._workers]
 
@@ -316,7 +331,7 @@ class CaffeProcesses:
     def restart(self):
         """Restarts the processes after one has died. Raises what check_log raises if Caffe ended
         it, RunFailed if it could not even start, and RunFailed after too many deaths."""
-        statuses, text = self._kill(), self._read_log()
+        statuses, text = self.kill(), self._read_log()
         check_log(text)
         if max(statuses) >= 0 and not any(worker.has_answered for worker in self._workers):
             last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 
 from .colours import tell, tell_frames, to_srgb
-from .errors import BadRequest, one_line, refusal, some
+from .errors import one_line, refusal, some
 from .files import existing_file, extension_of, read_bytes
 from .formats import (
     MAX_PIXELS,
@@ -123,20 +123,17 @@ def read_rgba(path, option="image"):
         raise refusal(option, path, f"cannot be read as a picture ({reason})", remedy) from None
 
 
-def unreadable(path):
-    """The BadRequest for the start picture `path` if it cannot be read, otherwise None. Looks only
-    at the beginning of most files, so that a damaged one may pass."""
+def look_at(path):
+    """The (height, width) of the start picture `path`, before it is turned upright. Looks only at
+    the beginning of most files, so that a damaged one may pass. Raises BadRequest if it cannot be
+    read."""
     from PIL import Image
 
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about size and metadata
-        with Image.open(path):
-            return None
-    try:
-        read_rgba(path)
-    except BadRequest as error:
-        return error
-    return None
+        with Image.open(path) as picture:
+            return picture.size[::-1]
+    return read_rgba(path)[0].size[::-1]
 
 
 def open_picture(data, path, remarks):

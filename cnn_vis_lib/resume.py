@@ -95,3 +95,21 @@ def go_on(dream, checkpoint, record, path):
     differs = f"this run was started on a {begun_on}; a {device} rounds differently"
     goes_on = f"{path} goes on after {dream.progress()}"
     return [goes_on] if begun_on == device else [goes_on, differs]
+
+
+def under_way(options):
+    """(options, Checkpoint) to continue one of several pictures, if it was started with the same
+    options; otherwise the options unchanged, and None."""
+    path, begun = Files(options.output_file).checkpoint, copy.copy(options)
+    if not os.path.isfile(path):
+        return options, None
+    try:
+        checkpoint = Checkpoint.read(path, ARRAYS, options.scratch)
+        saved = saved_options(path, checkpoint)
+        begun.seed = saved.seed if begun.seed is None else begun.seed
+        begun.target_layer = repeated_layer(begun, saved, checkpoint)
+        check_unchanged(path, saved, begun)
+        begun.resume = path
+        return begun, checkpoint
+    except BadRequest:
+        return options, None

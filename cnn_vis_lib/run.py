@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from .bar import ProgressBar
 from .behaviors import Watchers
 from .checkpoints import Checkpoint
 from .engines import idle
@@ -74,19 +75,25 @@ class Signals:
 
 @dataclasses.dataclass
 class Batch:
-    """The place of a run among several: how many there are; its number, from 1; how many tiles
-    the earlier ones had; the port on which web showed them; and when, and at which share of all
-    tiles, a log had its last line about progress; whether what they have in common was told; and
-    the files of those that are finished."""
+    """The place of a run among several: how many there are; its number, from 1; the port on which
+    web showed the earlier ones; whether what they have in common was told; the files of those that
+    are finished; and the progress bar of all."""
 
     count: int = 1
     number: int = 1
-    done: int = 0
     port: int = 0
     is_announced: bool = False
-    told: float = dataclasses.field(default_factory=time.monotonic)
-    share_told: float = 0.0
     made: list = dataclasses.field(default_factory=list)
+    bar: object = None
+
+    def __post_init__(self):
+        self.bar = self.bar or ProgressBar(self.count)
+
+    def announce(self, first, others):
+        """Logs the lines about a run that begins: `first`, or `others` if others have begun."""
+        lines, self.is_announced = others if self.is_announced else first, True
+        for line in lines:
+            log.info(line)
 
     def is_last(self):
         """Whether no picture comes after it."""
@@ -128,36 +135,34 @@ class Run:
 
 
 def announce(options, network, dream, remarks, batch):
-    """Logs what is about to be done; what holds for all pictures of a Batch, only at the first one.
-    Called after all checks, so that an error is the only line printed."""
-    engine, settings, notices = dream.engine, dream.settings, []
-    if not batch.is_announced:
-        stand_in = stand_in_notice(options.model, network.name)
-        notices = [stand_in, *idle(options, engine), *network.notices]
-        if dream.picture is not None and not options.preset and has_original_steps(settings):
-            notices.append(
-                f"without a preset, there are {settings.num_steps} steps, as in the original; for "
-                "a picture in a minute: --preset dream"
-            )
-    for line in filter(None, [*notices, *remarks, *engine.notices]):
-        log.info(f"note: {line}")
+    """Tells what is about to be done; what holds for all pictures of a Batch, only at the first
+    one. Called after all checks, so that an error is the only line printed."""
+    engine, settings = dream.engine, dream.settings
+    general = [stand_in_notice(options.model, network.name), *idle(options, engine)]
+    general += network.notices
+    if dream.picture is not None and not options.preset and has_original_steps(settings):
+        general.append(
+            f"without a preset, there are {settings.num_steps} steps, as in the original; for "
+            "a picture in a minute: --preset dream"
+        )
+    own = [f"note: {line}" for line in [*remarks, *engine.notices]]
     seed = f", noise seed {settings.seed}" if dream.picture is None else ""
     shown = [f"{width}x{height}" for height, width in dream.sizes]
     sizes, steps = shown[0], f"{settings.num_steps} step{'s' * (settings.num_steps > 1)}"
     if shown[1:]:
         sizes, steps = f"{len(shown)} sizes from {shown[0]} to {shown[-1]}", f"{steps} each"
-    if batch.is_announced:
-        log.info(f"{batch}{options.output_file}: {sizes} pixels{seed}")
-        return
-    batch.is_announced = True
-    log.info(
+    time_left = "" if batch.count > 1 else expected_time(dream)
+    first = [f"note: {line}" for line in general if line] + own
+    first.append(
         f"{batch}{network.name}, {settings.target_layer}, {engine.device}: {sizes} pixels (width x "
-        f"height), {steps}{seed}{expected_time(dream)}"
+        f"height), {steps}{seed}{time_left}"
     )
     if options.verbose:
         layers = [target.layer for target in settings.target_layer.targets]
         shapes = (f"{layer} {'x'.join(map(str, engine.shapes[layer]))}" for layer in layers)
-        log.info(f"{network.weights}; {', '.join(shapes)} a tile; sizes {' '.join(shown)}")
+        first.append(f"{network.weights}; {', '.join(shapes)} a tile; sizes {' '.join(shown)}")
+    others = [*own, f"{batch}{options.output_file}: {sizes} pixels{seed}"]
+    batch.announce(first, others)
 
 
 def has_original_steps(settings):
@@ -216,6 +221,7 @@ def watch(run, signals):
     signals.hold()
     run.is_stopping = lambda: signals.signum
     with contextlib.ExitStack() as stack:
+        stack.callback(run.watchers.clear)  # they refer to the run: it would not be freed at once
         for watcher in run.watchers:
             watcher.begin(run)
             stack.callback(watcher.close)

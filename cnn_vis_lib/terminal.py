@@ -8,11 +8,16 @@ import sys
 
 from .install import PROGRAM
 
+listeners = []  # at most one, which gets the lines instead: it is called as `say` is
+
 
 def say(text, stream="stdout"):
     """Prints a line on sys.stdout or sys.stderr, above the progress bar if there is one. If the
     reader has gone (| head) or the log's disk is full, this and all later lines are discarded, and
     the run continues."""
+    if listeners:
+        listeners[0](text, stream)
+        return
     file, tqdm = getattr(sys, stream), sys.modules.get("tqdm")
     try:
         tqdm.tqdm.write(text, file) if tqdm else print(text, file=file)

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import sys
 import time
 
 import numpy as np
@@ -347,42 +345,27 @@ class Pace:
         return (self.total - self.done) / rate if rate else None
 
 
-SECONDS_BETWEEN = 10  # between lines in a log
 SECONDS_AT_RISK = 60  # after which a run is saved
 
 
 class Bar(Watcher):
-    """The progress bar on a terminal, or lines in a log."""
+    """Moves the progress bar."""
 
     def begin(self, run):
-        from tqdm import tqdm
-
         super().begin(run)
-        self._pace, batch = Pace(run.dream), run.batch
-        others = batch.done + (batch.count - batch.number) * self._pace.total  # a guess
-        has_columns = sys.stderr.isatty() and os.get_terminal_size(2).columns > 0
-        self._bar = tqdm(
-            desc="starting", total=self._pace.total + others, initial=batch.done + self._pace.done,
-            bar_format="{desc} |{bar}| {percentage:3.0f}%, {remaining} left",
-            leave=False, dynamic_ncols=True, disable=not has_columns,
-        )  # fmt: skip
+        self._pace = Pace(run.dream)
+        self._show("starting")
 
     def after_step(self, progress):
-        self._bar.set_description_str(f"{self.run.batch}{progress}", refresh=False)
-        self._bar.update(self._pace.advance(progress))
-        if self._bar.disable:
-            self._tell(progress)
+        self._pace.advance(progress)
+        self._show(f"{self.run.batch}{progress}")
 
-    def _tell(self, progress):
-        """Logs how far the run is, unless it did so less than ten seconds or a tenth of it ago."""
-        batch, now = self.run.batch, time.monotonic()
-        share = (batch.done + self._pace.done) / self._bar.total
-        if now - batch.told < SECONDS_BETWEEN or round(share - batch.share_told, 6) < 0.1:
-            return
-        batch.told, batch.share_told = now, share
-        left = self._bar.format_interval((1 - share) * self._bar.total / self._pace.rate())
-        log.info(f"{batch}{progress}: {100 * share:.0f}%, {left} left")
+    def _show(self, text):
+        batch = self.run.batch
+        batch.bar.update(batch.number, self._pace.done, self._pace.total, text)
 
     def close(self):
-        self._bar.close()
-        self.run.batch.done += self._pace.total
+        batch = self.run.batch
+        batch.bar.end_picture(batch.number)
+        if batch.is_last():
+            batch.bar.close()

@@ -45,6 +45,8 @@ class Engine:
     that the engine cannot recover from raises RunFailed, or BadRequest if an option caused it.
     """
 
+    is_elsewhere = True  # whether tiles are computed while this process does other things
+
     def describe(self):
         """Loads the network and tries it once. Must be called first."""
         raise NotImplementedError
@@ -118,20 +120,30 @@ def slots_size(shape):
 attach = functools.lru_cache(1)(map_slots)  # in a worker
 
 
-def map_cores(descriptor):
-    """The number of cores that nobody uses, an array in the first page of that memory."""
-    return np.frombuffer(mmap.mmap(descriptor, mmap.PAGESIZE), np.int32, 1)
+def open_shared_memory():
+    """An unnamed file in memory, for processes to share; it has the first page. Raises
+    RunFailed."""
+    with system_limits():
+        file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
+        os.truncate(file.fileno(), mmap.PAGESIZE)
+        return file
+
+
+def map_counters(descriptor):
+    """Two numbers in the first page of that memory, an array: that of the cores that nobody uses,
+    and that of the signal that is to stop makers, or 0."""
+    return np.frombuffer(mmap.mmap(descriptor, mmap.PAGESIZE), np.int32, 2)
 
 
 @functools.cache
 def share_cores(descriptor):
     """In a worker: lets layers of this program's build of Caffe use cores that are free, from now
     on. Returns Caffe's library, or None if it cannot."""
-    library, cores = caffe_library(), map_cores(descriptor)
+    library, counters = caffe_library(), map_counters(descriptor)
     if not hasattr(library, "cnn_vis_share_cores"):
         return None
-    library.cnn_vis_share_cores(ctypes.c_void_p(cores.ctypes.data))
-    library.cores = cores  # stays mapped
+    library.cnn_vis_share_cores(ctypes.c_void_p(counters.ctypes.data))
+    library.counters = counters  # stays mapped
     return library
 
 
@@ -223,10 +235,8 @@ class Workers(Engine):
     ):
         self.spec, self.objective, self.notices = spec, objective, []
         self._batch_size, self._cores, self._or_cpu = batch_size, cores, or_cpu
-        with system_limits():
-            self._memory_file = os.fdopen(os.memfd_create("cnn_vis"), "r+b")
-            os.truncate(self._memory_file.fileno(), mmap.PAGESIZE)
-            self._free_cores = map_cores(self._memory_file.fileno())
+        self._memory_file = open_shared_memory()
+        self._counters = map_counters(self._memory_file.fileno())
         self._set_out(gpus, self.EACH, device)
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
@@ -246,7 +256,7 @@ class Workers(Engine):
         self.device = device if gpus else f"{device}, {self._cores} core{many}"
 
     def _free_all_cores(self):
-        self._free_cores[0] = self._cores
+        self._counters[0] = self._cores
 
     def end(self, at_once=False):
         self.processes.end(at_once)

@@ -14,7 +14,7 @@ from .pixels import MAX_SIDE, strips
 # Formats of the finished picture, by the file name's extension: PIL's name, the longest side
 # allowed in pixels, PIL's options. PNG and TIFF can have 16 bits.
 FORMATS = {
-    ".png": ("PNG", MAX_SIDE, {}),
+    ".png": ("PNG", MAX_SIDE, {"compress_level": 4}),  # 6 takes twice as long for 1% less
     ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", 16_383, {"quality": 95}),

@@ -221,7 +221,7 @@ def measure_maths(_, tile):
             if way is not cnn_vis.step_tile and compiled_step() is None:
                 continue
             step = functools.partial(
-                way, dream.image[0], start, cnn, dream.caches[0], None, terms, 0.9, 1.0
+                way, dream.image[0], start, 103, cnn, dream.caches[0], None, terms, 0.9, 1.0
             )
             way_name = "NumPy" if way is cnn_vis.step_tile else "compiled"
             results[f"{name}, {way_name}"] = milliseconds(step, 30)

@@ -163,7 +163,7 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "models")
+SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "makers", "models")
 SLOW += ("network", "readme", "run", "video", "watchers", "web")
 
 

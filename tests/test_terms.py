@@ -149,7 +149,8 @@ def test_the_compiled_step_is_numpys(
     Otherwise, like the step's mean, they agree within 1e-12 of the largest term, as terms may
     cancel."""
     random, place = np.random.default_rng(seed), np.s_[:, 2 : 2 + shape[0], 3 : 3 + shape[1]]
-    x, start = random.normal(0, 60, (2, 3, 50, 60))
+    x, mean = random.normal(0, 60, (3, 50, 60)), 103.7
+    start = random.integers(0, 256, (3, 50, 60), np.uint8)
     x[:, :9] = 0  # flat, and without a sign
     counts = random.integers(1, 4, (50, 60)).astype(float)
     descent = random.normal(0, 1, (3, *shape)).astype(np.float32)
@@ -164,7 +165,7 @@ def test_the_compiled_step_is_numpys(
         image, moved = x.copy(), cache.copy()
         divisors = counts[place[1:]] if has_counts else None
         arguments = (descent, moved if has_cache else None, divisors, terms, decay, 1.3)
-        found.append((step_tile(image[place], start, *arguments), image[place].copy(), moved))
+        found.append((step_tile(image[place], start, mean, *arguments), image[place].copy(), moved))
         image[place] = x[place]
         assert (image == x).all()  # nothing else is written
     powers = [e - 1 for e, weight in zip(exponents[:2], weights) if weight]
@@ -174,7 +175,7 @@ def test_the_compiled_step_is_numpys(
     largest = max(
         [np.abs(descent).max()]
         + [
-            np.abs(term.gradient(cnn_vis.argument(term, x[place], start)[np.newaxis])).max()
+            np.abs(term.gradient(cnn_vis.argument(term, x[place], start, mean)[np.newaxis])).max()
             for term in terms.values()
         ]
     )
@@ -195,7 +196,7 @@ def test_an_overflow_leaves_its_channel_as_it_was(channel, where):
         x, before = arrays["x"], arrays["x"].copy()
         terms = {"p": cnn_vis.PNorm(1.0, 4)} if where == "x" else {}
         with np.errstate(all="ignore"):
-            step = step_tile(x, None, arrays["descent"], arrays["cache"], None, terms, 0.9, 1.0)
+            step = step_tile(x, None, 0, arrays["descent"], arrays["cache"], None, terms, 0.9, 1.0)
         assert step is None
         assert (x[:channel] != before[:channel]).any(axis=(1, 2)).all()
         assert (x[channel:] == before[channel:]).all()

@@ -31,7 +31,7 @@ from conftest import (
 )
 from PIL import Image
 
-from cnn_vis_lib import watchers
+from cnn_vis_lib import bar
 from cnn_vis_lib.behaviors import ARRAYS, BEHAVIORS
 from cnn_vis_lib.checkpoints import Checkpoint
 from cnn_vis_lib.run import duration
@@ -202,7 +202,7 @@ def test_a_log_has_a_line_every_tenth_of_a_long_run(tmp_path, monkeypatch):
     words += ["--num_steps=40", "--iter_behavior=none"]
     told = r"size 1 of 1, step \d+ of 40: \d+%, [\d:]+ left"
     assert not re.findall(told, run_cli(*words, cwd=tmp_path).stderr)  # it is over in a second
-    monkeypatch.setattr(watchers, "SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(bar, "SECONDS_BETWEEN", 0)
     assert len(re.findall(told, run_cli(*words, cwd=tmp_path).stderr)) == 10
     assert run_cli(*words, "--quiet", cwd=tmp_path).stderr == ""
 

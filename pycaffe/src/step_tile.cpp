@@ -169,46 +169,49 @@ double sum_of_sizes(const double* x, int64_t n) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// What an image's channel has more than `start`.
-void subtract(const double* image, const double* start, int64_t h, int64_t w, int64_t row, std::vector<double>* change) {
+// What an image's channel has more than the start picture, less its mean.
+void subtract(const double* image, const uint8_t* start, double mean, int64_t h, int64_t w, int64_t row,
+              std::vector<double>* change) {
   change->resize(h * w);
   for (int64_t y = 0; y < h; y++) {
-    for (int64_t i = 0; i < w; i++) (*change)[y * w + i] = image[y * row + i] - start[y * w + i];
+    for (int64_t i = 0; i < w; i++) (*change)[y * w + i] = image[y * row + i] - (start[y * row + i] - mean);
   }
 }
 
 }  // namespace
 
-// x and counts (or null, one channel) are parts of pictures, `row` and `plane` doubles from one row and one channel to the
-// next; start (or null), descent and cache (or null, without RMSProp) are (3, height, width) without gaps. `numbers` are
-// weight, p and scale of two p-norms, of x - start and of x; weight, beta and scale of total variation; decay and learning
-// rate. `places` tell its operator, and whether it is that of x - start. A term without weight is left out. Returns the mean size of the step; or -1 if it
-// overflows: the channel in which it does, and those after it, are left as they were.
-extern "C" double cnn_vis_step_tile_3(int64_t h, int64_t w, int64_t row, int64_t plane, double* images,
-                                      const double* starts, const float* descents, double* caches, const double* counts,
+// x, start (or null) and counts (or null, one channel) are parts of pictures, `row` and `plane` pixels from one row and one
+// channel to the next; descent and cache (or null, without RMSProp) are (3, height, width) without gaps. `numbers` are
+// weight, p and scale of two p-norms, of x's change and of x; weight, beta and scale of total variation; decay, learning
+// rate and mean: the change is x - (start - mean). `places` tell the operator of total variation, and whether it is that of
+// the change. A term without weight is left out. Returns the mean size of the step; or -1 if it overflows: the channel in
+// which it does, and those after it, are left as they were.
+extern "C" double cnn_vis_step_tile_4(int64_t h, int64_t w, int64_t row, int64_t plane, double* images,
+                                      const uint8_t* starts, const float* descents, double* caches, const double* counts,
                                       const double* numbers, const int64_t* places) {
   const PNorm p{numbers[0], numbers[1], numbers[2]}, aux{numbers[3], numbers[4], numbers[5]};
   const TotalVariation variation{numbers[6], numbers[7], numbers[8], places[0], places[1], places[2]};
-  const double decay = numbers[9], rest = 1 - decay, rate = -numbers[10];
+  const double decay = numbers[9], rest = 1 - decay, rate = -numbers[10], mean = numbers[11];
   VariationRows variation_rows(variation, h, w);
   // The step of a channel and its change from the start, kept by the thread: they stay in the core's own cache.
   static thread_local std::vector<double> step, change;
   step.resize(h * w);
-  std::vector<double> scratch(w), zeros(w);
+  std::vector<double> scratch(w), zeros(w), begun(w);  // begun stays 0 without a start
   double total = 0;
   for (int channel = 0; channel < 3; channel++) {
     double* image = images + channel * plane;
     double* cache = caches ? caches + channel * h * w : nullptr;
-    const double* start = starts ? starts + channel * h * w : nullptr;
+    const uint8_t* start = starts ? starts + channel * plane : nullptr;
     const float* descent = descents + channel * h * w;
     const bool is_of_change = start && places[3];
-    if (is_of_change && variation.weight) subtract(image, start, h, w, row, &change);
+    if (is_of_change && variation.weight) subtract(image, start, mean, h, w, row, &change);
     double cached = 0;
     for (int64_t y = 0; y < h; y++) {
       double* g = step.data() + y * w;
       const double* pixels = image + y * row;
       for (int64_t i = 0; i < w; i++) g[i] = descent[y * w + i];
-      if (p.weight) add_p_norm(p, pixels, start ? start + y * w : zeros.data(), w, g, scratch.data());
+      for (int64_t i = 0; start && i < w; i++) begun[i] = start[y * row + i] - mean;
+      if (p.weight) add_p_norm(p, pixels, begun.data(), w, g, scratch.data());
       if (aux.weight) add_p_norm(aux, pixels, zeros.data(), w, g, scratch.data());
       if (variation.weight) {
         const double* tv = is_of_change ? variation_rows.next(y, change.data() + y * w, w)
