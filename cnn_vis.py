@@ -1351,9 +1351,9 @@ def prepared_dream(settings, inputs, network, engines, options, held=0):
         yield dream, network, [*remarks, *dream.remarks]
 
 
-def make_picture(options, signals, engines, checkpoint=None, batch=None):
+def make_picture(options, signals, engines, checkpoint=None, batch=None, network=None):
     """Makes the picture that the options ask for, continuing from `checkpoint` if there is one.
-    `batch` is its place among several pictures."""
+    `batch` is its place among several pictures; `network` is what find_network finds."""
     files = Files(options.output_file, options.resume)
     watchers = Watchers(options, files)
     outputs = plan_outputs(options, files, watchers)
@@ -1362,7 +1362,7 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         inputs, remarks = read_inputs(settings)
     else:
         inputs, remarks = kept_inputs(settings, checkpoint, options.resume), []
-    network = find_network(options)
+    network = network or find_network(options)
     check_apart(options, files, network)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_writer(outputs + files.resumed_from()))
@@ -1373,7 +1373,8 @@ def make_picture(options, signals, engines, checkpoint=None, batch=None):
         prepared = prepared_dream(settings, inputs, network, engines, options, held)
         dream, network, more = stack.enter_context(prepared)
         earlier = checkpoint and checkpoint.record
-        record = make_record(options, dream.settings, network, dream.sizes, earlier)
+        facts = (dream.settings, network, dream.sizes, earlier, batch.typed)
+        record = make_record(options, *facts)
         record["device"] = "GPU" if dream.engine.spec.use_gpu else "CPU"
         if checkpoint is not None:
             more += go_on(dream, checkpoint, record, options.resume)

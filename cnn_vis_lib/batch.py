@@ -8,12 +8,11 @@ import itertools
 import os
 import re
 
-from .engines import choose_gpus
+from .cluster_batch import cluster_makers
 from .errors import BadRequest, OutOfMemory, RunFailed, Stopped, log, one_line, refusal, some
 from .files import existing_file, extension_of
 from .find_network import find_network
-from .machine import count_cores
-from .makers import Makers, make_one, number_of_makers, tiles_at_once
+from .makers import local_makers, make_one
 from .options import PARSER, check_preset, listed, names_file, names_several
 from .outputs import Files, check_output
 from .processes import CaffeStopped, in_a_worker
@@ -133,7 +132,7 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
     number, sizes, unreadable = len(left), *look_at_all(left)
     left = [job for job in left if job.initial_image not in unreadable]
     batch = Batch(len(left))
-    with contextlib.closing(batch.bar), makers_for(left, sizes, batch) as makers:
+    with contextlib.closing(batch.bar), makers_for(left, sizes, batch, network) as makers:
         check_layers(jobs, network, makers.call if makers else in_a_worker)
         for job in jobs:
             make_folder_of(job.output_file)
@@ -147,7 +146,7 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
         for error in unreadable.values():
             log.error(f"error: {error}")
         failed = number - len(left)
-        work = (left, signals, engines, batch, make_picture)
+        work = (left, signals, engines, batch, make_picture, network)
         failures = failures_of(makers, *work) if makers else one_by_one(*work)
         with contextlib.closing(failures):
             for job, error in failures:
@@ -177,31 +176,27 @@ ALONE = {"show", "plot_pix", "web"}  # words of --iter_behavior that show one pi
 
 
 @contextlib.contextmanager
-def makers_for(jobs, sizes, batch):
+def makers_for(jobs, sizes, batch, network):
     """Context manager: the Makers for the jobs, or None if each picture is to be made on all
     devices, one after the other: if it shows itself while it is made, or has more tiles to compute
     at the same time than there are pictures. `sizes`, {path: (height, width)}, are those of their
     start pictures."""
-    number = 0
-    if jobs and not (jobs[0].scheduler or jobs[0].scratch or ALONE & jobs[0].iter_behavior):
-        gpus, device = choose_gpus(jobs[0].gpu)
-        cores = jobs[0].workers or count_cores()
-        number = 0 if gpus else number_of_makers(jobs, sizes, cores)
-        if number < cores and number < min(tiles_at_once(job, sizes) for job in jobs):
-            number = 0
-    if number < 2:
-        yield None
-        return
-    with Makers(number, cores, device, batch, sizes) as makers:
+    makers = None
+    if jobs and not (jobs[0].scratch or ALONE & jobs[0].iter_behavior):
+        if jobs[0].scheduler:
+            makers = cluster_makers(jobs, sizes, batch, network)
+        else:
+            makers = local_makers(jobs, sizes, batch, network)
+    with makers or contextlib.nullcontext():
         yield makers
 
 
-def failures_of(makers, jobs, signals, engines, batch, make_picture):
+def failures_of(makers, jobs, signals, engines, batch, make_picture, network):
     """What one_by_one does, with as many pictures under way as there are makers."""
     try:
         for job, error in makers.failures(jobs, signals, make_picture):
             if isinstance(error, CaffeStopped):  # with all cores, an engine finds out why
-                yield from one_by_one([job], signals, engines, batch, make_picture)
+                yield from one_by_one([job], signals, engines, batch, make_picture, network)
                 signals.hold()
             else:
                 yield job, error
@@ -212,12 +207,12 @@ def failures_of(makers, jobs, signals, engines, batch, make_picture):
 TO_GO_ON = "run the same command again to make the rest"
 
 
-def one_by_one(jobs, signals, engines, batch, make_picture):
+def one_by_one(jobs, signals, engines, batch, make_picture, network):
     """Makes a picture for each of the jobs; yields (job, exception) for those that fail. Raises
     Stopped after a signal."""
     for batch.number, job in enumerate(jobs, 1):
         try:
-            make_one(make_picture, job, signals, engines, batch)
+            make_one(make_picture, job, signals, engines, batch, network)
         except Stopped as stop:
             raise Stopped(stop.signum, f"{stop}; {TO_GO_ON}") from None
         except (BadRequest, RunFailed, MemoryError, OSError) as error:

@@ -42,18 +42,20 @@ class Crew:
     """The workers of a Dask cluster, which may come and go. Before a worker is used, a separate
     thread here sends it the files that it lacks and tries the network there.
 
+    `entry`, on_loan or the like, is what workers call for a task; `run` is the run's name for them.
     `known` holds the addresses of all workers; `threads`, {address: number}, the thread counts of
-    those in use; `unfit`, {address: exception}, why others are not used; `found`, what Loan.examine
-    returned on the first worker.
+    those in use; `unfit`, {address: exception}, why others are not used; `found`, what the task
+    `examine` returned on the first worker.
     """
 
     PART = 16 << 20  # bytes of a file sent in one message
 
-    def __init__(self, client, address, spec, objective):
+    def __init__(self, client, address, spec, objective, entry=on_loan):
         self.client, self.address, self._objective = client, address, objective
+        self._entry = entry
         self.known, self.threads, self.unfit, self.found = set(), {}, {}, None
         self.is_announced = False  # once True, unfit workers are reported when found
-        self._run = os.urandom(16).hex()
+        self.run = os.urandom(16).hex()
         hashes = content_of(spec.files)
         self._files = {sha256: getattr(spec.files, name) for name, sha256 in hashes.items()}
         self._spec = dataclasses.replace(spec, files=dataclasses.replace(spec.files, **hashes))
@@ -66,8 +68,33 @@ class Crew:
             raise RunFailed(f"the scheduler {self.address} is gone")
 
     def start(self):
-        """Starts watching the workers, in a thread."""
+        """Starts watching the workers, in a thread, and waits until one can be used. Raises what is
+        wrong if none can, and RunFailed."""
         threading.Thread(target=self._look_after, daemon=True).start()
+        begun, is_told = time.monotonic(), False
+        while True:
+            self.check_scheduler()
+            waited, pending = time.monotonic() - begun, self.pending()
+            if self.found and (not pending or waited > 20):
+                break
+            if self.unfit and not pending and not self.found:
+                raise next(iter(self.unfit.values()))
+            if not self.known and not is_told and waited > 2:
+                log.info(f"note: {self.address} has no workers yet; waiting for them")
+                is_told = True
+            time.sleep(0.05)
+        self.is_announced = True
+
+    def notices(self):
+        """Lines for the user about the network, and about workers that are not used."""
+        lines = map(self.with_files_here, self.found[0]["notices"])
+        return [*lines, *(f"{problem}; this worker is not used" for problem in self.unfit.values())]
+
+    def __str__(self):
+        """What runs are on, for people."""
+        workers, threads = len(self.threads), sum(self.threads.values())
+        many = "s" * (workers > 1), "s" * (threads > 1)
+        return f"{self.address}, {workers} worker{many[0]}, {threads} thread{many[1]}"
 
     def pending(self):
         """The addresses of workers that are being prepared."""
@@ -83,7 +110,7 @@ class Crew:
             with contextlib.suppress(Exception):
                 self.client.cancel(futures + self._trials)
                 workers = list(self.known)
-                self.client.run(end_loan, self._run, workers=workers, on_error="ignore")
+                self.client.run(end_loan, self.run, workers=workers, on_error="ignore")
 
         ending = threading.Thread(target=end, daemon=True)
         ending.start()
@@ -91,7 +118,7 @@ class Crew:
 
     def submit(self, task, workers, *arguments):
         """Submits a task, a Loan method's name, to one of the workers; returns its future."""
-        call = Call(on_loan, self._run, task, self._spec, self._objective, *arguments)
+        call = Call(self._entry, self.run, task, self._spec, self._objective, *arguments)
         arguments = (pickle.loads, pickle.dumps(call))
         return self.client.submit(*arguments, workers=list(workers), pure=False)
 
@@ -172,14 +199,23 @@ class Crew:
         except Exception:
             return False
 
-    def _on(self, address, function, *arguments):
+    def on(self, address, function, *arguments):
         """Returns function(*arguments), called in a worker."""
         return self.client.run(function, *arguments, workers=[address])[address]
+
+    def call_on(self, address, function, *arguments):
+        """What `on` does, with a function that the scheduler does not have."""
+        return self.on(address, pickle.loads, pickle.dumps(Call(function, *arguments)))
+
+    def on_all(self, function, *arguments):
+        """Calls function(*arguments) in all workers that are in use."""
+        call = pickle.dumps(Call(function, *arguments))
+        self.client.run(pickle.loads, call, workers=list(self.threads), on_error="ignore")
 
     def _other_version(self, address):
         """The RunFailed for a worker that has not this version of the program, or None."""
         try:
-            version, code = self._on(address, pickle.loads, pickle.dumps(Call(fingerprint)))
+            version, code = self.call_on(address, fingerprint)
         except ModuleNotFoundError as error:
             if error.name not in ("cnn_vis", "cnn_vis_lib"):
                 raise
@@ -192,7 +228,7 @@ class Crew:
 
     def _send_files(self, address):
         """Sends a worker's machine the files that it lacks."""
-        on_worker = functools.partial(self._on, address)
+        on_worker = functools.partial(self.on, address)
         machine = on_worker(cache_place)
         with self._sending[machine]:  # others on the machine wait, then find the files
             for sha256 in on_worker(missing_files, list(self._files)):
@@ -201,7 +237,49 @@ class Crew:
                     while not ends[1]:
                         data = file.read(self.PART)
                         ends = (file.tell() == len(data), file.tell() >= size or not data)
-                        on_worker(keep_part, sha256, self._run, data, *ends)
+                        on_worker(keep_part, sha256, self.run, data, *ends)
+
+
+def connect(address):
+    """The Client of the scheduler at the address. Raises BadRequest."""
+    try:
+        import dask
+        import distributed
+    except ModuleNotFoundError as error:
+        problem = missing_package(error, "requirements-cluster.txt")
+        raise refusal("scheduler", address, problem) from None
+    except Exception as error:  # an invalid configuration, for example
+        problem = f"Dask cannot be imported ({one_line(error)})"
+        raise refusal("scheduler", address, problem, "check its configuration") from None
+    for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we report what matters
+    dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})  # for tiles
+    greet(address)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about package versions that differ
+        return distributed.Client(address, set_as_default=False)
+
+
+def greet(address):
+    """Raises BadRequest unless a scheduler answers within five seconds. (A Client waits forever if
+    something else accepts the connection.)"""
+    import asyncio
+
+    import distributed
+
+    async def identity():
+        arguments = distributed.Security().get_connection_args("client")
+        async with distributed.rpc(address, connection_args=arguments) as scheduler:
+            return await asyncio.wait_for(scheduler.identity(), 5)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop may be running here
+            kind = pool.submit(asyncio.run, identity()).result()["type"]
+        problem = f"this is a {kind}, not a scheduler" if kind != "Scheduler" else None
+    except Exception as error:  # anything at all may answer
+        problem = f"no scheduler answers at this address ({one_line(error)})"
+    if problem:
+        raise refusal("scheduler", address, problem, "start one with: dask scheduler") from None
 
 
 @dataclasses.dataclass
@@ -233,68 +311,12 @@ class Cluster(Engine):
         return max(1, sum(self._crew.threads.values()))
 
     def describe(self):
-        client = self._connect()
-        crew = self._crew = Crew(client, self.address, self.spec, self.objective)
-        crew.start()
-        begun, is_told = time.monotonic(), False
-        while True:
-            crew.check_scheduler()
-            waited, pending = time.monotonic() - begun, crew.pending()
-            if crew.found and (not pending or waited > 20):
-                break
-            if crew.unfit and not pending and not crew.found:
-                raise next(iter(crew.unfit.values()))
-            if not crew.known and not is_told and waited > 2:
-                log.info(f"note: {self.address} has no workers yet; waiting for them")
-                is_told = True
-            time.sleep(0.05)
+        client = connect(self.address)
+        self._crew = Crew(client, self.address, self.spec, self.objective)
+        self._crew.start()
         for name in DESCRIBED:
-            setattr(self, name, crew.found[0][name])
-        self.notices = [*map(crew.with_files_here, self.notices)]
-        self.notices += [f"{problem}; this worker is not used" for problem in crew.unfit.values()]
-        crew.is_announced = True
-        workers, threads = len(crew.threads), sum(crew.threads.values())
-        many = "s" * (workers > 1), "s" * (threads > 1)
-        self.device = f"{self.address}, {workers} worker{many[0]}, {threads} thread{many[1]}"
-
-    def _connect(self):
-        """The Client of the scheduler. Raises BadRequest."""
-        try:
-            import dask
-            import distributed
-        except ModuleNotFoundError as error:
-            problem = missing_package(error, "requirements-cluster.txt")
-            raise refusal("scheduler", self.address, problem) from None
-        except Exception as error:  # an invalid configuration, for example
-            problem = f"Dask cannot be imported ({one_line(error)})"
-            raise refusal("scheduler", self.address, problem, "check its configuration") from None
-        for name in filter(re.compile("distributed").match, logging.root.manager.loggerDict):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # we report what matters
-        dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})  # for tiles
-        self._greet(distributed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about package versions that differ
-            return distributed.Client(self.address, set_as_default=False)
-
-    def _greet(self, distributed):
-        """Raises BadRequest unless a scheduler answers within five seconds. (A Client waits forever
-        if something else accepts the connection.)"""
-        import asyncio
-
-        async def identity():
-            arguments = distributed.Security().get_connection_args("client")
-            async with distributed.rpc(self.address, connection_args=arguments) as scheduler:
-                return await asyncio.wait_for(scheduler.identity(), 5)
-
-        try:
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop may be running here
-                kind = pool.submit(asyncio.run, identity()).result()["type"]
-            problem = f"this is a {kind}, not a scheduler" if kind != "Scheduler" else None
-        except Exception as error:  # anything at all may answer
-            problem = f"no scheduler answers at this address ({one_line(error)})"
-        if problem:
-            remedy = "start one with: dask scheduler"
-            raise refusal("scheduler", self.address, problem, remedy) from None
+            setattr(self, name, self._crew.found[0][name])
+        self.notices, self.device = self._crew.notices(), str(self._crew)
 
     def has_room(self):
         return len(self._jobs) < 2 * self.number

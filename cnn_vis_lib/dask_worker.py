@@ -63,35 +63,28 @@ def keep_part(sha256, sender, data, is_first, is_last):
 
 
 class Loan:
-    """In a Dask worker: the engine for one run, with a process for each thread of the worker; all
-    of those threads use it. It ends with the run, or after five minutes without use."""
+    """In a Dask worker: what it lends to one run. It ends with the run, or after five minutes
+    without use."""
 
     SILENCE = 300
     lock, made = threading.Lock(), {}  # {run: Loan, or None if the run has ended}
 
-    def __init__(self, run, spec, objective, threads):
-        self._run, self._lock, self._has_ended = run, threading.Lock(), False
+    def __init__(self):
+        self._lock, self._has_ended = threading.Lock(), False
         self._users, self._last = 0, time.monotonic()
-        self._workers = Workers(spec, objective, threads)
-        try:
-            self._workers.describe()
-            self._workers.expect(threads)
-        except BaseException:
-            self.end()
-            raise
-        threading.Thread(target=self._end_if_silent, daemon=True).start()
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, run, spec, objective):
-        """The Loan for a run, which counts as used within this context. Raises what
-        Workers.describe raises, and RunFailed."""
+    def of(cls, run, *arguments):
+        """The Loan for a run, which counts as used within this context; made with these arguments
+        and the number of the worker's threads if there is none. Raises what that raises, and
+        RunFailed."""
         import distributed
 
         with cls.lock:
             if run not in cls.made:
-                threads = distributed.get_worker().state.nthreads
-                cls.made[run] = cls(run, spec, objective, threads)
+                cls.made[run] = loan = cls(*arguments, distributed.get_worker().state.nthreads)
+                threading.Thread(target=loan._end_if_silent, args=(run,), daemon=True).start()
             loan = cls.made[run]
             if loan is None:
                 raise RunFailed("the run has ended")
@@ -102,15 +95,49 @@ class Loan:
             with cls.lock:
                 loan._users, loan._last = loan._users - 1, time.monotonic()
 
+    def _end_if_silent(self, run):
+        is_silent = False
+        while not is_silent:
+            time.sleep(min(5, self.SILENCE / 10))
+            with Loan.lock:
+                if self.made.get(run) is not self:
+                    return
+                is_silent = not self._users and time.monotonic() > self._last + self.SILENCE
+                if is_silent:  # if the run calls again, it gets a new one
+                    del self.made[run]
+        self.end()
+
+    def end(self):
+        """Ends it immediately."""
+        with self._lock:
+            if not self._has_ended:
+                self._has_ended = True
+                self.give_back()
+
+    def give_back(self):
+        """Ends what was lent."""
+        raise NotImplementedError
+
+
+class TileLoan(Loan):
+    """An engine with a process for each thread of the worker; all of those threads use it."""
+
+    def __init__(self, spec, objective, threads):
+        super().__init__()
+        self._workers = Workers(spec, objective, threads)
+        try:
+            self._workers.describe()
+            self._workers.expect(threads)
+        except BaseException:
+            self.end()
+            raise
+
     def examine(self):
         """What `describe` found; the hash of the network's gradient for one picture; and the
         pycaffe version and processor, on which that depends."""
         facts = {name: getattr(self._workers, name) for name in DESCRIBED}
-        gradient, _ = self.compute(np.random.default_rng(0).normal(0, 50, (3, *facts["tile_size"])))
-        cpu = re.search(r"^model name\s*: (.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
-        cpu = cpu[1] if cpu else "unknown processor"
-        made_by = f"pycaffe {versions().get('pycaffe', 'unknown')}, {cpu}"
-        return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by
+        gradient, _ = self.compute(a_picture(facts["tile_size"]))
+        return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by()
 
     def compute(self, tile, measure=False):
         """The gradient of one tile, and its loss."""
@@ -129,24 +156,20 @@ class Loan:
                 raise RunFailed("the run has ended")
             yield
 
-    def _end_if_silent(self):
-        is_silent = False
-        while not is_silent:
-            time.sleep(min(5, self.SILENCE / 10))
-            with Loan.lock:
-                if self.made.get(self._run) is not self:
-                    return
-                is_silent = not self._users and time.monotonic() > self._last + self.SILENCE
-                if is_silent:  # if the run calls again, it gets a new one
-                    del self.made[self._run]
-        self.end()
+    def give_back(self):
+        self._workers.end(at_once=True)
 
-    def end(self):
-        """Ends the engine immediately."""
-        with self._lock:
-            if not self._has_ended:
-                self._has_ended = True
-                self._workers.end(at_once=True)
+
+def a_picture(size):
+    """A picture (3, H, W) to try a network with, the same on all workers."""
+    return np.random.default_rng(0).normal(0, 50, (3, *size))
+
+
+def made_by():
+    """The pycaffe version and the processor, on which pixels depend."""
+    cpu = re.search(r"^model name\s*: (.*)", read_text("/proc/cpuinfo"), re.MULTILINE)
+    cpu = cpu[1] if cpu else "unknown processor"
+    return f"pycaffe {versions().get('pycaffe', 'unknown')}, {cpu}"
 
 
 DESCRIBED = ("tile_size", "shapes", "notices")  # set by Engine.describe()
@@ -165,14 +188,17 @@ def end_loan(run):
     threading.Thread(target=end).start()
 
 
+def with_kept_files(spec):
+    """The NetworkSpec with this machine's files: the one that came has hashes, see Crew."""
+    kept = {name: kept_path(sha256) for name, sha256 in spec.files.paths().items()}
+    return dataclasses.replace(spec, files=dataclasses.replace(spec.files, **kept))
+
+
 def on_loan(run, task, spec, objective, *arguments):
-    """In a Dask worker: calls the method `task` of the run's Loan; returns (True, its result), or
-    (False, the BadRequest or RunFailed that it raised)."""
-    files = spec.files  # hashes instead of paths, see Crew
-    kept = {name: kept_path(sha256) for name, sha256 in files.paths().items()}
-    spec = dataclasses.replace(spec, files=dataclasses.replace(files, **kept))
+    """In a Dask worker: calls the method `task` of the run's TileLoan; returns (True, its result),
+    or (False, the BadRequest or RunFailed that it raised)."""
     try:
-        with Loan.of(run, spec, objective) as loan:
+        with TileLoan.of(run, with_kept_files(spec), objective) as loan:
             return True, getattr(loan, task)(*arguments)
     except (BadRequest, RunFailed) as error:
         return False, error

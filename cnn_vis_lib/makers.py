@@ -7,18 +7,20 @@ place in the batch, and here these lead to the main process."""
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
+import queue
 import signal
 import threading
 import time
 
 import numpy as np
 
-from .engines import Engines
+from .engines import Engines, choose_gpus
 from .errors import BadRequest, Stopped, log
-from .machine import free_memory, room_needed
+from .machine import count_cores, free_memory, room_needed
 from .options import end_sizes
 from .processes import CaffeProcesses, WorkerDied, report
 from .prototxt import import_caffe
@@ -37,17 +39,18 @@ from .workers import (
 )
 
 
-def make_one(make_picture, options, signals, engines, batch):
-    """Makes one of several pictures, or goes on with it if an earlier run has begun it. Raises
-    BadRequest, RunFailed, Stopped. `make_picture` is the script's, with its arguments."""
+def make_one(make_picture, options, signals, engines, batch, network, begun=under_way):
+    """Makes one of several pictures, or goes on with it if an earlier run has begun it, as
+    `begun`(options) says. Raises BadRequest, RunFailed, Stopped. `make_picture` is the script's,
+    with its arguments."""
     signals.hold(False)
-    begun, checkpoint = under_way(options)
+    resumed, checkpoint = begun(options)
     try:
-        make_picture(begun, signals, engines, checkpoint, batch)
+        make_picture(resumed, signals, engines, checkpoint, batch, network)
     except BadRequest:
         if checkpoint is None:
             raise
-        make_picture(options, signals, engines, None, batch)  # the checkpoint does not fit
+        make_picture(options, signals, engines, None, batch, network)  # the checkpoint does not fit
 
 
 # ---- In a maker ---------------------------------------------------------------------------------
@@ -113,13 +116,11 @@ class Orders:
 class Reporter:
     """What the ProgressBar is in a maker: it reports how far its picture is, at times."""
 
-    PAUSE = 0.2  # seconds between reports
-
-    def __init__(self):
-        self._told = 0.0
+    def __init__(self, pause=0.2):
+        self._told, self._pause = 0.0, pause  # seconds between reports
 
     def update(self, number, done, total, text):
-        if time.monotonic() - self._told > self.PAUSE:
+        if time.monotonic() - self._told > self._pause:
             self._told = time.monotonic()
             report("update", number, done, total)
 
@@ -130,11 +131,14 @@ class Reporter:
         pass
 
 
+@dataclasses.dataclass
 class Place(Batch):
-    """The Batch of a maker."""
+    """The Batch of a maker. `tell` is `report`, or calls it."""
+
+    tell: object = report
 
     def announce(self, first, others):
-        report("announce", first, others)
+        self.tell("announce", first, others)
 
 
 @functools.cache
@@ -145,25 +149,26 @@ def engines_of(device):
 
 @functools.cache
 def become_maker():
-    """Task: prepares this process: what is printed goes to the main process, which alone decides
-    what a signal to all processes means."""
+    """Task: prepares this process. The main process alone decides what a signal to all processes
+    means."""
     import_caffe()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    listeners.append(lambda text, stream: report("say", text, stream))
     log.addHandler(LineHandler())
     log.propagate = False
 
 
-def make_here(make_picture, options, number, count, device, descriptor):
-    """Task: makes a picture; returns whether it is done, or else the main process has stopped it.
-    Raises what makes it fail."""
+def make_here(make_picture, options, where, begun=under_way):
+    """Task: makes a picture at the place `where`, (a Place, the device's name, the network, the
+    descriptor of the memory that makers share). Returns whether it is done, or else the main
+    process has stopped it. Raises what makes it fail. `begun` is as for make_one."""
+    place, device, network, descriptor = where
     become_maker()
+    listeners[:] = [lambda text, stream: place.tell("say", text, stream)]
     log.setLevel(logging.ERROR if options.quiet else logging.INFO)
-    orders, place = Orders(map_counters(descriptor)), Place(count, number, bar=Reporter())
-    engines = engines_of(device)
+    engines, orders = engines_of(device), Orders(map_counters(descriptor))
     try:
         with one_core(descriptor):
-            make_one(make_picture, options, orders, engines, place)
+            make_one(make_picture, options, orders, engines, place, network, begun)
         return True
     except Stopped:
         return False
@@ -208,35 +213,76 @@ def number_of_makers(jobs, sizes, cores):
     return number
 
 
-class Makers:
-    """`number` makers on so many cores of the `device`, for the pictures of a Batch; a context
-    manager. A maker with nothing to do lends its core to the others. `sizes`, {path: (height,
-    width)}, are those of the start pictures."""
+class MakerProcesses:
+    """So many makers on so many cores. A maker with nothing to do lends its core to the others.
+    `heed`, a function, gets what they report."""
 
-    def __init__(self, number, cores, device, batch, sizes):
-        self._batch, self._cores, self._lock = batch, cores, threading.Lock()
-        self._sizes, self._room = sizes, free_memory() - number * BYTES_A_MAKER
-        self._device = f"{device}, {cores} core{'s' * (cores > 1)}"
-        self._under_way, self._is_ending = {}, False  # {future: (options, number, maker)}
-        self._memory = open_shared_memory()
+    def __init__(self, number, cores, heed):
+        self._cores, self._busy, self._is_ending = cores, set(), False
+        self._memory, self._idle = open_shared_memory(), queue.LifoQueue()
         self._counters = map_counters(self._memory.fileno())
-        arguments = {"shared": [self._memory], "heed": self._heed, "prepare": self._count_cores}
+        arguments = {"shared": [self._memory], "heed": heed, "prepare": self._count_cores}
         with contextlib.ExitStack() as stack:
             stack.callback(self._memory.close)
             makers = [stack.enter_context(CaffeProcesses(**arguments)) for _ in range(number)]
             self._stack = stack.pop_all()
-        self._all, self._idle = makers, makers.copy()
-        self._threads = concurrent.futures.ThreadPoolExecutor(number)
-        self.call = makers[0].call
         for maker in makers:
             maker.submit(become_maker)  # imports what it needs while this process prepares
+            self._idle.put(maker)
 
     def _count_cores(self):
         """Sets the number of free cores when a maker starts, perhaps in place of a dead one."""
-        self._counters[0] = self._cores - max(0, len(self._under_way) - 1)
+        self._counters[0] = self._cores - max(0, len(self._busy) - 1)
 
-    def _heed(self, what, *values):
-        """Does what a maker reports, in the thread that waits for it."""
+    def call(self, task, *arguments):
+        """Returns task(*arguments), run in a maker. Raises what the task raises, and RunFailed."""
+        maker = self._idle.get()
+        try:
+            return maker.call(task, *arguments)
+        finally:
+            self._idle.put(maker)
+
+    def make(self, task, make_picture, options, place, device, network, *more):
+        """Has a maker make a picture by make_here, or a task like it. If the maker dies, another
+        goes on from the last checkpoint. Raises what makes it fail."""
+        maker = self._idle.get()
+        maker.restarts = 0
+        self._busy.add(maker)
+        where = (place, device, network, self._memory.fileno())
+        try:
+            while True:
+                try:
+                    return maker.submit(task, make_picture, options, where, *more).result()
+                except WorkerDied:
+                    if self._is_ending:
+                        raise
+                    maker.restart()
+        finally:
+            self._busy.discard(maker)
+            self._idle.put(maker)
+
+    def stop(self, signum):
+        """Lets makers save what they have, and return."""
+        self._counters[1] = signum
+
+    def end(self):
+        """Ends the makers, immediately if they are busy."""
+        self._is_ending = True
+        while self._busy:
+            for maker in list(self._busy):
+                maker.kill()
+            time.sleep(0.05)
+        self._stack.close()
+
+
+class Desk:
+    """Where the reports about the pictures of a Batch arrive, from several threads."""
+
+    def __init__(self, batch):
+        self._batch, self._lock = batch, threading.Lock()
+
+    def heed(self, what, *values):
+        """Does what a report asks for."""
         with self._lock:
             if what == "say":
                 say(*values)
@@ -246,16 +292,27 @@ class Makers:
                 text = f"{len(self._batch.made)} of {self._batch.count} pictures done"
                 self._batch.bar.update(*values, text)
 
+
+class Makers:
+    """`number` makers on so many cores of the `device`, for the pictures of a Batch; a context
+    manager. `sizes`, {path: (height, width)}, are those of the start pictures, and `network` is the
+    NetworkFiles."""
+
+    def __init__(self, number, cores, device, batch, sizes, network):
+        self._batch, self._network = batch, network
+        self._sizes, self._room = sizes, free_memory() - number * BYTES_A_MAKER
+        self._device = f"{device}, {cores} core{'s' * (cores > 1)}"
+        self._number, self._under_way = number, {}  # {future: (options, number)}
+        self._processes = MakerProcesses(number, cores, Desk(batch).heed)
+        self._threads = concurrent.futures.ThreadPoolExecutor(number)
+        self.call = self._processes.call
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._is_ending = True
-        while concurrent.futures.wait(self._under_way, 0.1).not_done:
-            for maker in self._all:
-                maker.kill()
+        self._processes.end()
         self._threads.shutdown()
-        self._stack.close()
 
     def failures(self, jobs, signals, make_picture):
         """Makes a picture for each of the jobs; yields (job, exception) for those that fail.
@@ -264,42 +321,44 @@ class Makers:
         signals.hold()
         while waiting or self._under_way:
             if signals.signum:
-                self._counters[1] = signals.signum
+                self._processes.stop(signals.signum)
                 waiting.clear()
-            while waiting and self._idle and self._fits(waiting[0][1]):
-                self._begin(*waiting.popleft(), make_picture)
+            while waiting and self._fits(waiting[0][1]):
+                number, job = waiting.popleft()
+                place = Place(self._batch.count, number, bar=Reporter())
+                what = (make_here, make_picture, job, place, self._device, self._network)
+                future = self._threads.submit(self._processes.make, *what)
+                self._under_way[future] = job, number
             when = concurrent.futures.FIRST_COMPLETED
             for future in concurrent.futures.wait(self._under_way, 0.2, when).done:
-                job, number, maker = self._under_way.pop(future)
-                self._idle.append(maker)
+                job, number = self._under_way.pop(future)
                 self._batch.bar.end_picture(number)
                 if future.exception():
                     yield job, future.exception()
                 elif future.result():
                     self._batch.made.append(job.output_file)
         if signals.signum:
-            told = f"stopped; {len(self._batch.made)} of {len(jobs)} pictures are done"
-            raise Stopped(signals.signum, told)
+            raise Stopped(signals.signum, stopped(self._batch))
 
     def _fits(self, options):
-        """Whether there is memory for another picture; always, if none is under way."""
-        jobs = [options, *(job for job, _, _ in self._under_way.values())]
+        """Whether there is a maker, and memory, for another picture; always, if none is under
+        way."""
+        jobs = [options, *(job for job, _ in self._under_way.values())]
         needed = sum(memory_needed(job, self._sizes[job.initial_image]) for job in jobs)
-        return len(jobs) == 1 or needed < self._room
+        return len(jobs) == 1 or len(jobs) <= self._number and needed < self._room
 
-    def _begin(self, number, options, make_picture):
-        maker = self._idle.pop()
-        where = (number, self._batch.count, self._device, self._memory.fileno())
-        future = self._threads.submit(self._make, maker, make_picture, options, *where)
-        self._under_way[future] = options, number, maker
 
-    def _make(self, maker, *arguments):
-        """Has a maker make a picture; if it dies, another goes on from the last checkpoint."""
-        maker.restarts = 0
-        while True:
-            try:
-                return maker.submit(make_here, *arguments).result()
-            except WorkerDied:
-                if self._is_ending:
-                    raise
-                maker.restart()
+def stopped(batch):
+    """What to say when a signal has stopped makers."""
+    return f"stopped; {len(batch.made)} of {batch.count} pictures are done"
+
+
+def local_makers(jobs, sizes, batch, network):
+    """The Makers for the jobs on this machine's cores; None if their own tiles fill the cores
+    better, or GPUs compute them. Raises BadRequest."""
+    gpus, device = choose_gpus(jobs[0].gpu)
+    cores = jobs[0].workers or count_cores()
+    number = 0 if gpus else number_of_makers(jobs, sizes, cores)
+    if number < cores and number < min(tiles_at_once(job, sizes) for job in jobs):
+        return None
+    return Makers(number, cores, device, batch, sizes, network) if number > 1 else None

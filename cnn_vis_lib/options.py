@@ -215,9 +215,17 @@ class Parser(argparse.ArgumentParser):
     def files_read(self, options, free=True):
         """The files that the options name for reading, {option: path}; unless `free`, only those
         that a resumed run may not change."""
+        named = self._files_read(options, free)
+        return {action.option_strings[-1][2:]: path for action, path in named}
+
+    def pictures_read(self, options):
+        """The pictures that the options name, {attribute: path}."""
+        return {action.dest: path for action, path in self._files_read(options, False)}
+
+    def _files_read(self, options, free):
         actions = [a for a in self.options if a.file == "read" and (free or not a.free)]
-        named = [(a.option_strings[-1][2:], a, getattr(options, a.dest)) for a in actions]
-        return {name: path for name, a, path in named if names_file(a, path)}
+        named = [(action, getattr(options, action.dest)) for action in actions]
+        return [(action, path) for action, path in named if names_file(action, path)]
 
     def make_absolute(self, options, folder):
         """Makes the names of files in the options absolute; they are relative to `folder`."""

@@ -26,11 +26,11 @@ RECORD_FIELDS = {  # required when a record is read
 }
 
 
-def make_record(options, settings, network, sizes, earlier=None):
+def make_record(options, settings, network, sizes, earlier=None, typed=None):
     """The record of a run: program and versions; the command, including values that the program
     chose, and the preset that it was typed with; what identifies the network and the input
     pictures; the layer as requested; the sizes and the seed. If the run is resumed, `earlier` is
-    its earlier record."""
+    its earlier record. `typed` are the options as they were typed on another machine, if any."""
     chosen = {"seed": settings.seed, "target_layer": settings.target_layer}
     if network.scale != 1:
         chosen["input_scale"] = network.scale
@@ -38,7 +38,7 @@ def make_record(options, settings, network, sizes, earlier=None):
         chosen["model"] = network.name
     return {
         "program": f"cnn_vis.py {VERSION}",
-        "command": f"{USUAL_COMMAND} {shlex.join(PARSER.words(options, **chosen))}",
+        "command": f"{USUAL_COMMAND} {shlex.join(PARSER.words(typed or options, **chosen))}",
         "preset": earlier.get("preset") if earlier else options.preset,
         "network": network.name,
         "layer": (earlier or {}).get("layer", str(options.target_layer)),

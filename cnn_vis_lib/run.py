@@ -77,7 +77,8 @@ class Signals:
 class Batch:
     """The place of a run among several: how many there are; its number, from 1; the port on which
     web showed the earlier ones; whether what they have in common was told; the files of those that
-    are finished; and the progress bar of all."""
+    are finished; and the progress bar of all. On another machine, `typed` are the options with the
+    names of files where they were typed, and `folder` is the current folder there."""
 
     count: int = 1
     number: int = 1
@@ -85,6 +86,8 @@ class Batch:
     is_announced: bool = False
     made: list = dataclasses.field(default_factory=list)
     bar: object = None
+    typed: argparse.Namespace | None = None
+    folder: str | None = None
 
     def __post_init__(self):
         self.bar = self.bar or ProgressBar(self.count)
@@ -121,7 +124,7 @@ class Run:
 
     def __post_init__(self):
         self.begun = time.monotonic() - self.record["seconds"]
-        self.folder = os.getcwd()  # now, because it may be deleted during the run
+        self.folder = self.batch.folder or os.getcwd()  # which may be deleted during the run
 
     def made(self, **more):
         """The record of how the picture as it stands was made."""

@@ -163,8 +163,8 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "makers", "models")
-SLOW += ("network", "readme", "run", "video", "watchers", "web")
+SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "makers")
+SLOW += ("models", "network", "readme", "run", "video", "watchers", "web")
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cnn_vis
 from cnn_vis_lib.ahead import Steps, after_tiles, cut_tile, tile_gradients
+from cnn_vis_lib.workers import Engine
 
 
 def gradient(tile):
@@ -33,7 +34,7 @@ def step(image, region, gradient):
     image[0, :, y0:y1, x0:x1] -= gradient + 0.01 * y0 + 0.003 * x0
 
 
-class PretendedEngine:
+class PretendedEngine(Engine):
     """A fake Engine with `slots` places. Fails if it is given more than it can hold, or
     asked for too much."""
 
