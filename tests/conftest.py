@@ -163,8 +163,8 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = ("batch", "cluster", "commands", "engines", "examples", "files", "gpu", "install", "makers")
-SLOW += ("models", "network", "readme", "run", "video", "watchers", "web")
+SLOW = ("batch", "cluster", "cluster_batch", "commands", "engines", "examples", "files", "gpu")
+SLOW += ("install", "makers", "models", "network", "readme", "run", "video", "watchers", "web")
 
 
 def pytest_collection_modifyitems(items):
@@ -291,11 +291,14 @@ CARD = Image.fromarray(np.random.RandomState(3).randint(0, 256, (40, 50, 3), np.
 )
 
 
-def start(*arguments, cwd):
-    """Starts the program as a session leader and returns the process, which is killed when the test
-    ends. SIGHUP has its default effect, even if the tests run under nohup."""
+def start(*arguments, cwd, code=None):
+    """Starts the program, or Python code that calls it, as a session leader and returns the
+    process, which is killed when the test ends. SIGHUP has its default effect, even if the tests
+    run under nohup."""
+    before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    program = ["-c", before + code] if code else [str(ROOT / "cnn_vis.py")]
     running = subprocess.Popen(
-        [sys.executable, str(ROOT / "cnn_vis.py"), *words_of(arguments)],
+        [sys.executable, *program, *words_of(arguments)],
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
