@@ -4,6 +4,7 @@ A picture is sent to a worker with all that it needs, and comes back with all th
 between only lines and numbers cross the network, and each minute its checkpoint."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -25,9 +26,9 @@ from .resume import under_way
 
 @dataclasses.dataclass
 class Job:
-    """A picture under way: its options and number, the worker that it was sent to, the future of
-    what the worker returns, when it was sent, and when the last checkpoint was saved that came
-    back."""
+    """A picture under way: its options and number; the worker that it was sent to; what keeps other
+    runs from writing it; the future of what the worker returns; when it was sent, or a checkpoint
+    came back, and when that was saved; who writes its files holds `writing`."""
 
     options: object
     number: int
@@ -36,6 +37,8 @@ class Job:
     future: object = None
     begun: float = dataclasses.field(default_factory=time.monotonic)
     saved: int = 0
+    writing: object = dataclasses.field(default_factory=threading.Lock)
+    has_returned: bool = False
 
 
 class ClusterMakers:
@@ -44,6 +47,7 @@ class ClusterMakers:
     the last checkpoint that came back; new workers are used as they join. A context manager."""
 
     MAX_LOSSES = 4
+    FETCHED = 16  # pictures at the same time
     SECONDS_AT_RISK = 60  # between checkpoints of a picture that come back
     call = staticmethod(in_a_worker)
 
@@ -54,6 +58,7 @@ class ClusterMakers:
         self._crew = Crew(client, options.scheduler, spec, None, on_makers)
         self._news, self._under_way, self._losses = queue.Queue(), {}, collections.Counter()
         self._is_ending = threading.Event()
+        self._fetching = concurrent.futures.ThreadPoolExecutor(self.FETCHED)
 
     def __enter__(self):
         topic = self._crew.run
@@ -67,12 +72,17 @@ class ClusterMakers:
         for job in jobs:
             job.lock.close()
         self._crew.client.close(timeout=2)
+        self._fetching.shutdown(wait=False, cancel_futures=True)
 
     def failures(self, jobs, signals, make_picture):
         """Makes a picture for each of the jobs; yields (job, exception) for those that fail.
         Raises Stopped after a signal, when all have stopped and sent what they have, and RunFailed
         if the scheduler is gone."""
         self._crew.start()
+        folders = {os.path.dirname(job.output_file) or "." for job in jobs}
+        if any(name.endswith(".part") for folder in folders for name in os.listdir(folder)):
+            for job in jobs:
+                remove_parts(job.output_file)
         threading.Thread(target=self._fetch_checkpoints, daemon=True).start()
         waiting, is_told = collections.deque(enumerate(jobs, 1)), False
         signals.hold()
@@ -131,7 +141,37 @@ class ClusterMakers:
         job = Job(options, number, address, lock)
         job.future = self._crew.submit("make", [address], make_picture, parcel, str(self._crew))
         self._under_way[number] = job
-        job.future.add_done_callback(lambda _: self._news.put(number))
+        job.future.add_done_callback(lambda _: self._fetching.submit(self._fetch, job))
+
+    def _fetch(self, job):
+        """In a thread: gets what a worker returns, and writes it. (One after the other would take
+        too long, as the scheduler passes each on.) Puts (Job, how) into the news: whether it is
+        done, or the exception that made it fail, or None if it has to be made again."""
+        how = None
+        try:
+            is_fit, found = job.future.result()
+            how, written = found if is_fit else (found, {})
+            if not isinstance(how, bool):
+                how = self._crew.exception(how, job.address)
+            with job.writing:
+                job.has_returned = True
+                self._write(job.options, written)
+        except RunFailed as error:
+            how = error
+        except Exception as error:  # it was lost with its worker, or with the scheduler
+            self._losses[job.number] += 1
+            if self._losses[job.number] >= self.MAX_LOSSES:
+                why = f"{self.MAX_LOSSES} times with its worker ({type(error).__name__})"
+                how = RunFailed(f"it was lost {why}")
+        self._news.put((job, how))
+
+    def _write(self, options, written):
+        """Writes the files that came back. Raises RunFailed."""
+        for option, files in written.items():
+            folder = os.path.dirname(getattr(options, option) or "")
+            for name, content in files.items():
+                with whole_file(os.path.join(folder, name)) as file:
+                    file.write(content)
 
     def _lost(self):
         """Yields the pictures of workers that are gone."""
@@ -146,56 +186,25 @@ class ClusterMakers:
         job.lock.close()
 
     def _returned(self):
-        """Does what makers have reported, for a fifth of a second at least if there is nothing;
-        yields (Job, whether it is done, or the exception that made it fail, or None if it has to be
-        made again) of those that have ended."""
+        """Does what makers have reported, and waits a fifth of a second if there is nothing; yields
+        (Job, how), as in _fetch, of those that have ended."""
         with contextlib.suppress(queue.Empty):
             news = self._news.get(timeout=0.2)
             while True:
-                if isinstance(news, int):
-                    job = self._under_way.get(news)
-                    if job and job.future.done():
-                        how = self._result(job)
-                        self._forget(job)
-                        self._batch.bar.end_picture(job.number)
-                        yield job, how
-                else:
+                if isinstance(news, list):
                     self._desk.heed(*news[1:])
+                elif self._under_way.get(news[0].number) is news[0]:
+                    yield self._ended(*news)
                 news = self._news.get_nowait()
 
-    def _result(self, job):
-        """Writes what a worker has sent back; returns as for _returned."""
-        try:
-            is_fit, found = job.future.result()
-        except Exception as error:  # it was lost with its worker, or with the scheduler
-            self._losses[job.number] += 1
-            if self._losses[job.number] < self.MAX_LOSSES:
-                return None
-            return RunFailed(
-                f"it was lost {self.MAX_LOSSES} times, last with {type(error).__name__}"
-            )
-        if not is_fit:
-            return self._crew.exception(found, job.address)
-        how, written = found
-        how = how if isinstance(how, bool) else self._crew.exception(how, job.address)
-        try:
-            self._write(job, written, how is True)
-        except RunFailed as error:
-            return error
-        return how
-
-    def _write(self, job, written, is_done):
-        """Writes the files that came back."""
-        options = job.options
-        remove_parts(options.output_file)
-        for option, files in written.items():
-            folder = os.path.dirname(getattr(options, option) or "")
-            for name, content in files.items():
-                with whole_file(os.path.join(folder, name)) as file:
-                    file.write(content)
-        if is_done:
-            Files(options.output_file).clean_up()
-            self._batch.made.append(options.output_file)
+    def _ended(self, job, how):
+        """Counts a picture that has ended; returns the arguments."""
+        self._forget(job)
+        self._batch.bar.end_picture(job.number)
+        if how is True:
+            Files(job.options.output_file).clean_up()
+            self._batch.made.append(job.options.output_file)
+        return job, how
 
     def _fetch_checkpoints(self):
         """In a thread: keeps checkpoints of pictures that take longer than a minute, one at a
@@ -213,10 +222,13 @@ class ClusterMakers:
         job.begun = time.monotonic()
         arguments = (self._crew.run, "checkpoint", job.number, job.saved)
         found = self._crew.call_on(job.address, if_lent, *arguments)
-        if found and self._under_way.get(job.number) is job:
+        if found:
             job.saved, content = found
-            with whole_file(Files(job.options.output_file).checkpoint) as file:
-                file.write(content)
+            path = Files(job.options.output_file).checkpoint
+            with job.writing:
+                if not job.has_returned:
+                    with whole_file(path) as file:
+                        file.write(content)
 
 
 def cluster_makers(jobs, sizes, batch, network):
