@@ -62,7 +62,7 @@ class ClusterMakers:
 
     def __enter__(self):
         topic = self._crew.run
-        self._crew.client.subscribe_topic(topic, lambda event: self._news.put(event[1]))
+        self._crew.client.subscribe_topic(topic, lambda event: self._news.put(list(event[1])))
         return self
 
     def __exit__(self, *_):

@@ -5,8 +5,8 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.log
-# One picture on several machines: starts a Dask scheduler here and a worker on each machine, makes the picture, and stops
-# them.
+# One picture, or many, on several machines: starts a Dask scheduler here and a worker on each machine, makes the pictures,
+# and stops them.
 # Usage over ssh:     MACHINES=host1,host2 cluster.sh OPTIONS OF cnn_vis.py        (":" is this machine)
 # Usage under Slurm:  sbatch --nodes=4 examples/cluster.sh OPTIONS OF cnn_vis.py   (in the folder of cnn_vis.py, or with
 #                     CNN_VIS_ROOT set to it)

@@ -109,7 +109,7 @@ def test_go_on_and_reproduce(tmp_path):
     assert "--num_steps=60" in done.stdout
 
 
-def test_the_four_commands_of_a_cluster(photographs, tmp_path):
+def test_the_five_commands_of_a_cluster(photographs, tmp_path):
     """The first has been done for these tests."""
     install, *commands = CLUSTER
     assert install == f"pip install -r {(ROOT / 'requirements-cluster.txt').name}"
@@ -117,7 +117,10 @@ def test_the_four_commands_of_a_cluster(photographs, tmp_path):
     port = free_port()
     commands = [line.replace("HOST:8786", f"127.0.0.1:{port}") for line in commands]
     commands[0] += f" --port={port}"
-    *servers, command = [shlex.split(line) for line in commands]
+    *servers, one, many = [shlex.split(line) for line in commands]
+    (tmp_path / "frames").mkdir()
+    for name in "abc":
+        (tmp_path / f"frames/{name}.jpg").symlink_to(photographs / "in.jpg")
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     environment["CNN_VIS_MODELS"] = str(tmp_path)  # the worker's cache
     running = []
@@ -128,9 +131,11 @@ def test_the_four_commands_of_a_cluster(photographs, tmp_path):
                 subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
             )
             wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
-        done = run_cli(*command[2:], *SMALL, "--num_steps=1", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"tcp://127.0.0.1:{port}, 1 worker" in done.stderr
+        for command in (one, many):
+            done = run_cli(*command[2:], *SMALL, "--num_sizes=1", "--num_steps=1", cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert f"tcp://127.0.0.1:{port}, 1 worker" in done.stderr
+        assert len(os.listdir(tmp_path / "dreams")) == 3
     finally:
         for process in reversed(running):
             process.terminate()
