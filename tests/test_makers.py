@@ -1,6 +1,7 @@
 """Several pictures at the same time, each made by a process of its own."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -22,11 +23,12 @@ from conftest import (
     workers,
 )
 from PIL import Image
+from test_engines import SPEC, WORK, WRONG, expected, some_tiles  # noqa: F401, a fixture
 
 import cnn_vis
 from cnn_vis_lib import makers
 from cnn_vis_lib.bar import ProgressBar
-from cnn_vis_lib.makers import number_of_makers, tiles_at_once
+from cnn_vis_lib.makers import InProcess, number_of_makers, tiles_at_once
 from cnn_vis_lib.options import PARSER
 
 LAYER = "--layer=inception_a/output"
@@ -43,13 +45,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def assert_same_files(made, expected):
+def assert_same_files(made, wanted):
     """That two folders have the same pictures, and tables of the same numbers."""
-    assert sorted(os.listdir(made)) == sorted(os.listdir(expected))
-    for name in os.listdir(expected):
+    assert sorted(os.listdir(made)) == sorted(os.listdir(wanted))
+    for name in os.listdir(wanted):
         if name.endswith(".json"):
             continue
-        first, second = (folder / name for folder in (made, expected))
+        first, second = (folder / name for folder in (made, wanted))
         if name.endswith(".csv"):
             assert first.read_bytes() == second.read_bytes()
         else:
@@ -293,3 +295,29 @@ def test_two_runs_do_not_write_the_same_picture(folder):
     running.kill()
     assert done.returncode == 1
     assert done.stderr.count("another run is writing") == 3
+
+
+def test_a_makers_engine_keeps_the_contract_of_engines(expected):  # noqa: F811
+    """It computes at once, one tile at a time."""
+    with InProcess(*WORK, "CPU") as engine:
+        engine.describe()
+        assert engine.tile_size == (32, 32)
+        assert engine.shapes == {"inception_a/output": (18, 16, 16)}
+        kept = []
+        for number, (tile, (gradient, loss)) in enumerate(zip(some_tiles(9), expected)):
+            assert engine.has_room()
+            ticket = engine.send([tile], number % 2 == 0)
+            assert not engine.has_room()
+            assert engine.is_done(ticket)
+            ((its_gradient, its_loss),) = engine.receive(ticket)
+            kept.append((its_gradient, gradient))
+            assert its_loss == (loss if number % 2 == 0 else None)
+        assert all(its.tobytes() == gradient.tobytes() for its, gradient in kept)
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_makers_engine_says_what_is_wrong_with_a_request(said):
+    wrong = cnn_vis.Objective((WRONG[said],))
+    spec = dataclasses.replace(SPEC, layers=wrong.layers())
+    with pytest.raises(cnn_vis.BadRequest, match=said), InProcess(spec, wrong, "CPU") as engine:
+        engine.describe()
