@@ -135,8 +135,9 @@ class PictureLoan(Loan):
         import distributed
 
         super().__init__()
-        self._spec, self._folder = spec, tempfile.mkdtemp(prefix="cnn-vis-")
-        self._topic, self._worker = topic, distributed.get_worker()
+        self._spec, self._topic, self._worker = spec, topic, distributed.get_worker()
+        place = self._worker.local_directory  # which Dask removes even if it is killed
+        self._folder = tempfile.mkdtemp(prefix="cnn-vis-", dir=place)
         self._makers = MakerProcesses(threads, threads, self._report)
 
     def _report(self, *what):

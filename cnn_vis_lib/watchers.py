@@ -85,7 +85,7 @@ class Print(Watcher):
     def when_due(self, progress):
         s = progress.stats
         say(
-            f"{progress}, objective {s['objective']:.4g}\n"
+            f"{self.run.batch}{progress}, objective {s['objective']:.4g}\n"
             f"  losses: p {s['p_loss']:.4g}, aux {s['aux_loss']:.4g}, tv {s['tv_loss']:.4g}\n"
             f"  mean gradients: cnn {s['cnn_gradient']:.4g}, p {s['p_gradient']:.4g}, "
             f"aux {s['aux_gradient']:.4g}, tv {s['tv_gradient']:.4g}\n"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import shutil
 import signal
 import time
@@ -82,6 +83,9 @@ def test_pictures_made_together_are_those_made_alone(folder):
         assert len(alone) == len(together)
     assert sum("pixels (width x height), 3 steps" in line for line in together) == 1
     assert sum(": done in" in line for line in together) == 14
+    statistics = [line for line in told[1].stdout.splitlines() if "objective" in line]
+    assert len(statistics) == 14
+    assert all(re.match(r"picture \d+ of 14, size 1 of 1, step 2 of 3,", s) for s in statistics)
     again = run_cli(*words, "--workers=3", *out, cwd=folder)
     assert "14 of 14 pictures are there already" in again.stderr
 
