@@ -19,9 +19,10 @@ from .files import read_bytes, sole_writer, whole_file
 from .makers import Desk, stopped, tiles_at_once
 from .network import NetworkSpec
 from .options import PARSER
-from .outputs import Files, remove_parts
+from .outputs import Files, check_apart, remove_parts
 from .processes import in_a_worker
 from .resume import under_way
+from .run import is_finished
 
 
 @dataclasses.dataclass
@@ -129,6 +130,7 @@ class ClusterMakers:
         """Sends a picture to a worker. Raises BadRequest, OSError."""
         begun, _ = under_way(options)
         files = Files(options.output_file)
+        check_apart(begun, files, self._network)
         lock = contextlib.ExitStack()
         lock.enter_context(sole_writer([options.output_file]))
         checkpoint = read_bytes(files.checkpoint) if begun.resume else None
@@ -155,7 +157,7 @@ class ClusterMakers:
                 how = self._crew.exception(how, job.address)
             with job.writing:
                 job.has_returned = True
-                self._write(job.options, written)
+                self._write(job.options, written, how is True)
         except RunFailed as error:
             how = error
         except Exception as error:  # it was lost with its worker, or with the scheduler
@@ -165,8 +167,20 @@ class ClusterMakers:
                 how = RunFailed(f"it was lost {why}")
         self._news.put((job, how))
 
-    def _write(self, options, written):
-        """Writes the files that came back. Raises RunFailed."""
+    def _write(self, options, written, is_done):
+        """Writes the files that came back; an unfinished picture does not replace a finished one
+        that the checkpoint makes up for. Raises RunFailed."""
+        files = Files(options.output_file)
+        pictures = written.get("output_file", {})
+        is_saved = os.path.basename(files.checkpoint) in pictures
+        if (
+            not is_done
+            and is_saved
+            and os.path.exists(files.picture)
+            and is_finished(files.picture)
+        ):
+            for path in (files.picture, files.sidecar):
+                pictures.pop(os.path.basename(path), None)
         for option, files in written.items():
             folder = os.path.dirname(getattr(options, option) or "")
             for name, content in files.items():

@@ -183,8 +183,9 @@ class PictureLoan(Loan):
 
 def contents(folder, name):
     """{name: content} of the files in a folder's folder `name`."""
-    paths = glob.glob(os.path.join(glob.escape(folder), name, "*"))
-    return {os.path.basename(path): read_bytes(path) for path in paths}
+    inside = os.path.join(folder, name)
+    names = os.listdir(inside) if os.path.isdir(inside) else []
+    return {n: read_bytes(os.path.join(inside, n)) for n in names if not n.endswith(".part")}
 
 
 def on_makers(run, task, spec, _, *arguments):

@@ -17,6 +17,7 @@ from conftest import (
     wait_for,
     workers,
 )
+from PIL import Image
 from test_cluster import end_hard, namespaces  # noqa: F401, a fixture
 from test_makers import assert_same_files
 
@@ -194,6 +195,29 @@ def test_errors_are_told_as_on_one_machine(dask_cluster, folder):
     assert "of 3 pictures could not be made" in done.stderr
     wrong = run_cli(*words, "--image_type=amplify_neuron", "--target_neuron=99", cwd=folder)
     assert_one_line(wrong, 2, "--target_neuron 99", "18 channels")
+
+
+def test_a_guide_or_a_finished_picture_is_not_overwritten(dask_cluster, folder):
+    dask_cluster.add_worker(2)
+    scheduler = f"--scheduler={dask_cluster.address}"
+    (folder / "out").mkdir()
+    CARD.save(folder / "out/2.png")
+    words = [*DREAM, "--num_steps=2", "--output=out/{name}.png", scheduler]
+    done = run_cli(*words, "--guide=out/2.png", cwd=folder)
+    assert done.returncode == 1
+    assert "the run would overwrite --guide out/2.png" in done.stderr
+    assert Image.open(folder / "out/2.png").size == CARD.size
+    hidden = [*DREAM, "--num_steps=2", "--output=out/.{name}.png", scheduler]
+    assert run_cli(*hidden, cwd=folder).returncode == 0
+    finished = (folder / "out/.0.png").read_bytes()
+    running = start(*hidden, "--num_steps=100000", cwd=folder)
+    is_under_way(running, "picture 2 of 6")
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, said
+    assert (folder / "out/.0.png.checkpoint").exists()
+    assert (folder / "out/.0.png").read_bytes() == finished
 
 
 def test_few_large_pictures_are_computed_by_tiles(dask_cluster, tmp_path):

@@ -135,8 +135,7 @@ def test_a_maker_that_is_killed_is_replaced(folder):
     words = [*TOGETHER, LAYER, "--num_steps=100", "--checkpoint_iter=1"]
     assert run_cli(*words, "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--output=out/", cwd=folder)
-    wait_for(lambda: len([n for n in os.listdir(folder / "out") if "checkpoint" in n]) > 1
-             if (folder / "out").exists() else False)  # fmt: skip
+    wait_for(lambda: len([*folder.glob("out/*.checkpoint")]) == 3, 60)  # all have something to lose
     assert kill_workers(running.pid, 1) == 1
     said = running.communicate(timeout=60)[1]
     assert running.returncode == 0, said
