@@ -146,8 +146,7 @@ def make_pictures(jobs, notices, signals, engines, make_picture, check_layers):
         for error in unreadable.values():
             log.error(f"error: {error}")
         failed = number - len(left)
-        work = (left, signals, engines, batch, make_picture, network)
-        failures = failures_of(makers, *work) if makers else one_by_one(*work)
+        failures = failures_of(makers, left, signals, engines, batch, make_picture, network)
         with contextlib.closing(failures):
             for job, error in failures:
                 is_general = isinstance(error, BadRequest) and not is_of_one(error)
@@ -191,30 +190,30 @@ def makers_for(jobs, sizes, batch, network):
         yield makers
 
 
-def failures_of(makers, jobs, signals, engines, batch, make_picture, network):
-    """What one_by_one does, with as many pictures under way as there are makers."""
+def failures_of(makers, jobs, *work):
+    """Makes a picture for each of the jobs, by the Makers, or one after the other if they are None;
+    yields (job, exception) for those that fail. Raises Stopped after a signal."""
+    signals, *_, make_picture, _ = work
     try:
+        if makers is None:
+            yield from one_by_one(enumerate(jobs, 1), *work)
+            return
         for job, error in makers.failures(jobs, signals, make_picture):
             if isinstance(error, CaffeStopped):  # with all cores, an engine finds out why
-                yield from one_by_one([job], signals, engines, batch, make_picture, network)
+                yield from one_by_one([(jobs.index(job) + 1, job)], *work)
                 signals.hold()
             else:
                 yield job, error
     except Stopped as stop:
-        raise Stopped(stop.signum, f"{stop}; {TO_GO_ON}") from None
+        hint = "run the same command again to make the rest"
+        raise Stopped(stop.signum, f"{stop}; {hint}") from None
 
 
-TO_GO_ON = "run the same command again to make the rest"
-
-
-def one_by_one(jobs, signals, engines, batch, make_picture, network):
-    """Makes a picture for each of the jobs; yields (job, exception) for those that fail. Raises
-    Stopped after a signal."""
-    for batch.number, job in enumerate(jobs, 1):
+def one_by_one(numbered, signals, engines, batch, make_picture, network):
+    """Makes a picture for each (number, job); yields (job, exception) for those that fail."""
+    for batch.number, job in numbered:
         try:
             make_one(make_picture, job, signals, engines, batch, network)
-        except Stopped as stop:
-            raise Stopped(stop.signum, f"{stop}; {TO_GO_ON}") from None
         except (BadRequest, RunFailed, MemoryError, OSError) as error:
             engines.end()
             batch.bar.end_picture(batch.number)

@@ -14,7 +14,7 @@ import time
 
 from .cluster import Crew, connect
 from .dask_maker import Parcel, if_lent, on_makers
-from .errors import RunFailed, Stopped
+from .errors import RunFailed, Stopped, log
 from .files import read_bytes, sole_writer, whole_file
 from .makers import Desk, stopped, tiles_at_once
 from .network import NetworkSpec
@@ -80,6 +80,8 @@ class ClusterMakers:
         Raises Stopped after a signal, when all have stopped and sent what they have, and RunFailed
         if the scheduler is gone."""
         self._crew.start()
+        for line in self._crew.notices():
+            log.info(f"note: {line}")
         folders = {os.path.dirname(job.output_file) or "." for job in jobs}
         if any(name.endswith(".part") for folder in folders for name in os.listdir(folder)):
             for job in jobs:
@@ -92,7 +94,8 @@ class ClusterMakers:
             if signals.signum and not is_told:
                 is_told = True
                 waiting.clear()
-                self._stop(signals.signum)
+                arguments = (signals.signum,)  # in a thread: one that is cut off may never answer
+                threading.Thread(target=self._stop, args=arguments, daemon=True).start()
             for job in self._lost():
                 if not signals.signum:
                     waiting.appendleft((job.number, job.options))

@@ -96,7 +96,10 @@ def make_in_folder(make_picture, parcel, where, folder, pause):
     """Task: makes the picture in a Parcel, with its files in the folder. Returns whether it is
     done, or else was stopped; raises BadRequest or RunFailed. The Place in `where` is still
     missing."""
-    options, names = parcel.unpack(folder)
+    try:
+        options, names = parcel.unpack(folder)
+    except OSError as error:
+        raise RunFailed(f"{folder}: {one_line(error)}") from None
 
     def tell(what, *values):
         report(what, *(spelled(value, names) for value in values))
