@@ -16,7 +16,7 @@ from .cluster import Crew, connect
 from .dask_maker import Parcel, if_lent, on_makers
 from .errors import RunFailed, Stopped, log
 from .files import read_bytes, sole_writer, whole_file
-from .makers import Desk, stopped, tiles_at_once
+from .makers import Desk, are_few_and_large, stopped
 from .network import NetworkSpec
 from .options import PARSER
 from .outputs import Files, check_apart, remove_parts
@@ -255,7 +255,7 @@ def cluster_makers(jobs, sizes, batch, network):
         return None
     client = connect(jobs[0].scheduler)
     threads = sum(client.nthreads().values())
-    if len(jobs) < threads and len(jobs) < min(tiles_at_once(job, sizes) for job in jobs):
+    if are_few_and_large(jobs, sizes, len(jobs), threads):
         client.close()
         return None
     return ClusterMakers(client, jobs[0], batch, network)

@@ -8,8 +8,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import glob
-import hashlib
 import os
 import shutil
 import tempfile
@@ -18,7 +16,7 @@ import numpy as np
 
 from .behaviors import ARRAYS
 from .checkpoints import Checkpoint
-from .dask_worker import Loan, a_picture, made_by, with_kept_files
+from .dask_worker import DESCRIBED, Loan, a_picture, examined, with_kept_files
 from .errors import BadRequest, OutOfMemory, RunFailed, one_line
 from .files import read_bytes
 from .makers import MakerProcesses, Place, Reporter, make_here
@@ -120,13 +118,12 @@ def spelled(value, names):
 
 
 def examine(spec):
-    """Task: (facts about the network, the hash of a gradient, what that depends on)."""
+    """Task: what a TileLoan's `examine` returns."""
     network = load_network(spec)
     network.forward(a_picture(network.tile_size)[np.newaxis].astype(np.float32))
     ends = [] if network.has_objective else [(n, -a) for n, a in network.activations().items()]
     gradient = network.backward(ends)
-    facts = {name: getattr(network, name) for name in ("tile_size", "shapes", "notices")}
-    return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by()
+    return examined({name: getattr(network, name) for name in DESCRIBED}, gradient)
 
 
 class PictureLoan(Loan):
@@ -170,8 +167,9 @@ class PictureLoan(Loan):
         """(when it was saved, the content) of the last checkpoint of a picture that is under way;
         None if there is none, or it has been `seen`."""
         with contextlib.suppress(OSError, ValueError):
-            place = os.path.join(glob.escape(self._folder), str(number), "output_file/*.checkpoint")
-            (path,) = glob.glob(place)
+            folder = os.path.join(self._folder, str(number), "output_file")
+            (name,) = [name for name in os.listdir(folder) if name.endswith(".checkpoint")]
+            path = os.path.join(folder, name)
             time = os.stat(path).st_mtime_ns
             return None if time == seen else (time, read_bytes(path))
 

@@ -137,7 +137,7 @@ class TileLoan(Loan):
         pycaffe version and processor, on which that depends."""
         facts = {name: getattr(self._workers, name) for name in DESCRIBED}
         gradient, _ = self.compute(a_picture(facts["tile_size"]))
-        return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by()
+        return examined(facts, gradient)
 
     def compute(self, tile, measure=False):
         """The gradient of one tile, and its loss."""
@@ -163,6 +163,12 @@ class TileLoan(Loan):
 def a_picture(size):
     """A picture (3, H, W) to try a network with, the same on all workers."""
     return np.random.default_rng(0).normal(0, 50, (3, *size))
+
+
+def examined(facts, gradient):
+    """What the task `examine` returns: the facts, DESCRIBED; the hash of the gradient of a_picture;
+    and what that depends on."""
+    return facts, hashlib.sha256(gradient.tobytes()).hexdigest(), made_by()
 
 
 def made_by():

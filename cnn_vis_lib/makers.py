@@ -203,6 +203,12 @@ def tiles_at_once(options, sizes):
     return math.prod(math.ceil(side / tile) for side, tile in zip(size, TILE_SIZE)) // 2
 
 
+def are_few_and_large(jobs, sizes, number, places):
+    """Whether the tiles of one picture after the other fill so many places, cores or threads,
+    better than `number` pictures at the same time."""
+    return number < places and number < min(tiles_at_once(job, sizes) for job in jobs)
+
+
 def number_of_makers(jobs, sizes, cores):
     """How many pictures to make at the same time: one for each core, if there are as many and they
     fit in memory."""
@@ -359,6 +365,6 @@ def local_makers(jobs, sizes, batch, network):
     gpus, device = choose_gpus(jobs[0].gpu)
     cores = jobs[0].workers or count_cores()
     number = 0 if gpus else number_of_makers(jobs, sizes, cores)
-    if number < cores and number < min(tiles_at_once(job, sizes) for job in jobs):
+    if are_few_and_large(jobs, sizes, number, cores):
         return None
     return Makers(number, cores, device, batch, sizes, network) if number > 1 else None

@@ -514,6 +514,15 @@ class DaskCluster:
         running.log = path
         return running
 
+    def restart(self):
+        """Kills the scheduler and all workers, and starts a scheduler at the same address, and a
+        worker."""
+        for process in [*self.workers, self.scheduler]:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.start_scheduler(self.address.rpartition(":")[2])
+        self.add_worker()
+
     def wait_for_workers(self, number):
         """Waits until `number` workers have registered with the scheduler."""
 

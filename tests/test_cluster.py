@@ -289,13 +289,10 @@ def test_machines_may_share_a_cache(dask_cluster, tmp_path, monkeypatch):
 
 def test_another_scheduler_at_the_same_address_is_used(dask_cluster, whole, tmp_path):
     """The scheduler is restarted amid the run, and its workers with it."""
-    worker = dask_cluster.add_worker()
+    dask_cluster.add_worker()
     cluster = f"--scheduler={dask_cluster.address}"
     running = under_way(*RUN, "--checkpoint_iter=1", cluster, cwd=tmp_path)
-    end_hard(worker)
-    end_hard(dask_cluster.scheduler)
-    dask_cluster.start_scheduler(dask_cluster.address.rpartition(":")[2])
-    dask_cluster.add_worker()
+    dask_cluster.restart()
     said = running.communicate(timeout=90)[1]
     assert running.returncode == 0, said
     assert_same_run(tmp_path, whole[0])
