@@ -31,8 +31,11 @@ class ProgressBar:
     def end_picture(self, number):
         """Counts no more tiles of a picture, however it ended."""
         with self._lock:
-            done, _ = self._tiles.get(number, (0, 0))
-            self._tiles[number] = done, done
+            if number in self._tiles:
+                done, _ = self._tiles[number]
+                self._tiles[number] = done, done
+            else:  # it has not begun, and will not
+                self._count -= 1
 
     def _show(self, text):
         from tqdm import tqdm

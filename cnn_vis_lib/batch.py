@@ -198,12 +198,13 @@ def failures_of(makers, jobs, *work):
         if makers is None:
             yield from one_by_one(enumerate(jobs, 1), *work)
             return
+        stopped = []
         for job, error in makers.failures(jobs, signals, make_picture):
-            if isinstance(error, CaffeStopped):  # with all cores, an engine finds out why
-                yield from one_by_one([(jobs.index(job) + 1, job)], *work)
-                signals.hold()
+            if isinstance(error, CaffeStopped):
+                stopped.append((jobs.index(job) + 1, job))
             else:
                 yield job, error
+        yield from one_by_one(stopped, *work)  # an engine finds out why Caffe stopped
     except Stopped as stop:
         hint = "run the same command again to make the rest"
         raise Stopped(stop.signum, f"{stop}; {hint}") from None

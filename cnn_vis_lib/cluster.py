@@ -189,7 +189,7 @@ class Crew:
         if facts[1] != self.found[1]:
             log.warning(
                 f"note: worker {address} ({facts[2]}) computes slightly different pixels from the "
-                f"first ({self.found[2]}): the picture will depend on which tiles go where"
+                f"first ({self.found[2]}): the result depends on where it is computed"
             )
 
     def _is_present(self, address):

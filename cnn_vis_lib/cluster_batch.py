@@ -9,18 +9,20 @@ import contextlib
 import dataclasses
 import os
 import queue
+import tempfile
 import threading
 import time
 
 from .cluster import Crew, connect
 from .dask_maker import Parcel, if_lent, on_makers
-from .errors import RunFailed, Stopped, log
+from .errors import RunFailed, Stopped, log, one_line
 from .files import read_bytes, sole_writer, whole_file
 from .makers import Desk, are_few_and_large, stopped
 from .network import NetworkSpec
 from .options import PARSER
 from .outputs import Files, check_apart, remove_parts
 from .processes import in_a_worker
+from .records import remove_record
 from .resume import under_way
 from .run import is_finished
 
@@ -103,6 +105,7 @@ class ClusterMakers:
                 try:
                     self._send(number, options, address, make_picture)
                 except Exception as error:
+                    self._batch.bar.end_picture(number)
                     yield options, error
             for job, how in self._returned():
                 if how is None and not signals.signum:
@@ -135,7 +138,7 @@ class ClusterMakers:
         files = Files(options.output_file)
         check_apart(begun, files, self._network)
         lock = contextlib.ExitStack()
-        lock.enter_context(sole_writer([options.output_file]))
+        lock.enter_context(sole_writer([options.output_file, *filter(None, [options.stats])]))
         checkpoint = read_bytes(files.checkpoint) if begun.resume else None
         if checkpoint is None:
             files.set_aside()
@@ -163,16 +166,28 @@ class ClusterMakers:
                 self._write(job.options, written, how is True)
         except RunFailed as error:
             how = error
-        except Exception as error:  # it was lost with its worker, or with the scheduler
-            self._losses[job.number] += 1
-            if self._losses[job.number] >= self.MAX_LOSSES:
-                why = f"{self.MAX_LOSSES} times with its worker ({type(error).__name__})"
-                how = RunFailed(f"it was lost {why}")
+        except Exception as error:
+            how = self._loss(job, error)
         self._news.put((job, how))
+
+    def _loss(self, job, error):
+        """What _fetch puts into the news after an exception in Dask: None if the picture was lost
+        with its worker, or with the scheduler, but not too often."""
+        import distributed
+
+        lost = (distributed.KilledWorker, concurrent.futures.CancelledError, OSError, TimeoutError)
+        if not isinstance(error, (*lost, distributed.CancelledError)):
+            return self._crew.exception(RunFailed(one_line(error)), job.address)
+        self._losses[job.number] += 1
+        if self._losses[job.number] < self.MAX_LOSSES:
+            return None
+        why = f"{self.MAX_LOSSES} times with its worker ({type(error).__name__})"
+        return RunFailed(f"it was lost {why}")
 
     def _write(self, options, written, is_done):
         """Writes the files that came back; an unfinished picture does not replace a finished one
-        that the checkpoint makes up for. Raises RunFailed."""
+        that the checkpoint makes up for. Raises RunFailed; then they are in the temporary
+        folder."""
         files = Files(options.output_file)
         pictures = written.get("output_file", {})
         is_saved = os.path.basename(files.checkpoint) in pictures
@@ -184,11 +199,13 @@ class ClusterMakers:
         ):
             for path in (files.picture, files.sidecar):
                 pictures.pop(os.path.basename(path), None)
-        for option, files in written.items():
-            folder = os.path.dirname(getattr(options, option) or "")
-            for name, content in files.items():
-                with whole_file(os.path.join(folder, name)) as file:
-                    file.write(content)
+        if os.path.basename(files.picture) in pictures:
+            remove_record(files.sidecar)  # of an earlier picture
+        try:
+            for option, found in written.items():
+                write_all(os.path.dirname(getattr(options, option) or ""), found)
+        except RunFailed as error:
+            raise RunFailed(f"{error}{rescued(written)}") from None
 
     def _lost(self):
         """Yields the pictures of workers that are gone."""
@@ -209,10 +226,16 @@ class ClusterMakers:
             news = self._news.get(timeout=0.2)
             while True:
                 if isinstance(news, list):
-                    self._desk.heed(*news[1:])
+                    self._desk.heed(*self._with_files_here(news[1:]))
                 elif self._under_way.get(news[0].number) is news[0]:
                     yield self._ended(*news)
                 news = self._news.get_nowait()
+
+    def _with_files_here(self, what):
+        """What a worker reports, with the names of the network's files here."""
+        if isinstance(what, list):
+            return [self._with_files_here(part) for part in what]
+        return self._crew.with_files_here(what) if isinstance(what, str) else what
 
     def _ended(self, job, how):
         """Counts a picture that has ended; returns the arguments."""
@@ -248,14 +271,35 @@ class ClusterMakers:
                         file.write(content)
 
 
+def write_all(folder, files):
+    """Writes files, {name: content}, into a folder. Raises RunFailed."""
+    for name, content in files.items():
+        with whole_file(os.path.join(folder, name)) as file:
+            file.write(content)
+
+
+def rescued(written):
+    """Writes files that cannot be written where they belong, {attribute: {name: content}}, into the
+    temporary folder, if possible; returns what to say."""
+    with contextlib.suppress(OSError, RunFailed):
+        folder = tempfile.mkdtemp(prefix="cnn-vis-")
+        for files in written.values():
+            write_all(folder, files)
+        return f"; what was made is in {folder}"
+    return ""
+
+
 def cluster_makers(jobs, sizes, batch, network):
     """The ClusterMakers for the jobs, or None if the cluster is to compute the tiles of one picture
     after the other: they are few and large. Raises BadRequest."""
     if len(jobs) < 2:
         return None
     client = connect(jobs[0].scheduler)
-    threads = sum(client.nthreads().values())
-    if are_few_and_large(jobs, sizes, len(jobs), threads):
-        client.close()
-        return None
-    return ClusterMakers(client, jobs[0], batch, network)
+    with contextlib.ExitStack() as stack:
+        stack.callback(client.close)
+        threads = sum(client.nthreads().values())
+        if are_few_and_large(jobs, sizes, len(jobs), threads):
+            return None
+        makers = ClusterMakers(client, jobs[0], batch, network)
+        stack.pop_all()  # they close it
+        return makers

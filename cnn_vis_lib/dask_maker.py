@@ -9,14 +9,13 @@ import contextlib
 import copy
 import dataclasses
 import os
-import shutil
 import tempfile
 
 import numpy as np
 
 from .behaviors import ARRAYS
 from .checkpoints import Checkpoint
-from .dask_worker import DESCRIBED, Loan, a_picture, examined, with_kept_files
+from .dask_worker import DESCRIBED, Loan, a_picture, answer, examined, with_kept_files
 from .errors import BadRequest, OutOfMemory, RunFailed, one_line
 from .files import read_bytes
 from .makers import MakerProcesses, Place, Reporter, make_here
@@ -136,8 +135,7 @@ class PictureLoan(Loan):
 
         super().__init__()
         self._spec, self._topic, self._worker = spec, topic, distributed.get_worker()
-        place = self._worker.local_directory  # which Dask removes even if it is killed
-        self._folder = tempfile.mkdtemp(prefix="cnn-vis-", dir=place)
+        self._folders = {}  # {number of a picture: where it is being made}
         self._makers = MakerProcesses(threads, threads, self._report)
 
     def _report(self, *what):
@@ -152,22 +150,27 @@ class PictureLoan(Loan):
         """Makes a picture. Returns (True if it is done, False if it was stopped, or the exception
         that made it fail; the content of the files that were written, {attribute: {name: bytes}},
         by the option that names their folder)."""
-        folder = os.path.join(self._folder, str(parcel.number))
-        more = (device, self._spec.files, folder, self.PAUSE)
-        try:
-            how = self._makers.make(make_in_folder, make_picture, parcel, None, *more)
-        except (BadRequest, RunFailed) as error:
-            how = error
-        try:
+        place = self._worker.local_directory  # which Dask removes even if it is killed
+        with tempfile.TemporaryDirectory("", "cnn-vis-", place, True) as folder:
+            self._folders[parcel.number] = folder
+            more = (device, self._spec.files, folder, self.PAUSE)
+            task, make = self._worker.get_current_task(), self._makers.make
+
+            def is_wanted():  # not if the run is gone, or has sent the picture elsewhere
+                state = self._worker.state.tasks.get(task)
+                return state is not None and state.state != "cancelled"
+
+            try:
+                how = make(make_in_folder, make_picture, parcel, None, *more, is_wanted=is_wanted)
+            except (BadRequest, RunFailed) as error:
+                how = error
             return how, {name: contents(folder, name) for name in ("output_file", "stats")}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def checkpoint(self, number, seen):
         """(when it was saved, the content) of the last checkpoint of a picture that is under way;
         None if there is none, or it has been `seen`."""
-        with contextlib.suppress(OSError, ValueError):
-            folder = os.path.join(self._folder, str(number), "output_file")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            folder = os.path.join(self._folders[number], "output_file")
             (name,) = [name for name in os.listdir(folder) if name.endswith(".checkpoint")]
             path = os.path.join(folder, name)
             time = os.stat(path).st_mtime_ns
@@ -179,7 +182,6 @@ class PictureLoan(Loan):
 
     def give_back(self):
         self._makers.end()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def contents(folder, name):
@@ -190,12 +192,8 @@ def contents(folder, name):
 
 
 def on_makers(run, task, spec, _, *arguments):
-    """In a Dask worker: what on_loan does, with the run's PictureLoan."""
-    try:
-        with PictureLoan.of(run, with_kept_files(spec), run) as loan:
-            return True, getattr(loan, task)(*arguments)
-    except (BadRequest, RunFailed) as error:
-        return False, error
+    """In a Dask worker: what the run's PictureLoan answers."""
+    return answer(PictureLoan.of(run, with_kept_files(spec), run), task, arguments)
 
 
 def if_lent(run, task, *arguments):

@@ -200,11 +200,16 @@ def with_kept_files(spec):
     return dataclasses.replace(spec, files=dataclasses.replace(spec.files, **kept))
 
 
-def on_loan(run, task, spec, objective, *arguments):
-    """In a Dask worker: calls the method `task` of the run's TileLoan; returns (True, its result),
-    or (False, the BadRequest or RunFailed that it raised)."""
+def answer(lent, task, arguments):
+    """In a Dask worker: calls the method `task` of the Loan that the context manager `lent` has;
+    returns (True, its result), or (False, the BadRequest or RunFailed that it raised)."""
     try:
-        with TileLoan.of(run, with_kept_files(spec), objective) as loan:
+        with lent as loan:
             return True, getattr(loan, task)(*arguments)
     except (BadRequest, RunFailed) as error:
         return False, error
+
+
+def on_loan(run, task, spec, objective, *arguments):
+    """In a Dask worker: what the run's TileLoan answers."""
+    return answer(TileLoan.of(run, with_kept_files(spec), objective), task, arguments)

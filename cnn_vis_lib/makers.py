@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import queue
 import signal
 import threading
@@ -19,7 +20,7 @@ import time
 import numpy as np
 
 from .engines import Engines, choose_gpus
-from .errors import BadRequest, Stopped, log
+from .errors import BadRequest, RunFailed, Stopped, log
 from .machine import count_cores, free_memory, room_needed
 from .options import end_sizes
 from .processes import CaffeProcesses, WorkerDied, report
@@ -180,7 +181,12 @@ def make_here(make_picture, options, where, begun=under_way):
 # ---- In the main process ------------------------------------------------------------------------
 
 TILE_SIZE = (224, 224)  # of most networks; for a guess
-BYTES_A_MAKER = 300 << 20  # with GoogLeNet
+
+
+def maker_size(network):
+    """How many bytes a maker takes for its program and for the NetworkFiles, about: the weights may
+    be there twice, as some layers arrange them in another way."""
+    return (200 << 20) + 2 * os.path.getsize(network.weights)
 
 
 def memory_needed(options, base):
@@ -209,12 +215,12 @@ def are_few_and_large(jobs, sizes, number, places):
     return number < places and number < min(tiles_at_once(job, sizes) for job in jobs)
 
 
-def number_of_makers(jobs, sizes, cores):
+def number_of_makers(jobs, sizes, cores, each):
     """How many pictures to make at the same time: one for each core, if there are as many and they
-    fit in memory."""
+    fit in memory, where each takes `each` bytes besides its picture."""
     number, free = min(cores, len(jobs)), free_memory()
     largest = sorted((memory_needed(job, sizes[job.initial_image]) for job in jobs), reverse=True)
-    while number > 1 and sum(largest[:number]) + number * BYTES_A_MAKER > free:
+    while number > 1 and sum(largest[:number]) + number * each > free:
         number -= 1
     return number
 
@@ -230,9 +236,10 @@ class MakerProcesses:
         arguments = {"shared": [self._memory], "heed": heed, "prepare": self._count_cores}
         with contextlib.ExitStack() as stack:
             stack.callback(self._memory.close)
-            makers = [stack.enter_context(CaffeProcesses(**arguments)) for _ in range(number)]
+            made = (stack.enter_context(CaffeProcesses(**arguments)) for _ in range(number))
+            self._makers = list(made)
             self._stack = stack.pop_all()
-        for maker in makers:
+        for maker in self._makers:
             maker.submit(become_maker)  # imports what it needs while this process prepares
             self._idle.put(maker)
 
@@ -248,21 +255,28 @@ class MakerProcesses:
         finally:
             self._idle.put(maker)
 
-    def make(self, task, make_picture, options, place, device, network, *more):
+    def make(self, task, make_picture, options, place, device, network, *more, is_wanted=None):
         """Has a maker make a picture by make_here, or a task like it. If the maker dies, another
-        goes on from the last checkpoint. Raises what makes it fail."""
+        goes on from the last checkpoint. Raises what makes it fail, and RunFailed when is_wanted()
+        has become false."""
         maker = self._idle.get()
         maker.restarts = 0
         self._busy.add(maker)
         where = (place, device, network, self._memory.fileno())
         try:
             while True:
+                future = maker.submit(task, make_picture, options, where, *more)
+                while not concurrent.futures.wait([future], is_wanted and 1).done:
+                    if not is_wanted():
+                        maker.kill()
                 try:
-                    return maker.submit(task, make_picture, options, where, *more).result()
+                    return future.result()
                 except WorkerDied:
                     if self._is_ending:
                         raise
                     maker.restart()
+                if is_wanted and not is_wanted():
+                    raise RunFailed("nobody waits for this picture")
         finally:
             self._busy.discard(maker)
             self._idle.put(maker)
@@ -272,12 +286,14 @@ class MakerProcesses:
         self._counters[1] = signum
 
     def end(self):
-        """Ends the makers, immediately if they are busy."""
+        """Ends the makers immediately."""
         self._is_ending = True
-        while self._busy:
+        for maker in self._makers:
+            maker.kill()
+        while self._busy:  # it may have been starting another process
+            time.sleep(0.05)
             for maker in list(self._busy):
                 maker.kill()
-            time.sleep(0.05)
         self._stack.close()
 
 
@@ -306,7 +322,7 @@ class Makers:
 
     def __init__(self, number, cores, device, batch, sizes, network):
         self._batch, self._network = batch, network
-        self._sizes, self._room = sizes, free_memory() - number * BYTES_A_MAKER
+        self._sizes, self._room = sizes, free_memory() - number * maker_size(network)
         self._device = f"{device}, {cores} core{'s' * (cores > 1)}"
         self._number, self._under_way = number, {}  # {future: (options, number)}
         self._processes = MakerProcesses(number, cores, Desk(batch).heed)
@@ -364,7 +380,7 @@ def local_makers(jobs, sizes, batch, network):
     better, or GPUs compute them. Raises BadRequest."""
     gpus, device = choose_gpus(jobs[0].gpu)
     cores = jobs[0].workers or count_cores()
-    number = 0 if gpus else number_of_makers(jobs, sizes, cores)
+    number = 0 if gpus else number_of_makers(jobs, sizes, cores, maker_size(network))
     if are_few_and_large(jobs, sizes, number, cores):
         return None
     return Makers(number, cores, device, batch, sizes, network) if number > 1 else None

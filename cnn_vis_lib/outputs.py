@@ -67,10 +67,10 @@ class Files:
 
     def set_aside(self):
         """Renames the checkpoint of an earlier run, if there is one and this run does not continue
-        it; returns the new name, or None. Raises BadRequest."""
+        it, and says so. Raises BadRequest."""
         path, resumed = self.checkpoint, self.resumed
         if not os.path.exists(path) or (resumed and os.path.samefile(path, resumed)):
-            return None
+            return
         names = (f"{path}.old{n}" for n in itertools.count(1))
         old = next(name for name in names if not os.path.exists(name))
         try:
@@ -78,7 +78,8 @@ class Files:
         except OSError as error:
             problem = f"{path}, of another run, cannot be renamed ({error.strerror})"
             raise refusal("output", self.picture, problem, "choose another name") from None
-        return old
+        hint = f"continue it with --resume {shell_path(old)}"
+        log.info(f"note: an unfinished earlier run for {self.picture} was kept; {hint}")
 
     def hint(self):
         """How to continue a run that ended early, if there is a checkpoint."""
@@ -188,7 +189,4 @@ def make_room(options, files, record):
         log.info(f"note: {files.picture} exists, from another command, and will be replaced")
     for path in filter(None, (files.picture, options.stats)):
         remove_parts(path)
-    old = files.set_aside()
-    if old:
-        hint = f"continue it with --resume {shell_path(old)}"
-        log.info(f"note: an unfinished earlier run for {files.picture} was kept; {hint}")
+    files.set_aside()

@@ -134,6 +134,20 @@ def test_a_maker_that_is_killed_is_replaced(dask_cluster, pictures, folder):
     assert_same_files(folder / "out", pictures / "whole")
 
 
+def test_the_makers_of_a_killed_run_stop(dask_cluster, folder):
+    """Even in the middle of a picture that nobody waits for."""
+    worker = dask_cluster.add_worker(2)
+    words = [*DREAM, "--num_steps=1000000", "--output=out/"]
+    running = start(*words, f"--scheduler={dask_cluster.address}", cwd=folder)
+    is_under_way(running, "picture 2 of 6")
+    (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
+    makers = set(workers(server))
+    end_hard(running)
+    wait_for(lambda: makers.isdisjoint(workers(server)), 30)  # idle ones have replaced them
+    done = run_cli(*words, "--num_steps=2", f"--scheduler={dask_cluster.address}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_machine_that_is_cut_off_does_not_matter(namespaces, pictures, folder, tmp_path):  # noqa: F811
     cluster = DaskCluster(tmp_path, "10.203.7.1")
     for number, name in enumerate(namespaces):

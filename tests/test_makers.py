@@ -230,12 +230,12 @@ def test_as_many_pictures_as_fit_in_memory(monkeypatch):
     numbers = []
     for free in (0, 1e9, 2e9, 4e9, 1e12):
         monkeypatch.setattr(makers, "free_memory", lambda free=free: free)
-        numbers.append(number_of_makers(jobs, sizes, 8))
+        numbers.append(number_of_makers(jobs, sizes, 8, 3e8))
     assert numbers[0] <= 1
     assert numbers == sorted(numbers)
     assert 2 <= numbers[2] < numbers[3] < 8
     assert numbers[4] == 8
-    assert number_of_makers(jobs[:3], sizes, 8) == 3
+    assert number_of_makers(jobs[:3], sizes, 8, 3e8) == 3
 
 
 def test_few_large_pictures_are_made_one_after_the_other():
