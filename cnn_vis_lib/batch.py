@@ -9,9 +9,11 @@ import os
 import re
 
 from .cluster_batch import cluster_makers
+from .engines import choose_gpus
 from .errors import BadRequest, OutOfMemory, RunFailed, Stopped, log, one_line, refusal, some
 from .files import existing_file, extension_of
 from .find_network import find_network
+from .gpu_makers import gpu_makers
 from .makers import local_makers, make_one
 from .options import PARSER, check_preset, listed, names_file, names_several
 from .outputs import Files, check_output
@@ -185,7 +187,11 @@ def makers_for(jobs, sizes, batch, network):
         if jobs[0].scheduler:
             makers = cluster_makers(jobs, sizes, batch, network)
         else:
-            makers = local_makers(jobs, sizes, batch, network)
+            gpus, device = choose_gpus(jobs[0].gpu)
+            if gpus:
+                makers = gpu_makers(jobs, sizes, batch, network, len(gpus))
+            else:
+                makers = local_makers(jobs, sizes, batch, network, device)
     with makers or contextlib.nullcontext():
         yield makers
 

@@ -1,6 +1,7 @@
 """Choosing the engine that computes the tiles: GPUs, this machine's cores, or a cluster."""
 
 import dataclasses
+import functools
 import os
 
 from .cluster import Cluster
@@ -18,6 +19,12 @@ def can_use_gpu():
     return hasattr(caffe_library(), "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
 
 
+@functools.cache
+def has_cuda():
+    """Whether this Caffe was built with CUDA."""
+    return in_a_worker(can_use_gpu)
+
+
 def choose_gpus(gpus):
     """Returns the GPUs to run on, [] for the CPU, and a description of the device, which says why
     if the CPU is used without having been asked for. `gpus` is the list from --gpu, or None. Raises
@@ -25,7 +32,7 @@ def choose_gpus(gpus):
     if gpus == []:
         return [], "CPU"
     present = count_gpus()
-    cuda = (present or gpus) and in_a_worker(can_use_gpu)
+    cuda = (present or gpus) and has_cuda()
     if gpus is None:
         if cuda:
             return [0], "GPU 0"
@@ -65,16 +72,22 @@ class Engines:
     def get(self, spec, objective):
         """The Engine for a run, with the network described. Raises BadRequest, RunFailed."""
         engine = self._engine
-        if engine is not None and objective == engine.objective:
-            device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
-            if dataclasses.replace(spec, **device) == engine.spec:
-                engine.begin_run()
-                return engine
+        if self.are_for(spec, objective):
+            engine.begin_run()
+            return engine
         if engine is None or not engine.change(spec, objective):
             self.end()
             self._engine = self._open(self.options, spec, objective)
             self._engine.describe()
         return self._engine
+
+    def are_for(self, spec, objective):
+        """Whether the engine can be used as it is."""
+        engine = self._engine
+        if engine is None or objective != engine.objective:
+            return False
+        device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
+        return dataclasses.replace(spec, **device) == engine.spec
 
     def end(self, at_once=False):
         """Ends the engine, if there is one."""

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from .engines import Engines, choose_gpus
+from .engines import Engines
 from .errors import BadRequest, RunFailed, Stopped, log
 from .machine import count_cores, free_memory, room_needed
 from .options import end_sizes
@@ -97,7 +97,8 @@ class InProcess(Engine):
 
 
 class Orders:
-    """What the script's Signals are in a maker: the main process says when to stop."""
+    """What the script's Signals are in a maker: the main process says when to stop, by the second
+    of two counters."""
 
     held, is_saving = False, False
 
@@ -117,13 +118,13 @@ class Orders:
 class Reporter:
     """What the ProgressBar is in a maker: it reports how far its picture is, at times."""
 
-    def __init__(self, pause=0.2):
-        self._told, self._pause = 0.0, pause  # seconds between reports
+    def __init__(self, pause=0.2, tell=report):
+        self._told, self._pause, self._tell = 0.0, pause, tell  # seconds between reports
 
     def update(self, number, done, total, text):
         if time.monotonic() - self._told > self._pause:
             self._told = time.monotonic()
-            report("update", number, done, total)
+            self._tell("update", number, done, total)
 
     def end_picture(self, number):
         pass
@@ -215,10 +216,10 @@ def are_few_and_large(jobs, sizes, number, places):
     return number < places and number < min(tiles_at_once(job, sizes) for job in jobs)
 
 
-def number_of_makers(jobs, sizes, cores, each):
-    """How many pictures to make at the same time: one for each core, if there are as many and they
-    fit in memory, where each takes `each` bytes besides its picture."""
-    number, free = min(cores, len(jobs)), free_memory()
+def number_of_makers(jobs, sizes, most, each):
+    """How many pictures to make at the same time: `most`, if there are as many and they fit in
+    memory, where each takes `each` bytes besides its picture."""
+    number, free = min(most, len(jobs)), free_memory()
     largest = sorted((memory_needed(job, sizes[job.initial_image]) for job in jobs), reverse=True)
     while number > 1 and sum(largest[:number]) + number * each > free:
         number -= 1
@@ -316,24 +317,21 @@ class Desk:
 
 
 class Makers:
-    """`number` makers on so many cores of the `device`, for the pictures of a Batch; a context
-    manager. `sizes`, {path: (height, width)}, are those of the start pictures, and `network` is the
-    NetworkFiles."""
+    """So many makers for the pictures of a Batch; a context manager. `crew` are the MakerProcesses
+    or the like, and `make`(make_picture, options, place) has one of them make a picture. `sizes`,
+    {path: (height, width)}, are those of the start pictures, which have `room` bytes."""
 
-    def __init__(self, number, cores, device, batch, sizes, network):
-        self._batch, self._network = batch, network
-        self._sizes, self._room = sizes, free_memory() - number * maker_size(network)
-        self._device = f"{device}, {cores} core{'s' * (cores > 1)}"
+    def __init__(self, number, crew, make, batch, sizes, room):
+        self._batch, self._sizes, self._room = batch, sizes, room
         self._number, self._under_way = number, {}  # {future: (options, number)}
-        self._processes = MakerProcesses(number, cores, Desk(batch).heed)
+        self._crew, self._make, self.call = crew, make, crew.call
         self._threads = concurrent.futures.ThreadPoolExecutor(number)
-        self.call = self._processes.call
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._processes.end()
+        self._crew.end()
         self._threads.shutdown()
 
     def failures(self, jobs, signals, make_picture):
@@ -343,13 +341,12 @@ class Makers:
         signals.hold()
         while waiting or self._under_way:
             if signals.signum:
-                self._processes.stop(signals.signum)
+                self._crew.stop(signals.signum)
                 waiting.clear()
             while waiting and self._fits(waiting[0][1]):
                 number, job = waiting.popleft()
                 place = Place(self._batch.count, number, bar=Reporter())
-                what = (make_here, make_picture, job, place, self._device, self._network)
-                future = self._threads.submit(self._processes.make, *what)
+                future = self._threads.submit(self._make, make_picture, job, place)
                 self._under_way[future] = job, number
             when = concurrent.futures.FIRST_COMPLETED
             for future in concurrent.futures.wait(self._under_way, 0.2, when).done:
@@ -375,12 +372,17 @@ def stopped(batch):
     return f"stopped; {len(batch.made)} of {batch.count} pictures are done"
 
 
-def local_makers(jobs, sizes, batch, network):
-    """The Makers for the jobs on this machine's cores; None if their own tiles fill the cores
-    better, or GPUs compute them. Raises BadRequest."""
-    gpus, device = choose_gpus(jobs[0].gpu)
-    cores = jobs[0].workers or count_cores()
-    number = 0 if gpus else number_of_makers(jobs, sizes, cores, maker_size(network))
-    if are_few_and_large(jobs, sizes, number, cores):
+def local_makers(jobs, sizes, batch, network, device):
+    """The Makers for the jobs, the pictures of a Batch, on this machine's cores, the `device`; None
+    if their own tiles fill the cores better."""
+    cores, each = jobs[0].workers or count_cores(), maker_size(network)
+    number = number_of_makers(jobs, sizes, cores, each)
+    if number < 2 or are_few_and_large(jobs, sizes, number, cores):
         return None
-    return Makers(number, cores, device, batch, sizes, network) if number > 1 else None
+    crew = MakerProcesses(number, cores, Desk(batch).heed)
+    device = f"{device}, {cores} core{'s' * (cores > 1)}"
+
+    def make(make_picture, options, place):
+        return crew.make(make_here, make_picture, options, place, device, network)
+
+    return Makers(number, crew, make, batch, sizes, free_memory() - number * each)

@@ -33,7 +33,9 @@ from PIL import Image
 
 import cnn_vis
 from cnn_vis_lib.cluster import Cluster
+from cnn_vis_lib.engines import Engines
 from cnn_vis_lib.errors import Stopped
+from cnn_vis_lib.gpu_makers import Share, SharedEngines
 from cnn_vis_lib.machine import visible_gpu
 from cnn_vis_lib.models import NetworkFiles
 from cnn_vis_lib.network import NetworkSpec
@@ -77,11 +79,35 @@ class OnDask:
         return [pid for server in servers for pid in workers(server)]
 
 
-@pytest.fixture(params=["local", "cluster"])
+class OneOfSeveral(Share):
+    """The engine of a picture that shares it with others."""
+
+    def __init__(self, spec, objective):
+        self.work = spec, objective
+        self.shared = SharedEngines(Engines(None, lambda _, *work: Workers(*work, 2)))
+
+    def describe(self):
+        vars(self).update(vars(self.shared.join(*self.work)), is_used=True)
+
+    def end(self, at_once=False):
+        self.shared.stop(Stopped(2))
+        if hasattr(self, "is_used"):
+            self.shared.leave()
+        self.shared.end()
+
+
+class Shared(Local):
+    """Makes engines of this machine that are shared."""
+
+    def engine(self, spec, objective):
+        return OneOfSeveral(spec, objective)
+
+
+@pytest.fixture(params=["local", "shared", "cluster"])
 def kind(request):
     """Tests that use this fixture run with every kind of engine."""
-    if request.param == "local":
-        return Local()
+    if request.param != "cluster":
+        return {"local": Local, "shared": Shared}[request.param]()
     return OnDask(request.getfixturevalue("dask_cluster"))
 
 

@@ -1,0 +1,268 @@
+"""Makers on GPUs: threads that each make a whole picture.
+
+A GPU computes 32 tiles in little more time than one, but a picture has few that can be computed at
+the same time. So tiles of several pictures share each batch."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+
+import numpy as np
+
+from .engines import Engines
+from .errors import Stopped
+from .machine import free_memory
+from .makers import Desk, Makers, Orders, Reporter, make_one, number_of_makers, tiles_at_once
+from .processes import in_a_worker
+from .workers import Engine
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Tiles that a picture has sent: float32 (N, 3, H, W), and whether they are measured; what
+    `receive` returns for them, once `done` is set."""
+
+    tiles: np.ndarray
+    measure: bool
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+    found: list | None = None
+
+
+class Batches:
+    """Sends an Engine the tiles of several pictures, which send them from several threads: as many
+    as there are, up to a full batch, whenever a device has less than one batch to do next."""
+
+    def __init__(self, engine):
+        self.engine, self.error = engine, None
+        self._changed, self._waiting = threading.Condition(), collections.deque()
+        self._sent = collections.OrderedDict()  # {the engine's ticket: groups}
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
+
+    def send(self, tiles, measure):
+        """Adds tiles; returns their Group."""
+        group = Group(np.array(tiles, np.float32), measure)  # pictures change before it is sent
+        with self._changed:
+            self._waiting.append(group)
+            self._send_on()
+            self._changed.notify()
+        return group
+
+    def _send_on(self):
+        """Sends the engine what is worth sending now."""
+        with self._failing():
+            while self._waiting and self.engine.has_room() and self.error is None:
+                count, groups = 0, []
+                for group in self._waiting:
+                    if count + len(group.tiles) > self.engine.batch_size:
+                        break
+                    groups.append(group)
+                    count += len(group.tiles)
+                is_full = len(groups) < len(self._waiting) or count == self.engine.batch_size
+                if not is_full and len(self._sent) >= 2 * self.engine.number:
+                    return
+                tiles = [tile for group in groups for tile in group.tiles]
+                ticket = self.engine.send(tiles, any(group.measure for group in groups))
+                self._sent[ticket] = [self._waiting.popleft() for _ in groups]
+
+    def _receive(self):
+        """In a thread: passes on what the engine has computed, until there is an error."""
+        while True:
+            with self._changed:
+                while not self._sent and self.error is None:
+                    self._changed.wait()
+                if self.error is not None:
+                    return
+                ticket = next(iter(self._sent))
+            with self._failing():
+                while not self.engine.is_done(ticket) and self.error is None:
+                    pass
+            with self._changed, self._failing():
+                if self.error is not None:
+                    return
+                found = iter(self.engine.receive(ticket))
+                for group in self._sent.pop(ticket):
+                    answers = [next(found) for _ in group.tiles]
+                    group.found = [(g, loss if group.measure else None) for g, loss in answers]
+                    group.done.set()
+                self._send_on()
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _failing(self):
+        """Within this context, what the engine raises ends the batches."""
+        try:
+            yield
+        except Exception as error:
+            self.stop(error)
+
+    def stop(self, error):
+        """From now on, raises this exception in all threads that wait for tiles."""
+        with self._changed:
+            self.error = self.error or error
+            for group in [*self._waiting, *(g for groups in self._sent.values() for g in groups)]:
+                group.done.set()
+            self._changed.notify_all()
+
+    def end(self):
+        """Receives what the engine still has, if it can, for pictures that are gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._sent or self.error is not None)
+        self.stop(Stopped(signal.SIGTERM))
+        self._thread.join()
+
+
+class Share(Engine):
+    """A picture's Engine, whose tiles share the Batches of several."""
+
+    is_elsewhere = False  # steps are taken in the picture's own thread; there are many of them
+    number = 1
+
+    def __init__(self, batches, notices=()):
+        self._batches, self.notices = batches, list(notices)
+        for name in ("spec", "objective", "device", "batch_size", "tile_size", "shapes"):
+            setattr(self, name, getattr(batches.engine, name))
+
+    def describe(self):
+        pass  # the shared engine is described already
+
+    def has_room(self):
+        return True
+
+    def send(self, tiles_in, measure=True):
+        return self._batches.send(tiles_in, measure)
+
+    def is_done(self, ticket):
+        if not ticket.found and self._batches.error is not None:
+            raise self._batches.error
+        return ticket.done.wait(1) and ticket.found is not None
+
+    def receive(self, ticket):
+        while not self.is_done(ticket):
+            pass
+        return ticket.found
+
+    def end(self, at_once=False):
+        pass
+
+
+class SharedEngines:
+    """The Engines of pictures that are made at the same time. Those with the same network and
+    objective share the engine; others wait until it is free."""
+
+    def __init__(self, engines):
+        self._engines, self._changed = engines, threading.Condition()
+        self._batches, self._users, self._stopped = None, 0, None
+
+    def join(self, spec, objective):
+        """A Share of the engine for a NetworkSpec and objective. Raises BadRequest, RunFailed,
+        Stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._is_free(spec, objective))
+            if self._stopped:
+                raise self._stopped
+            is_new = not self._users
+            engine = self._engines.get(spec, objective)
+            if is_new:
+                self._batches = Batches(engine)
+            self._users += 1
+            return Share(self._batches, engine.notices if is_new else ())
+
+    def _is_free(self, spec, objective):
+        is_same = self._engines.are_for(spec, objective)
+        return not self._users or (is_same and self._batches.error is None)
+
+    def leave(self):
+        """Gives a Share back."""
+        with self._changed:
+            self._users -= 1
+            if not self._users:
+                is_broken = self._batches.error is not None
+                self._batches.end()
+                if is_broken:
+                    self._engines.end(at_once=True)
+            self._changed.notify_all()
+
+    def stop(self, error):
+        """Raises this exception in all threads that use it, or wait for it."""
+        with self._changed:
+            self._stopped = error
+            if self._users:
+                self._batches.stop(error)
+            self._changed.notify_all()
+
+    def end(self):
+        """Ends the engine, when nobody uses it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+            self._engines.end(at_once=True)
+
+
+class Seat:
+    """The Engines of one picture."""
+
+    def __init__(self, shared):
+        self._shared, self._share = shared, None
+
+    def get(self, spec, objective):
+        """A Share of the engine. Raises BadRequest, RunFailed, Stopped."""
+        self.end()
+        self._share = self._shared.join(spec, objective)
+        return self._share
+
+    def end(self):
+        """Gives it back, if there is one."""
+        if self._share is not None:
+            self._share = None
+            self._shared.leave()
+
+
+class MakerThreads:
+    """What MakerProcesses are on the CPU, for GPUs: threads make the pictures, with the engine for
+    the `options`. `heed` is as there, and `network` is the NetworkFiles."""
+
+    call = staticmethod(in_a_worker)
+
+    def __init__(self, options, heed, network):
+        self._shared, self._counters = SharedEngines(Engines(options)), [0, 0]
+        self._heed, self._network = heed, network
+
+    def make(self, make_picture, options, place):
+        """In a thread: makes a picture at a Place; returns whether it is done, or was stopped.
+        Raises what makes it fail."""
+        place.tell, place.bar = self._heed, Reporter(tell=self._heed)
+        orders, seat = Orders(self._counters), Seat(self._shared)
+        try:
+            make_one(make_picture, options, orders, seat, place, self._network)
+            return True
+        except Stopped:
+            return False
+        finally:
+            seat.end()
+
+    def stop(self, signum):
+        """Lets the threads save what they have, and return."""
+        self._counters[1] = signum
+
+    def end(self):
+        """Ends all: immediately, except that nothing is left half written."""
+        self._shared.stop(Stopped(signal.SIGTERM))
+        self._shared.end()
+
+
+FULL_BATCH = 32  # tiles; a GPU gains little from more
+
+
+def gpu_makers(jobs, sizes, batch, network, gpus):
+    """The Makers for the jobs on so many GPUs; None if the tiles of one picture fill them. The
+    arguments are as for local_makers."""
+    tiles = min(tiles_at_once(job, sizes) for job in jobs)
+    full = 2 * (jobs[0].batch_size or FULL_BATCH) * gpus  # one batch is computed, one gathered
+    number = number_of_makers(jobs, sizes, math.ceil(full / max(1, tiles)), each=0)
+    if number < 2:
+        return None
+    crew = MakerThreads(jobs[0], Desk(batch).heed, network)
+    return Makers(number, crew, crew.make, batch, sizes, free_memory())
