@@ -89,7 +89,6 @@ class Batches:
                     group.found = [(g, loss if group.measure else None) for g, loss in answers]
                     group.done.set()
                 self._send_on()
-                self._changed.notify_all()
 
     @contextlib.contextmanager
     def _failing(self):
@@ -108,11 +107,12 @@ class Batches:
             self._changed.notify_all()
 
     def end(self):
-        """Receives what the engine still has, if it can, for pictures that are gone."""
+        """Returns whether the engine can be used for something else."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._sent or self.error is not None)
+            is_free = not self._sent and self.error is None
         self.stop(Stopped(signal.SIGTERM))
         self._thread.join()
+        return is_free
 
 
 class Share(Engine):
@@ -179,11 +179,8 @@ class SharedEngines:
         """Gives a Share back."""
         with self._changed:
             self._users -= 1
-            if not self._users:
-                is_broken = self._batches.error is not None
-                self._batches.end()
-                if is_broken:
-                    self._engines.end(at_once=True)
+            if not self._users and not self._batches.end():
+                self._engines.end(at_once=True)
             self._changed.notify_all()
 
     def stop(self, error):
