@@ -1,18 +1,25 @@
 #!/usr/bin/env python3
 """Carries a video's dream from one frame to the next, along the optical flow (video.sh uses it).
 
-    flow.py FRAME OUT SHARE PREVIOUS DREAM [dis | farneback]
+    flow.py carry SHARE dis|farneback FRAME OUT PREVIOUS DREAM [FRAME OUT PREVIOUS DREAM ...]
+    flow.py plan FOLDER
 
 OUT, the start picture for the next dream, is FRAME plus SHARE (0 to 1) of the previous dream: the
 difference between DREAM and its own frame PREVIOUS, moved along the flow to FRAME. Nothing is
 carried to places that do not look alike in both frames, such as where something new comes into
 view.
 
+A scene begins where less than a quarter of a frame looks like the frame before; nothing is carried
+there, so scenes can be dreamed at the same time. plan prints in each line the names of frames in
+FOLDER that can: the first frames of all scenes, the second ones, and so on.
+
 cnn_vis.py multiplies contrast by --contrast, 1.2 by default, at each size. That is not part of the
 dream and would grow from frame to frame, so it is undone before the difference is taken.
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import pathlib
 import sys
 
@@ -21,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from picture import match, read
+from picture import fit, match, read
 
 import cnn_vis
 from cnn_vis_lib.reading import read_mask
@@ -32,20 +39,33 @@ MISFIT = 30  # grey levels; places that differ by more are taken to show differe
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("frame", type=read)
-    parser.add_argument("out")
-    parser.add_argument("share", type=float)
-    parser.add_argument("previous", type=read)
-    parser.add_argument("dream")
-    parser.add_argument("method", nargs="?", choices=("dis", "farneback"), default="dis")
+    commands = parser.add_subparsers(dest="command", required=True)
+    carrying = commands.add_parser("carry")
+    carrying.add_argument("share", type=float)
+    carrying.add_argument("method", choices=("dis", "farneback"))
+    carrying.add_argument("paths", nargs="+")
+    planning = commands.add_parser("plan")
+    planning.add_argument("folder", type=pathlib.Path)
     options = parser.parse_args()
-    frame, previous = np.asarray(options.frame), np.asarray(options.previous)
-    try:
-        dreamed, where = difference(options.dream, previous)
-    except cnn_vis.BadRequest as error:  # the file of --mask is missing
-        sys.exit(f"flow.py: {error}")
-    start = carry(dreamed, previous, frame, options.share * where, options.method)
-    Image.fromarray(start).save(options.out)
+    if options.command == "plan":
+        for names in plan(options.folder):
+            print(*names)
+        return
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        groups = [iter(options.paths)] * 4
+        more = itertools.repeat(options.share), itertools.repeat(options.method)
+        try:
+            list(pool.map(carry_file, *zip(*zip(*groups)), *more))
+        except cnn_vis.BadRequest as error:  # the file of --mask is missing
+            sys.exit(f"flow.py: {error}")
+
+
+def carry_file(frame, out, previous, dream, share, method):
+    """Writes the start picture `out`; all are paths. Raises BadRequest."""
+    frame, previous = np.asarray(read(frame)), np.asarray(read(previous))
+    dreamed, where = difference(dream, previous)
+    start = carry(dreamed, previous, frame, share * where, method)
+    Image.fromarray(start).save(out)
 
 
 # ---- What was dreamed -------------------------------------------------------------------------
@@ -135,6 +155,33 @@ def trust(frame, previous, flow):
     misfit = np.abs(warp(previous, flow).astype(np.int16) - frame).max(axis=2)
     fits = ((misfit <= MISFIT) & inside).astype(np.float32)
     return np.minimum(fits, cv2.GaussianBlur(cv2.erode(fits, np.ones((3, 3))), (0, 0), 1.5))
+
+
+# ---- Scenes -----------------------------------------------------------------------------------
+
+ALIKE = 0.25  # of a frame; if less of it looks like the frame before, a scene begins
+SIDE = 270  # pixels, of the shorter side of frames that are compared
+
+
+def plan(folder):
+    """Lists of the names of frames in the folder that can be dreamed at the same time."""
+    paths = sorted(folder.iterdir())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        begins = [True, *pool.map(is_cut, paths, paths[1:])]
+    number, waves = 0, []
+    for path, is_first in zip(paths, begins):
+        number = 0 if is_first else number + 1
+        if number == len(waves):
+            waves.append([])
+        waves[number].append(path.name)
+    return waves
+
+
+def is_cut(previous, frame):
+    """Whether a scene begins with the frame; both are paths."""
+    pictures = map(read, (previous, frame))
+    previous, frame = (np.asarray(fit(p, SIDE) if min(p.size) > SIDE else p) for p in pictures)
+    return trust(frame, previous, flow_between(frame, previous)).mean() < ALIKE
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/bin/bash
 # A video, dreamed frame by frame. Each frame starts with the previous frame's dream, carried along by optical flow, so
-# that the film flickers far less.
+# that the film flickers far less. At a cut a new dream begins; all scenes are dreamed at the same time.
 # The frames stay in OUT.mp4.frames until all are done, so it can be interrupted and rerun.
-# BLEND=0.9 is the share of the dream that is carried along, from 0 to 1; FLOW=dis or farneback is the flow method.
+# BLEND=0.9 is the share of the dream that is carried along, from 0 to 1; FLOW=dis or farneback is the flow method. With
+# BLEND=0 nothing is carried, and all frames can be dreamed at the same time.
 # Usage: video.sh IN.mp4 OUT.mp4 [MORE OPTIONS]
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -41,25 +42,42 @@ if [ ! -e "$work/in" ]; then
     mv "$work/in.part" "$work/in"
 fi
 has layer "$@" || set -- --layer inception_4c/output "$@"
-previous=
-for frame in "$work"/in/*.png; do
-    dreamed=$work/out/${frame##*/}
-    if [ ! -e "$dreamed" ]; then
-        start=$frame
-        if [ -n "$previous" ]; then
-            start=$work/next.png
-            "$python" "$root/examples/flow.py" "$frame" "$start" "${BLEND:-0.9}" "$previous" \
-                "$work/out/${previous##*/}" "${FLOW:-dis}"
-        fi
-        dream "$dreamed" --image "$start" --num_steps 10 --learning_rate 0.5 \
-            --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5 --tv_reg 0.5 --use_pixel_learning_rates "$@"
+settings=(--iter_behavior none --num_steps 10 --learning_rate 0.5 --decay_rate 0.9 --alpha 2 --p_reg 0.05 --beta 2.5
+    --tv_reg 0.5 --use_pixel_learning_rates "$@" --output "$work/out/{name}.png")
+flow=("$python" "$root/examples/flow.py")
+count=$(find "$work/in" -name '*.png' | wc -l) dreamed=0
+
+if [[ ${BLEND:-0.9} =~ ^0*\.?0*$ ]]; then
+    "$python" "$cnn_vis" "${settings[@]}" --image "$work/in"
+else
+    if [ ! -e "$work/plan" ]; then
+        "${flow[@]}" plan "$work/in" > "$work/plan.part"
+        mv "$work/plan.part" "$work/plan"
     fi
-    previous=$frame
-done
+    mkdir -p "$work/next"
+    while read -r -a frames <&3; do # of different scenes
+        if [ ! -e "$work/next/${frames[-1]}.done" ]; then
+            if [ "$dreamed" = 0 ]; then
+                cp "${frames[@]/#/$work/in/}" "$work/next"
+            else
+                pictures=()
+                for frame in "${frames[@]}"; do
+                    previous=$(printf %06d.png $((10#${frame%.png} - 1)))
+                    pictures+=("$work/in/$frame" "$work/next/$frame" "$work/in/$previous" "$work/out/$previous")
+                done
+                "${flow[@]}" carry "${BLEND:-0.9}" "${FLOW:-dis}" "${pictures[@]}"
+            fi
+            "$python" "$cnn_vis" "${settings[@]}" --quiet --image "${frames[@]/#/$work/next/}"
+            touch "$work/next/${frames[-1]}.done"
+        fi
+        dreamed=$((dreamed + ${#frames[@]}))
+        echo "$output: $dreamed of $count frames are dreamed" >&2
+    done 3< "$work/plan"
+fi
 # Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601. The
 # sound, if any, comes from the input.
 encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?')
-if [ "$(height "$dreamed")" -ge 720 ]; then
+if [ "$(height "$work/out/000001.png")" -ge 720 ]; then
     "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p \
         -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$work/film.${output##*.}"
 else

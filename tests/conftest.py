@@ -163,7 +163,17 @@ def pytest_addoption(parser):
 
 
 # The tests that start many processes of the program, or other programs.
-SLOW = ("batch", "cluster", "cluster_batch", "commands", "engines", "examples", "files", "gpu")
+SLOW = (
+    "batch",
+    "cluster",
+    "cluster_batch",
+    "commands",
+    "engines",
+    "examples",
+    "files",
+    "gpu",
+    "gpu_makers",
+)
 SLOW += ("install", "makers", "models", "network", "readme", "run", "video", "watchers", "web")
 
 

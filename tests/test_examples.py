@@ -2,7 +2,6 @@
 small pictures."""
 
 import os
-import pathlib
 import re
 import shutil
 import stat
@@ -531,8 +530,7 @@ def path_without(program, folder):
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_video(tmp_path):
-    """Three frames and their sound, begun by an earlier run. What the frames become is checked in
-    test_video.py."""
+    """Three frames and their sound. What the frames become is checked in test_video.py."""
     pytest.importorskip("cv2", reason="OpenCV is not installed")
     source = [
         "-f",
@@ -547,18 +545,10 @@ def test_video(tmp_path):
         "0.24",
     ]
     subprocess.run(["ffmpeg", "-loglevel", "error", *source, "my in.mp4"], cwd=tmp_path, check=True)
-    frames = tmp_path / "my out.mp4.frames"
-    (frames / "in").mkdir(parents=True)
-    (frames / "out").mkdir()
-    subprocess.run(
-        ["ffmpeg", "-loglevel", "error", "-i", "my in.mp4", frames / "in" / "%06d.png"],
-        cwd=tmp_path,
-        check=True,
-    )
-    Image.open(frames / "in" / "000001.png").save(frames / "out" / "000001.png")
     printed = run("video.sh", "my in.mp4", "my out.mp4", *FAST, cwd=tmp_path)
-    made = [pathlib.Path(line).name for line in printed.splitlines() if line.endswith(".png")]
-    assert made == ["000002.png", "000003.png"]
+    assert printed.splitlines() == [
+        f"my out.mp4: {number} of 3 frames are dreamed" for number in (1, 2, 3)
+    ]
     assert probe(tmp_path / "my out.mp4", "width,height,avg_frame_rate,nb_frames") == [
         "240",
         "224",
@@ -579,7 +569,7 @@ def test_video(tmp_path):
         "audio"
         in subprocess.run(streams, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     )
-    assert not frames.exists()
+    assert not (tmp_path / "my out.mp4.frames").exists()
 
 
 @pytest.mark.parametrize(
@@ -644,27 +634,35 @@ def test_cluster_tells_what_does_not_answer(cat):
 
 def test_slurm(cat):
     """Run as Slurm runs it: from a copy of the script, in the submission folder, with Slurm's
-    variables. If there is a checkpoint, it is resumed."""
+    variables. Tasks share the layers, or the pictures of a folder."""
     copy = shutil.copy(EXAMPLES / "slurm.sbatch", cat.parent / "slurm_script")
     environment = {
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_ID": "9",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_COUNT": "9",
         "SLURM_CPUS_PER_TASK": "2",
     }
     options = options_of(copy, cat.name, "--num_steps", "7", cwd=cat.parent, **environment)
-    assert options["--layer"] == "inception_4b/output"
-    assert options["--output"] == "my <cat> & co_inception_4b-output.part.png"
+    assert options["--layer"] == "inception_5b/output"
+    assert options["--output"] == "./"
     assert (options["--image"], options["--num_steps"], options["--workers"]) == (
         cat.name,
         "7",
         "2",
     )
-    checkpoint = cat.parent / "my <cat> & co_inception_4b-output.part.png.checkpoint"
-    checkpoint.touch()
-    assert options_of(copy, cat.name, cwd=cat.parent, **environment) == {
-        "--resume": checkpoint.name
-    }
-    checkpoint.unlink()
+    (cat.parent / "many pictures").mkdir()
+    for name in ("1.png", "1.jpg", "2.png", "3.png", "3.txt", "4.png"):
+        shutil.copy(cat, cat.parent / "many pictures" / name)
+    shares = []
+    for task in range(5):
+        environment |= {"SLURM_ARRAY_TASK_ID": f"{task + 2}", "SLURM_ARRAY_TASK_MIN": "2"}
+        environment |= {"SLURM_ARRAY_TASK_COUNT": "5"}
+        status, python = 0 if task == 4 else 9, stand_in(cat.parent, 'echo "$@"; exit 9')
+        environment |= {"CNN_VIS_PYTHON": python}
+        printed = run(copy, "many pictures", cwd=cat.parent, status=status, **environment)
+        shares.append(re.findall(r"many pictures/(\S+)", printed))
+    assert shares == [["1.jpg", "1.png"], ["2.png"], ["3.png"], ["4.png"], []]
 
 
 def test_slurm_ends_a_task_and_starts_it_again(cat):
@@ -678,19 +676,19 @@ def test_slurm_ends_a_task_and_starts_it_again(cat):
         "LAYERS": "pool1/3x3_s2",
     }
     picture = cat.parent / "my <cat> & co_pool1-3x3_s2.png"
-    part = picture.with_suffix(".part.png")
+    checkpoint = cat.parent / f"{picture.name}.checkpoint"
     task = subprocess.Popen(
         ["bash", copy, cat.name, "--model=googlenet_mini", "--gpu=-1", "--num_steps=30"],
         cwd=cat.parent,
         env=os.environ | {"CNN_VIS_PYTHON": sys.executable} | environment,
     )
-    while not pathlib.Path(f"{part}.checkpoint").exists():
+    while not checkpoint.exists():
         time.sleep(0.01)
         assert task.poll() is None
     task.terminate()
     assert task.wait() == 143
-    assert not picture.exists()
-    run(copy, cat.name, cwd=cat.parent, **environment)
+    again = [copy, cat.name, "--model=googlenet_mini", "--gpu=-1", "--num_steps=30"]
+    assert "goes on after" in run(*again, cwd=cat.parent, **environment)
     assert picture.exists()
-    assert not list(cat.parent.glob("*.part*"))
-    assert run(copy, cat.name, cwd=cat.parent, **environment) == ""
+    assert not checkpoint.exists()
+    assert "1 of 1 pictures are there already" in run(*again, cwd=cat.parent, **environment)

@@ -106,7 +106,7 @@ def test_nothing_is_carried_to_where_the_mask_is_black(tmp_path):
     options = ["--layer=inception_3a/1x1", "--num_steps=2", "--learning_rate=2"]
     options += ["--mask=mask.png", "--image=previous.png", "--iter_behavior=none"]
     assert run_cli(*FAST, *options, cwd=tmp_path).returncode == 0
-    arguments = ["frame.png", "next.png", "0.9", "previous.png", "out.png"]
+    arguments = ["carry", "0.9", "dis", "frame.png", "next.png", "previous.png", "out.png"]
     command = [sys.executable, ROOT / "examples" / "flow.py", *arguments]
     subprocess.run(command, cwd=tmp_path, check=True)
     carried = np.asarray(Image.open(tmp_path / "next.png")).astype(int) - frame
@@ -368,11 +368,13 @@ done
     )
     (folder / "dream.py").write_text(
         "import sys, cnn_vis\n"
+        "from cnn_vis_lib.batch import make_folder_of, plan_batch\n"
         "from cnn_vis_lib.reading import read_picture\n"
         "from cnn_vis_lib.writing import write_picture\n"
         "options = cnn_vis.PARSER.parse_args(sys.argv[1:])\n"
-        "picture, _ = read_picture(options.initial_image)\n"
-        "write_picture(picture, options.output_file)\n"
+        "for job in plan_batch(options)[0] or [options]:\n"
+        "    make_folder_of(job.output_file)\n"
+        "    write_picture(read_picture(job.initial_image)[0], job.output_file)\n"
     )
     (folder / "python").write_text(
         f"""#!/bin/sh
@@ -420,3 +422,40 @@ def test_a_zoom_keeps_its_colours(height, real_ffmpeg, tmp_path):
     assert tag == ("bt709" if height >= 720 else "smpte170m")
     middles = np.s_[10:-10, 32::64]
     assert np.abs(seen[middles].astype(int) - bars(height)[middles]).mean() < 4
+
+
+# ---- Scenes -----------------------------------------------------------------------------------
+
+
+def scenes():
+    """The frames of a film with scenes of 3, 1 and 2 frames."""
+    import skimage.data
+
+    first, last = photograph(), skimage.data.coffee()
+    shown = [(first, 0), (first, 1), (first, 2), (255 - first, 0), (last, 0), (last, 1)]
+    return [whole[60 + 3 * step :, 100 + 7 * step :][: SIZE[0], : SIZE[1]] for whole, step in shown]
+
+
+def test_scenes_begin_at_cuts(tmp_path):
+    for number, frame in enumerate(scenes()):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    assert flow.plan(tmp_path) == [["0.png", "3.png", "4.png"], ["1.png", "5.png"], ["2.png"]]
+
+
+def test_scenes_are_dreamed_at_the_same_time(programs):
+    """As they are one after the other: each frame from the one before it, but not over a cut."""
+    words = ["--num_steps=2", "--learning_rate=2"]
+    alone = film(scenes(), programs, *words)
+    together = film(scenes(), programs, *words, "--workers=3")
+    assert len(together) == 6
+    assert all(np.array_equal(*pair) for pair in zip(alone, together))
+    separate = film(scenes(), programs, *words, BLEND="0")
+    same = [np.array_equal(*pair) for pair in zip(alone, separate)]
+    assert same == [True, False, False, True, True, False]
+
+
+def test_without_carrying_frames_are_a_plain_batch(programs):
+    film(scenes(), programs, "--num_steps=1", "--workers=2", BLEND="0.0")
+    made = programs.parent / "out.mp4"
+    for path in made.iterdir():
+        assert f"in/{path.name}" in read_record(str(path))[0]["command"]
