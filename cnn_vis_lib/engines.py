@@ -75,10 +75,14 @@ class Engines:
         if self.are_for(spec, objective):
             engine.begin_run()
             return engine
-        if engine is None or not engine.change(spec, objective):
-            self.end()
-            self._engine = self._open(self.options, spec, objective)
-            self._engine.describe()
+        try:
+            if engine is None or not engine.change(spec, objective):
+                self.end()
+                self._engine = self._open(self.options, spec, objective)
+                self._engine.describe()
+        except BaseException:
+            self.end(at_once=True)  # it is half ready
+            raise
         return self._engine
 
     def are_for(self, spec, objective):

@@ -168,8 +168,9 @@ class SharedEngines:
             engine = self._engines.get(spec, objective)
             if is_new:
                 self._batches = Batches(engine)
+            share = Share(self._batches, engine.notices if is_new else ())
             self._users += 1
-            return Share(self._batches, engine.notices if is_new else ())
+            return share
 
     def _is_free(self, spec, objective):
         is_same = self._engines.are_for(spec, objective)

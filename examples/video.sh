@@ -16,6 +16,10 @@ evaluate 'import cv2' 2> /dev/null \
     || { echo "video.sh: OpenCV is needed: $python -m pip install -r $root/examples/requirements.txt" >&2 && exit 1; }
 input=$1 output=$2 work=$2.frames
 shift 2
+case $output in *'{name}'* | *'{layer}'*) echo "video.sh: $output: the name must not contain {name} or {layer}" >&2 && exit 2 ;; esac
+case ${output##*/} in ?*.?*) ;; *) echo "video.sh: $output: add an ending, such as .mp4" >&2 && exit 2 ;; esac
+[ -e "$input" ] && input=file:$(realpath "$input") # ffmpeg would take c: for a protocol
+ending=${output##*.}
 
 # probe NAME: prints a property of the input's first video stream.
 probe() {
@@ -37,8 +41,8 @@ esac
 if [ ! -e "$work/in" ]; then
     rm -rf "$work/in.part"
     mkdir -p "$work/in.part" "$work/out"
-    ffmpeg -nostdin -loglevel error -i "$input" \
-        -vf "fps=$rate,scale=in_color_matrix=$matrix,format=rgb24|rgb48be$as" "$work/in.part/%06d.png"
+    (cd "$work" && ffmpeg -nostdin -loglevel error -i "$input" \
+        -vf "fps=$rate,scale=in_color_matrix=$matrix,format=rgb24|rgb48be$as" in.part/%06d.png) # whatever $work contains
     mv "$work/in.part" "$work/in"
 fi
 has layer "$@" || set -- --layer inception_4c/output "$@"
@@ -57,17 +61,15 @@ else
     mkdir -p "$work/next"
     while read -r -a frames <&3; do # of different scenes
         if [ ! -e "$work/next/${frames[-1]}.done" ]; then
-            if [ "$dreamed" = 0 ]; then
-                cp "${frames[@]/#/$work/in/}" "$work/next"
-            else
-                pictures=()
-                for frame in "${frames[@]}"; do
-                    previous=$(printf %06d.png $((10#${frame%.png} - 1)))
-                    pictures+=("$work/in/$frame" "$work/next/$frame" "$work/in/$previous" "$work/out/$previous")
-                done
-                "${flow[@]}" carry "${BLEND:-0.9}" "${FLOW:-dis}" "${pictures[@]}"
-            fi
-            "$python" "$cnn_vis" "${settings[@]}" --quiet --image "${frames[@]/#/$work/next/}"
+            starts=() pictures=()
+            for frame in "${frames[@]}"; do
+                previous=$(printf %06d.png $((10#${frame%.png} - 1)))
+                starts+=("$work/next/$frame")
+                pictures+=("$work/in/$frame" "$work/next/$frame" "$work/in/$previous" "$work/out/$previous")
+                [ "$dreamed" != 0 ] || cp "$work/in/$frame" "$work/next"
+            done
+            [ "$dreamed" = 0 ] || "${flow[@]}" carry "${BLEND:-0.9}" "${FLOW:-dis}" "${pictures[@]}"
+            "$python" "$cnn_vis" "${settings[@]}" --quiet --image "${starts[@]}"
             touch "$work/next/${frames[-1]}.done"
         fi
         dreamed=$((dreamed + ${#frames[@]}))
@@ -76,13 +78,17 @@ else
 fi
 # Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601. The
 # sound, if any, comes from the input.
-encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i "$work/out/%06d.png" -i "$input" -map 0:v -map '1:a?')
-if [ "$(height "$work/out/000001.png")" -ge 720 ]; then
+lines=$(height "$work/out/000001.png")
+cd "$work"
+encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i out/%06d.png -i "$input" -map 0:v -map '1:a?')
+if [ "$lines" -ge 720 ]; then
     "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p \
-        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "$work/film.${output##*.}"
+        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "film.$ending"
 else
     "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=smpte170m:out_range=tv' -pix_fmt yuv420p \
-        -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m -color_range tv "$work/film.${output##*.}"
+        -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m -color_range tv "film.$ending"
 fi
-mv "$work/film.${output##*.}" "$output"
+cd "$OLDPWD"
+mv "$work/film.$ending" "$output"
 rm -r "$work"
+echo "$output" >&2

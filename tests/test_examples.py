@@ -545,11 +545,12 @@ def test_video(tmp_path):
         "0.24",
     ]
     subprocess.run(["ffmpeg", "-loglevel", "error", *source, "my in.mp4"], cwd=tmp_path, check=True)
-    printed = run("video.sh", "my in.mp4", "my out.mp4", *FAST, cwd=tmp_path)
+    printed = run("video.sh", "my in.mp4", "my &%d o:ut.mp4", *FAST, cwd=tmp_path)
     assert printed.splitlines() == [
-        f"my out.mp4: {number} of 3 frames are dreamed" for number in (1, 2, 3)
+        *(f"my &%d o:ut.mp4: {number} of 3 frames are dreamed" for number in (1, 2, 3)),
+        "my &%d o:ut.mp4",
     ]
-    assert probe(tmp_path / "my out.mp4", "width,height,avg_frame_rate,nb_frames") == [
+    assert probe(tmp_path / "my &%d o:ut.mp4", "width,height,avg_frame_rate,nb_frames") == [
         "240",
         "224",
         "25/2",
@@ -563,13 +564,13 @@ def test_video(tmp_path):
         "stream=codec_type",
         "-of",
         "csv=p=0",
-        "my out.mp4",
+        "my &%d o:ut.mp4",
     ]
     assert (
         "audio"
         in subprocess.run(streams, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     )
-    assert not (tmp_path / "my out.mp4.frames").exists()
+    assert not (tmp_path / "my &%d o:ut.mp4.frames").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from conftest import (
 from test_gpu import (  # noqa: F401
     EVERYWHERE,
     GPU,
+    IS_REAL,
     _there_is_a_gpu,
     assert_near,
+    emulated,
     gpu_environment,
     logged,
     logs,
@@ -130,6 +132,19 @@ def test_a_picture_that_fails_does_not_disturb_the_others(gpu_environment, folde
     assert len(os.listdir(folder / "out")) == 6
     wrong = run_cli(*DREAM, "--image_type=amplify_neuron", "--target_neuron=99", cwd=folder, **GPU)
     assert_one_line(wrong, 2, "--target_neuron 99", "18 channels")
+
+
+@emulated
+@pytest.mark.parametrize("failure", ["700@3", "2@3", "700@300"])
+def test_a_gpu_that_fails_ends_the_batch(failure, gpu_environment, folder, monkeypatch):  # noqa: F811
+    """Whether it fails when the network is tried, or amid the pictures."""
+    monkeypatch.setenv("CUDA_ON_CPU_FAIL", failure)
+    words = [*DREAM, "--num_steps=30"]
+    done = run_cli(*words, cwd=folder, **GPU, CUDA_ON_CPU_FAIL=failure)
+    assert done.returncode == 1
+    assert done.stderr.count("the GPU failed") == 7
+    assert "7 of 7 pictures could not be made" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 class Slow(Engine):

@@ -225,9 +225,7 @@ def programs(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "ffprobe").write_text("#!/bin/sh\necho 25/1\n")
-    (folder / "ffmpeg").write_text(
-        '#!/bin/bash\nfor film; do :; done\ncp -r "${film%/*}/out" "$film"\n'
-    )
+    (folder / "ffmpeg").write_text('#!/bin/bash\nfor film; do :; done\ncp -r out "$film"\n')
     for program in folder.iterdir():
         program.chmod(0o755)
     return folder
