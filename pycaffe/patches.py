@@ -1,16 +1,20 @@
-"""Patches Caffe's source of 2020 for current libraries, and for VGG.
+"""Patches Caffe's source of 2020 for current libraries, for VGG, and for GPUs.
 
     python patches.py CAFFE_SOURCE_DIR OUTPUT_DIR
 
-Writes the changed files to OUTPUT_DIR, headers below OUTPUT_DIR/include. If any of its old texts is
-missing, a file is copied unchanged, because your own checkout may already be patched.
+Writes the changed files to OUTPUT_DIR, headers below OUTPUT_DIR/include, and those that only builds
+without CUDA use below OUTPUT_DIR/cpu_only. If any of its old texts is missing, a file is copied
+unchanged, because your own checkout may already be patched.
 """
 
 import pathlib
 import sys
 
-PATCHES = {  # {file: ((old text, new text), ...)}
-    # Python uses single precision only; compiling double precision too takes half as long again.
+# {file: ((old text, new text), ...)}
+
+# Python uses single precision only; compiling double precision too takes half as long again. (Some
+# CUDA kernels need it.)
+CPU_ONLY = {
     "include/caffe/common.hpp": (
         (
             "  template class classname<float>; \\\n  template class classname<double>\n",
@@ -37,6 +41,9 @@ PATCHES = {  # {file: ((old text, new text), ...)}
     "include/caffe/solver_factory.hpp": (
         ("  static SolverRegisterer<double> g_creator_d_##type(#type, creator<double>) ", " "),
     ),
+}
+
+PATCHES = {
     # Caffe's master limits a network to 512 MB, less than VGG's 553 MB; the limit used to be 2 GB.
     "src/caffe/util/io.cpp": (
         ("SetTotalBytesLimit(536870912)", "SetTotalBytesLimit(kProtoReadBytesLimit)"),
@@ -66,6 +73,84 @@ PATCHES = {  # {file: ((old text, new text), ...)}
             "    sum_multiplier_.Reshape(mult_dims);\n"
             "    caffe_set(mult_dims[0], Dtype(1), sum_multiplier_.mutable_cpu_data());\n"
             "  }\n",
+        ),
+    ),
+    # What is copied between the host and a GPU is what a blob holds, not what it has room for. (A
+    # net that has once had 32 tiles would copy 19 MB each way for one.)
+    "include/caffe/syncedmem.hpp": (
+        (
+            "  size_t size() const { return size_; }\n",
+            "  size_t size() const { return size_; }\n"
+            "  void set_used(size_t used) { used_ = used; }  // of it, the bytes to copy\n",
+        ),
+        ("  size_t size_;\n", "  size_t size_, used_ = size_;\n"),
+        # Pinning memory takes far longer than copying a few bytes from memory that is not.
+        (
+            "  if (Caffe::mode() == Caffe::GPU) {\n",
+            "  if (Caffe::mode() == Caffe::GPU && size > 4096) {\n",
+        ),
+    ),
+    "src/caffe/syncedmem.cpp": (
+        (
+            "caffe_gpu_memcpy(size_, gpu_ptr_, cpu_ptr_);",
+            "caffe_gpu_memcpy(used_, gpu_ptr_, cpu_ptr_);",
+        ),
+        (
+            "caffe_gpu_memcpy(size_, cpu_ptr_, gpu_ptr_);",
+            "caffe_gpu_memcpy(used_, cpu_ptr_, gpu_ptr_);",
+        ),
+    ),
+    "src/caffe/blob.cpp": (
+        (
+            "    diff_.reset(new SyncedMemory(capacity_ * sizeof(Dtype)));\n  }\n",
+            "    diff_.reset(new SyncedMemory(capacity_ * sizeof(Dtype)));\n  }\n"
+            "  for (const auto& memory : {data_, diff_}) {\n"
+            "    if (memory) memory->set_used(count_ * sizeof(Dtype));\n"
+            "  }\n",
+        ),
+    ),
+    # A pass can become a CUDA graph, with its copies between the host and the GPU: then all work is
+    # in one stream, the thread's default stream (see cuda.cmake), and does not wait for the host.
+    "src/caffe/common.cpp": (
+        (
+            '    LOG(ERROR) << "Cannot create Cublas handle. Cublas won\'t be available.";\n  }\n',
+            '    LOG(ERROR) << "Cannot create Cublas handle. Cublas won\'t be available.";\n'
+            "  } else {\n"
+            "    CUBLAS_CHECK(cublasSetStream(cublas_handle_, cudaStreamPerThread));\n"
+            "  }\n",
+        ),
+        (
+            "  CUBLAS_CHECK(cublasCreate(&Get().cublas_handle_));\n",
+            "  CUBLAS_CHECK(cublasCreate(&Get().cublas_handle_));\n"
+            "  CUBLAS_CHECK(cublasSetStream(Get().cublas_handle_, cudaStreamPerThread));\n",
+        ),
+    ),
+    "src/caffe/util/math_functions.cpp": (
+        (
+            "CUDA_CHECK(cudaMemcpy(Y, X, sizeof(Dtype) * N, cudaMemcpyDefault));",
+            "caffe_gpu_memcpy(sizeof(Dtype) * N, X, Y);",
+        ),
+    ),
+    "src/caffe/util/math_functions.cu": (
+        (
+            "    CUDA_CHECK(cudaMemcpy(Y, X, N, cudaMemcpyDefault));  // NOLINT(caffe/alt_fn)\n",
+            "    cudaStreamCaptureStatus status;\n"
+            "    CUDA_CHECK(cudaStreamIsCapturing(cudaStreamPerThread, &status));\n"
+            "    if (status == cudaStreamCaptureStatusNone) {\n"
+            "      CUDA_CHECK(cudaMemcpy(Y, X, N, cudaMemcpyDefault));\n"
+            "    } else {\n"
+            "      CUDA_CHECK(cudaMemcpyAsync(Y, X, N, cudaMemcpyDefault, cudaStreamPerThread));\n"
+            "    }\n",
+        ),
+        (
+            "CUDA_CHECK(cudaMemset(Y, 0, sizeof(Dtype) * N));",
+            "CUDA_CHECK(cudaMemsetAsync(Y, 0, sizeof(Dtype) * N, cudaStreamPerThread));",
+        ),
+    ),
+    "include/caffe/util/math_functions.hpp": (
+        (
+            "CUDA_CHECK(cudaMemset(X, alpha, N));",
+            "CUDA_CHECK(cudaMemsetAsync(X, alpha, N, cudaStreamPerThread));",
         ),
     ),
     "python/caffe/__init__.py": (
@@ -112,9 +197,15 @@ PATCHES = {  # {file: ((old text, new text), ...)}
         ("ms = (1,) + ms\n", "mean, ms = mean[np.newaxis], (1,) + ms\n"),
         ("(mean - m_min) / (m_max - m_min)", "(mean - m_min) / ((m_max - m_min) or 1)"),
     ),
-    # Read-only arrays of a blob. Caffe assumes that any access to `data` or `diff` changes it, and
-    # copies it to the GPU again.
     "python/caffe/_caffe.cpp": (
+        # A layer's loss, which Caffe otherwise computes and waits for at every pass.
+        (
+            '    .def("reshape", &Layer<Dtype>::Reshape)\n',
+            '    .def("reshape", &Layer<Dtype>::Reshape)\n'
+            '    .def("set_loss", &Layer<Dtype>::set_loss)\n',
+        ),
+        # Read-only arrays of a blob. Caffe assumes that any access to `data` or `diff` changes it,
+        # and copies it to the GPU again.
         (
             '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
             "".join(
@@ -138,7 +229,7 @@ PATCHES = {  # {file: ((old text, new text), ...)}
 
 
 def main(source, output):
-    for name, changes in PATCHES.items():
+    for name, changes in (CPU_ONLY | PATCHES).items():
         text = (pathlib.Path(source) / name).read_text(encoding="utf-8")
         missing = [old.strip() for old, _ in changes if old not in text]
         if missing:
@@ -146,8 +237,11 @@ def main(source, output):
             changes = ()
         for old, new in changes:
             text = text.replace(old, new)
-        is_header = name.startswith("include/")  # headers are included by path, sources are not
-        path = pathlib.Path(output) / (name if is_header else pathlib.Path(name).name)
+        if name in CPU_ONLY:
+            name = name.replace("include/", "cpu_only/", 1)
+        elif not name.startswith("include/"):  # headers are included by path, sources are not
+            name = pathlib.Path(name).name
+        path = pathlib.Path(output) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 

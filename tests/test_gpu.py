@@ -98,14 +98,12 @@ def logged(tmp_path):
 
 
 def logs(folder):
-    """What each process has done on its GPU, {name: number} by process."""
+    """What each process has done on its GPU, a Counter of names, by process."""
     found = []
     for path in folder.iterdir():
-        text = path.read_text(errors="replace")
-        numbers = dict(re.findall(r"^(\w+) (\d+)", text, re.MULTILINE))
-        sizes = re.findall(r"^(\w+) \d+, (\d+) bytes", text, re.MULTILINE)
-        numbers |= {f"{name}_bytes": size for name, size in sizes}
-        found.append({name: int(number) for name, number in numbers.items()})
+        table = np.fromfile(path, [("name", "S56"), ("value", "i8")])
+        pairs = ((name.decode(), int(value)) for name, value in table if name)
+        found.append(collections.Counter(dict(pairs)))
     return found
 
 

@@ -6,9 +6,11 @@
 #include <vector>
 
 using cuda_on_cpu::check_pointer;
-using cuda_on_cpu::LibraryCall;
+using cuda_on_cpu::OpenMemory;
 
-struct cudnnContext {};
+struct cudnnContext {
+  cudaStream_t stream = 0;
+};
 struct cudnnTensorStruct {
   cudnnDataType_t type;
   int n, c, h, w;
@@ -88,15 +90,32 @@ void products(const cudnnTensorStruct& x, const cudnnTensorStruct& w, const cudn
             }
 }
 
-// Runs call(T()) with T for the type, on the GPU's memory; `pointers` are those that must lead there.
+// The factors of a call, alpha for what is new and beta for what was there, in double precision.
+struct Factors {
+  double alpha, beta;
+
+  Factors(cudnnDataType_t type, const void* alpha, const void* beta) : alpha(value(type, alpha)), beta(value(type, beta)) {}
+  static double value(cudnnDataType_t type, const void* at) {
+    return type == CUDNN_DATA_FLOAT ? *static_cast<const float*>(at) : *static_cast<const double*>(at);
+  }
+};
+
+// Runs call(T()) with T for the type, on the GPU's memory; `pointers` are those that must lead there. What `call` refers to
+// must be its own: it may run later.
 template <typename Call, typename... Pointers>
 cudnnStatus_t compute(cudnnHandle_t handle, cudnnDataType_t type, Call call, Pointers... pointers) {
   if (!handle) return CUDNN_STATUS_NOT_INITIALIZED;
   (check_pointer(pointers), ...);
   if (cudaPeekAtLastError() == cudaErrorIllegalAddress) return CUDNN_STATUS_EXECUTION_FAILED;
-  LibraryCall open;
-  type == CUDNN_DATA_FLOAT ? call(float()) : call(double());
-  return CUDNN_STATUS_SUCCESS;
+  static const bool refuses = getenv("CUDA_ON_CPU_REFUSE");
+  const auto work = [=] {
+    ++cuda_on_cpu::counter("library_calls");
+    if (cuda_on_cpu::is_dry()) return;
+    OpenMemory open;
+    type == CUDNN_DATA_FLOAT ? call(float()) : call(double());
+  };
+  const cudaError_t error = cuda_on_cpu::submit(handle->stream, work, refuses ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+  return error == cudaSuccess ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_EXECUTION_FAILED;
 }
 
 }  // namespace
@@ -115,6 +134,10 @@ const char* cudnnGetErrorString(cudnnStatus_t status) {
 cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
   int device;
   return cudaGetDevice(&device) == cudaSuccess ? create(handle) : CUDNN_STATUS_NOT_INITIALIZED;
+}
+
+cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream) {
+  return handle->stream = stream, CUDNN_STATUS_SUCCESS;
 }
 
 cudnnStatus_t cudnnCreateTensorDescriptor(cudnnTensorDescriptor_t* tensor) { return create(tensor); }
@@ -167,10 +190,10 @@ namespace {
 
 // to = alpha * (the sums that products(add) makes) + beta * to. Sums are of double precision; what is there may be NaN.
 template <typename T, typename Products>
-void accumulate(const void* alpha, const void* beta, size_t count, void* to, Products products) {
+void accumulate(const Factors& factors, size_t count, void* to, Products products) {
   std::vector<double> sums(count);
   products([&](size_t i, double product) { sums[i] += product; });
-  const T a = *static_cast<const T*>(alpha), b = *static_cast<const T*>(beta);
+  const T a = factors.alpha, b = factors.beta;
   T* out = static_cast<T*>(to);
   for (size_t i = 0; i < count; ++i) out[i] = a * T(sums[i]) + (b == 0 ? 0 : b * out[i]);
 }
@@ -184,12 +207,13 @@ cudnnStatus_t cudnnConvolutionForward(cudnnHandle_t handle, const void* alpha, c
   if (!fit(*x_shape, *w_shape, *convolution, *y_shape)) return CUDNN_STATUS_BAD_PARAM;
   if (algorithm != CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
   if (convolution->math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
-  const auto call = [&](auto type) {
+  const Factors factors(x_shape->type, alpha, beta);
+  const auto call = [=, in_shape = *x_shape, filter = *w_shape, how = *convolution, out_shape = *y_shape](auto type) {
     using T = decltype(type);
     const T *from = static_cast<const T*>(x), *weights = static_cast<const T*>(w);
-    const bool tf32 = convolution->math != CUDNN_FMA_MATH;
-    accumulate<T>(alpha, beta, y_shape->count(), y, [&](auto add) {
-      products(*x_shape, *w_shape, *convolution, *y_shape, [&](size_t in, size_t weight, size_t out) {
+    const bool tf32 = how.math != CUDNN_FMA_MATH;
+    accumulate<T>(factors, out_shape.count(), y, [&](auto add) {
+      products(in_shape, filter, how, out_shape, [&](size_t in, size_t weight, size_t out) {
         add(out, double(rounded(from[in], tf32)) * rounded(weights[weight], tf32));
       });
     });
@@ -205,12 +229,13 @@ cudnnStatus_t cudnnConvolutionBackwardData(cudnnHandle_t handle, const void* alp
   if (!fit(*dx_shape, *w_shape, *convolution, *dy_shape)) return CUDNN_STATUS_BAD_PARAM;
   if (algorithm != CUDNN_CONVOLUTION_BWD_DATA_ALGO_1 || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
   if (convolution->math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
-  const auto call = [&](auto type) {
+  const Factors factors(dx_shape->type, alpha, beta);
+  const auto call = [=, in_shape = *dx_shape, filter = *w_shape, how = *convolution, out_shape = *dy_shape](auto type) {
     using T = decltype(type);
     const T *from = static_cast<const T*>(dy), *weights = static_cast<const T*>(w);
-    const bool tf32 = convolution->math != CUDNN_FMA_MATH;
-    accumulate<T>(alpha, beta, dx_shape->count(), dx, [&](auto add) {
-      products(*dx_shape, *w_shape, *convolution, *dy_shape, [&](size_t in, size_t weight, size_t out) {
+    const bool tf32 = how.math != CUDNN_FMA_MATH;
+    accumulate<T>(factors, in_shape.count(), dx, [&](auto add) {
+      products(in_shape, filter, how, out_shape, [&](size_t in, size_t weight, size_t out) {
         add(in, double(rounded(from[out], tf32)) * rounded(weights[weight], tf32));
       });
     });
@@ -236,11 +261,12 @@ bool is_of_channels(const cudnnTensorStruct& bias, const cudnnTensorStruct& whol
 cudnnStatus_t cudnnConvolutionBackwardBias(cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t dy_shape,
                                            const void* dy, const void* beta, cudnnTensorDescriptor_t db_shape, void* db) {
   if (!is_of_channels(*db_shape, *dy_shape)) return CUDNN_STATUS_BAD_PARAM;
-  const auto call = [&](auto type) {
+  const Factors factors(dy_shape->type, alpha, beta);
+  const auto call = [=, from_shape = *dy_shape, to_shape = *db_shape](auto type) {
     using T = decltype(type);
-    T *to = static_cast<T*>(db), a = *static_cast<const T*>(alpha), b = *static_cast<const T*>(beta);
-    for (int c = 0; c < db_shape->c; ++c) to[c] = b == 0 ? 0 : b * to[c];
-    elements(*dy_shape, [&](size_t i, int c) { to[c] += a * static_cast<const T*>(dy)[i]; });
+    T *to = static_cast<T*>(db), a = factors.alpha, b = factors.beta;
+    for (int c = 0; c < to_shape.c; ++c) to[c] = b == 0 ? 0 : b * to[c];
+    elements(from_shape, [&](size_t i, int c) { to[c] += a * static_cast<const T*>(dy)[i]; });
   };
   return compute(handle, dy_shape->type, call, dy, db);
 }
@@ -248,10 +274,11 @@ cudnnStatus_t cudnnConvolutionBackwardBias(cudnnHandle_t handle, const void* alp
 cudnnStatus_t cudnnAddTensor(cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t a_shape, const void* a,
                              const void* beta, cudnnTensorDescriptor_t c_shape, void* c) {
   if (!is_of_channels(*a_shape, *c_shape)) return CUDNN_STATUS_BAD_PARAM;
-  const auto call = [&](auto type) {
+  const Factors factors(c_shape->type, alpha, beta);
+  const auto call = [=, shape = *c_shape](auto type) {
     using T = decltype(type);
-    T *to = static_cast<T*>(c), one = *static_cast<const T*>(alpha), b = *static_cast<const T*>(beta);
-    elements(*c_shape, [&](size_t i, int channel) { to[i] = one * static_cast<const T*>(a)[channel] + b * to[i]; });
+    T *to = static_cast<T*>(c), one = factors.alpha, b = factors.beta;
+    elements(shape, [&](size_t i, int channel) { to[i] = one * static_cast<const T*>(a)[channel] + b * to[i]; });
   };
   return compute(handle, c_shape->type, call, a, c);
 }

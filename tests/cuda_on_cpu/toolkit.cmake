@@ -20,7 +20,7 @@ macro(find_package name)
     set(cublas_library cuda_on_cpu)  # where a project looks for these libraries: they are all one
     set(curand_library cuda_on_cpu)
     set(cudnn_library cuda_on_cpu)
-    add_library(cuda_on_cpu STATIC ${cuda_on_cpu}/runtime.cpp ${cuda_on_cpu}/libraries.cpp ${cuda_on_cpu}/cudnn.cpp)
+    add_library(cuda_on_cpu STATIC ${cuda_on_cpu}/runtime.cpp ${cuda_on_cpu}/streams.cpp ${cuda_on_cpu}/libraries.cpp ${cuda_on_cpu}/cudnn.cpp)
     target_compile_features(cuda_on_cpu PUBLIC cxx_std_17)
     target_compile_options(cuda_on_cpu PRIVATE -O2 -Wall)
     target_include_directories(cuda_on_cpu PUBLIC ${cuda_on_cpu}/include PRIVATE ${blas_include})
