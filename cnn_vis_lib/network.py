@@ -213,6 +213,10 @@ class Network:
         check_fit(spec, self._net, weights)
         self._net.copy_from(spec.files.weights)
         self.notices = description.notices + check_values(spec, self._net)
+        for number, layer in enumerate(self._net.layers):
+            for top in range(len(self._net._top_ids(number))):
+                if hasattr(layer, "set_loss"):  # in this program's build of Caffe
+                    layer.set_loss(top, 0)  # nobody asks for Caffe's own loss
         (name,) = self._net.inputs
         self._input = self._net.blobs[name]
         self.tile_size, self._ends = tuple(self._input.shape)[2:], {}

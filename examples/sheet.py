@@ -173,6 +173,7 @@ def main():
         options.html.write_text(
             page(options.pictures, options.title, options.html.parent), encoding="utf-8"
         )
+        print(options.html)
 
 
 if __name__ == "__main__":

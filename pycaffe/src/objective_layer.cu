@@ -24,7 +24,6 @@ void AmplifyLayerLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom, c
   AmplifyLayerGradient<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, bottom[0]->gpu_data(), l1, l2, clip,
                                                                                bottom[0]->mutable_gpu_diff());
   CUDA_POST_KERNEL_CHECK;
-  this->set_loss(0, 0);
 }
 
 template <typename Dtype>
@@ -33,7 +32,6 @@ void AmplifyNeuronLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom, 
   AmplifyNeuronGradient<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, size, channels, int(this->numbers_[0]),
                                                                                 bottom[0]->mutable_gpu_diff());
   CUDA_POST_KERNEL_CHECK;
-  this->set_loss(0, 0);
 }
 
 INSTANTIATE_LAYER_GPU_FORWARD(AmplifyLayerLayer);

@@ -34,7 +34,6 @@ class ObjectiveLayer : public Layer<Dtype> {
   virtual size_t ExactNumbers() const = 0;
   virtual void Forward_cpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
     WriteGradient(bottom[0]->cpu_data(), *bottom[0], bottom[0]->mutable_cpu_diff());
-    this->set_loss(0, 0);  // Net has seen it; the loss of each pass is not wanted
   }
   virtual void Backward_cpu(const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
                             const vector<Blob<Dtype>*>& bottom) {}
