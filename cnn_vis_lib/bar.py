@@ -35,7 +35,7 @@ class ProgressBar:
                 done, _ = self._tiles[number]
                 self._tiles[number] = done, done
             else:  # it has not begun, and will not
-                self._count -= 1
+                self._count = max(1, self._count - 1)
 
     def _show(self, text):
         from tqdm import tqdm

@@ -233,14 +233,15 @@ class ClusterMakers:
 
     def _with_files_here(self, what):
         """What a worker reports, with the names of the network's files here."""
-        if isinstance(what, list):
+        if isinstance(what, (list, tuple)):
             return [self._with_files_here(part) for part in what]
         return self._crew.with_files_here(what) if isinstance(what, str) else what
 
     def _ended(self, job, how):
         """Counts a picture that has ended; returns the arguments."""
         self._forget(job)
-        self._batch.bar.end_picture(job.number)
+        if how is not None:  # or it is made again
+            self._batch.bar.end_picture(job.number)
         if how is True:
             Files(job.options.output_file).clean_up()
             self._batch.made.append(job.options.output_file)

@@ -164,6 +164,8 @@ class PictureLoan(Loan):
                 how = make(make_in_folder, make_picture, parcel, None, *more, is_wanted=is_wanted)
             except (BadRequest, RunFailed) as error:
                 how = error
+            finally:
+                del self._folders[parcel.number]
             return how, {name: contents(folder, name) for name in ("output_file", "stats")}
 
     def checkpoint(self, number, seen):

@@ -90,7 +90,7 @@ class Engines:
         engine = self._engine
         if engine is None or objective != engine.objective:
             return False
-        device = {"use_gpu": engine.spec.use_gpu, "tf32": engine.spec.tf32}
+        device = {name: getattr(engine.spec, name) for name in ("use_gpu", "tf32", "graphs")}
         return dataclasses.replace(spec, **device) == engine.spec
 
     def end(self, at_once=False):

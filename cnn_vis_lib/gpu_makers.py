@@ -4,7 +4,6 @@ A GPU computes 32 tiles in little more time than one, but a picture has few that
 the same time. So tiles of several pictures share each batch."""
 
 import collections
-import contextlib
 import dataclasses
 import math
 import signal
@@ -15,9 +14,20 @@ import numpy as np
 from .engines import Engines
 from .errors import Stopped
 from .machine import free_memory
-from .makers import Desk, Makers, Orders, Reporter, make_one, number_of_makers, tiles_at_once
+from .makers import (
+    Desk,
+    Makers,
+    Orders,
+    Reporter,
+    make_one,
+    maker_size,
+    number_of_makers,
+    tiles_at_once,
+)
 from .processes import in_a_worker
-from .workers import Engine
+from .resume import under_way
+from .terms import strong
+from .workers import Engine, Workers
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,71 +42,71 @@ class Group:
 
 
 class Batches:
-    """Sends an Engine the tiles of several pictures, which send them from several threads: as many
-    as there are, up to a full batch, whenever a device has less than one batch to do next."""
+    """Sends an Engine the tiles of several pictures, which come from several threads: as many as
+    there are, up to a full batch, whenever a device has less than one batch to do next. A thread
+    does that, so that no other waits for the engine longer than it likes."""
 
     def __init__(self, engine):
-        self.engine, self.error = engine, None
+        self.engine, self.error, self._expected = engine, None, 0
         self._changed, self._waiting = threading.Condition(), collections.deque()
         self._sent = collections.OrderedDict()  # {the engine's ticket: groups}
-        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def expect(self, count):
+        """Prepares for that many more tiles that can be computed at the same time."""
+        with self._changed:
+            self._expected += count
+            self.engine.expect(self._expected)
 
     def send(self, tiles, measure):
         """Adds tiles; returns their Group."""
         group = Group(np.array(tiles, np.float32), measure)  # pictures change before it is sent
         with self._changed:
             self._waiting.append(group)
-            self._send_on()
             self._changed.notify()
         return group
 
-    def _send_on(self):
-        """Sends the engine what is worth sending now."""
-        with self._failing():
-            while self._waiting and self.engine.has_room() and self.error is None:
-                count, groups = 0, []
-                for group in self._waiting:
-                    if count + len(group.tiles) > self.engine.batch_size:
-                        break
-                    groups.append(group)
-                    count += len(group.tiles)
-                is_full = len(groups) < len(self._waiting) or count == self.engine.batch_size
-                if not is_full and len(self._sent) >= 2 * self.engine.number:
-                    return
-                tiles = [tile for group in groups for tile in group.tiles]
-                ticket = self.engine.send(tiles, any(group.measure for group in groups))
-                self._sent[ticket] = [self._waiting.popleft() for _ in groups]
-
-    def _receive(self):
-        """In a thread: passes on what the engine has computed, until there is an error."""
-        while True:
-            with self._changed:
-                while not self._sent and self.error is None:
-                    self._changed.wait()
-                if self.error is not None:
-                    return
-                ticket = next(iter(self._sent))
-            with self._failing():
-                while not self.engine.is_done(ticket) and self.error is None:
-                    pass
-            with self._changed, self._failing():
-                if self.error is not None:
-                    return
-                found = iter(self.engine.receive(ticket))
-                for group in self._sent.pop(ticket):
-                    answers = [next(found) for _ in group.tiles]
-                    group.found = [(g, loss if group.measure else None) for g, loss in answers]
-                    group.done.set()
-                self._send_on()
-
-    @contextlib.contextmanager
-    def _failing(self):
-        """Within this context, what the engine raises ends the batches."""
+    def _run(self):
         try:
-            yield
+            while self._wait():
+                while groups := self._next():
+                    tiles = [tile for group in groups for tile in group.tiles]
+                    ticket = self.engine.send(tiles, any(group.measure for group in groups))
+                    self._sent[ticket] = groups
+                ticket = next(iter(self._sent))
+                if self.engine.is_done(ticket):
+                    self._give_out(ticket, iter(self.engine.receive(ticket)))
         except Exception as error:
             self.stop(error)
+
+    def _wait(self):
+        """Waits until there is something to do; returns whether there is, or else it has been
+        stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._sent or self.error is not None)
+            return self.error is None
+
+    def _next(self):
+        """The groups of the next batch; none if it is not worth sending now."""
+        with self._changed:
+            count, groups = 0, []
+            for group in self._waiting:
+                if count + len(group.tiles) > self.engine.batch_size:
+                    break
+                groups.append(group)
+                count += len(group.tiles)
+            is_full = len(groups) < len(self._waiting) or count == self.engine.batch_size
+            is_busy = len(self._sent) >= 2 * self.engine.number and not is_full
+            if not groups or is_busy or not self.engine.has_room():
+                return []
+            return [self._waiting.popleft() for _ in groups]
+
+    def _give_out(self, ticket, found):
+        for group in self._sent.pop(ticket):
+            answers = [next(found) for _ in group.tiles]
+            group.found = [(g, loss if group.measure else None) for g, loss in answers]
+            group.done.set()
 
     def stop(self, error):
         """From now on, raises this exception in all threads that wait for tiles."""
@@ -108,11 +118,10 @@ class Batches:
 
     def end(self):
         """Returns whether the engine can be used for something else."""
-        with self._changed:
-            is_free = not self._sent and self.error is None
+        is_free = not (self._waiting or self._sent) and self.error is None
         self.stop(Stopped(signal.SIGTERM))
-        self._thread.join()
-        return is_free
+        self._thread.join(2)  # more than it waits for tiles; an engine that hangs is killed
+        return is_free and not self._thread.is_alive()
 
 
 class Share(Engine):
@@ -129,6 +138,9 @@ class Share(Engine):
     def describe(self):
         pass  # the shared engine is described already
 
+    def expect(self, count):
+        self._batches.expect(count)
+
     def has_room(self):
         return True
 
@@ -137,7 +149,7 @@ class Share(Engine):
 
     def is_done(self, ticket):
         if not ticket.found and self._batches.error is not None:
-            raise self._batches.error
+            raise self._batches.error.with_traceback(None)  # which would hold pictures
         return ticket.done.wait(1) and ticket.found is not None
 
     def receive(self, ticket):
@@ -155,7 +167,7 @@ class SharedEngines:
 
     def __init__(self, engines):
         self._engines, self._changed = engines, threading.Condition()
-        self._batches, self._users, self._stopped = None, 0, None
+        self._batches, self._users, self._stopped, self._is_opening = None, 0, None, False
 
     def join(self, spec, objective):
         """A Share of the engine for a NetworkSpec and objective. Raises BadRequest, RunFailed,
@@ -163,38 +175,55 @@ class SharedEngines:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._is_free(spec, objective))
             if self._stopped:
-                raise self._stopped
-            is_new = not self._users
+                raise self._stopped.with_traceback(None)
+            is_new = self._is_opening = not self._users
+            self._users += 1
+        try:
             engine = self._engines.get(spec, objective)
             if is_new:
                 self._batches = Batches(engine)
-            share = Share(self._batches, engine.notices if is_new else ())
-            self._users += 1
-            return share
+            return Share(self._batches, engine.notices if is_new else ())
+        except BaseException:
+            self.leave()
+            raise
+        finally:
+            with self._changed:
+                self._is_opening = self._is_opening and not is_new
+                self._changed.notify_all()
 
     def _is_free(self, spec, objective):
-        is_same = self._engines.are_for(spec, objective)
-        return not self._users or (is_same and self._batches.error is None)
+        """Whether the engine can be used, or changed, for these."""
+        if not self._users or self._is_opening:
+            return not self._is_opening
+        return self._engines.are_for(spec, objective) and self._batches.error is None
 
     def leave(self):
         """Gives a Share back."""
         with self._changed:
-            self._users -= 1
-            if not self._users and not self._batches.end():
-                self._engines.end(at_once=True)
-            self._changed.notify_all()
+            try:
+                if self._users == 1 and self._batches is not None:
+                    batches, self._batches = self._batches, None
+                    if not batches.end():
+                        self._engines.end(at_once=True)
+            finally:
+                self._users -= 1
+                self._changed.notify_all()
 
     def stop(self, error):
-        """Raises this exception in all threads that use it, or wait for it."""
+        """Raises this exception in all threads that wait for an engine."""
         with self._changed:
-            self._stopped = error
-            if self._users:
-                self._batches.stop(error)
+            self._stopped = self._stopped or error
             self._changed.notify_all()
 
     def end(self):
-        """Ends the engine, when nobody uses it any more."""
+        """Ends the engine: pictures that use it are stopped."""
+        error = Stopped(signal.SIGTERM)
+        self.stop(error)
         with self._changed:
+            if self._batches is not None:
+                self._batches.stop(error)
+            if self._is_opening:  # perhaps a GPU hangs
+                self._engines.end(at_once=True)
             self._changed.wait_for(lambda: not self._users)
             self._engines.end(at_once=True)
 
@@ -226,7 +255,7 @@ class MakerThreads:
 
     def __init__(self, options, heed, network):
         self._shared, self._counters = SharedEngines(Engines(options)), [0, 0]
-        self._heed, self._network = heed, network
+        self._heed, self._network, self._one = heed, network, threading.Lock()
 
     def make(self, make_picture, options, place):
         """In a thread: makes a picture at a Place; returns whether it is done, or was stopped.
@@ -234,20 +263,24 @@ class MakerThreads:
         place.tell, place.bar = self._heed, Reporter(tell=self._heed)
         orders, seat = Orders(self._counters), Seat(self._shared)
         try:
-            make_one(make_picture, options, orders, seat, place, self._network)
+            make_one(make_picture, options, orders, seat, place, self._network, self._begun)
             return True
         except Stopped:
             return False
         finally:
             seat.end()
 
+    def _begun(self, options):
+        with self._one:  # parsing options redirects the whole program's output
+            return under_way(options)
+
     def stop(self, signum):
         """Lets the threads save what they have, and return."""
         self._counters[1] = signum
+        self._shared.stop(Stopped(signum))
 
     def end(self):
         """Ends all: immediately, except that nothing is left half written."""
-        self._shared.stop(Stopped(signal.SIGTERM))
         self._shared.end()
 
 
@@ -255,12 +288,18 @@ FULL_BATCH = 32  # tiles; a GPU gains little from more
 
 
 def gpu_makers(jobs, sizes, batch, network, gpus):
-    """The Makers for the jobs on so many GPUs; None if the tiles of one picture fill them. The
-    arguments are as for local_makers."""
+    """The Makers for the jobs on so many GPUs; None if they are to be made one after the other: if
+    the tiles of one fill the GPUs, memory is short, they plot (matplotlib works in one thread), or
+    each has an objective of its own, found from its start picture or from a guide. The arguments
+    are as for local_makers."""
+    words = [word for target in jobs[0].target_layer.targets for word in target.channels or ()]
+    if jobs[0].guide or any(map(strong, words)) or "plot" in jobs[0].iter_behavior:
+        return None
     tiles = min(tiles_at_once(job, sizes) for job in jobs)
     full = 2 * (jobs[0].batch_size or FULL_BATCH) * gpus  # one batch is computed, one gathered
     number = number_of_makers(jobs, sizes, math.ceil(full / max(1, tiles)), each=0)
+    room = free_memory() - Workers.EACH * gpus * maker_size(network)
     if number < 2:
         return None
     crew = MakerThreads(jobs[0], Desk(batch).heed, network)
-    return Makers(number, crew, crew.make, batch, sizes, free_memory())
+    return Makers(number, crew, crew.make, batch, sizes, room)

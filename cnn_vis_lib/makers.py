@@ -23,7 +23,7 @@ from .engines import Engines
 from .errors import BadRequest, RunFailed, Stopped, log
 from .machine import count_cores, free_memory, room_needed
 from .options import end_sizes
-from .processes import CaffeProcesses, WorkerDied, report
+from .processes import CaffeProcesses, CaffeStopped, WorkerDied, report
 from .prototxt import import_caffe
 from .resume import under_way
 from .run import Batch
@@ -351,7 +351,8 @@ class Makers:
             when = concurrent.futures.FIRST_COMPLETED
             for future in concurrent.futures.wait(self._under_way, 0.2, when).done:
                 job, number = self._under_way.pop(future)
-                self._batch.bar.end_picture(number)
+                if not isinstance(future.exception(), CaffeStopped):  # or it is made again
+                    self._batch.bar.end_picture(number)
                 if future.exception():
                     yield job, future.exception()
                 elif future.result():

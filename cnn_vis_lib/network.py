@@ -4,6 +4,7 @@ What uses Caffe runs only in worker processes, because any error in Caffe kills 
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 
 from .caffemodel import misfits, read_weights
 from .channels_last import use_channels_last
+from .cuda_graphs import Graphs
 from .description import (
     ANOTHER_LAYER,
     GPU_LAYERS,
@@ -134,7 +136,7 @@ class NetworkSpec:
     """All that a worker needs to load the network: its files; the names of the layers whose
     activations are wanted; whether it runs on a GPU; the (height, width) of its input, if that is
     not the prototxt's; whether a GPU may multiply in TF32; the (type, parameters) of a layer that
-    computes the objective, or None."""
+    computes the objective, or None; whether a GPU's passes may be graphs."""
 
     files: NetworkFiles
     layers: tuple
@@ -142,6 +144,7 @@ class NetworkSpec:
     input_size: tuple | None = None
     tf32: bool = False
     objective: tuple | None = None
+    graphs: bool = True
 
 
 def start_caffe(spec):
@@ -219,6 +222,7 @@ class Network:
                     layer.set_loss(top, 0)  # nobody asks for Caffe's own loss
         (name,) = self._net.inputs
         self._input = self._net.blobs[name]
+        self._graphs = Graphs.available() if spec.use_gpu and spec.graphs else None
         self.tile_size, self._ends = tuple(self._input.shape)[2:], {}
         # An in-place ReLU after the layer that makes a blob has changed the activations, but the
         # gradient of the blob itself does not pass back through it; those from later layers do.
@@ -233,12 +237,47 @@ class Network:
 
     def forward(self, batch):
         """Computes the activations for the tiles `batch`, float32 (N, 3, H, W)."""
+        self._load(batch)
+        self._do("forward", lambda: self._forward(True))
+
+    def gradient(self, batch, reads):
+        """The gradient of the net's own objective with respect to the tiles `batch`, both float32
+        (N, 3, H, W), valid until the next call. With `reads`, the activations can be read."""
+        (start,) = {end.start for end in self._ends.values()}
+        self._load(batch)
+
+        def work():
+            self._forward(reads)
+            self._backward(start, -1, [self._input])
+
+        self._do(("gradient", reads), work)
+        return self._input_gradient()
+
+    def _load(self, batch):
         if tuple(self._input.shape) != batch.shape:
             self._input.reshape(*batch.shape)
             self._net.reshape()
         scale = self.spec.files.scale
         self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
-        self._net.forward()
+
+    def _do(self, what, work):
+        """Does a part of a pass, on a GPU as a graph if possible."""
+        if self._graphs is None:
+            work()
+        else:
+            self._graphs.do((tuple(self._input.shape), what), work)
+
+    def _forward(self, reads):
+        self._net._forward(0, len(self._net.layers) - 1)
+        for end in self._ends.values() if reads else ():
+            read_only(end.blob, "data")  # brings it here
+
+    def _backward(self, start, stop, reads):
+        """Goes back from the layer number `start` to the one after `stop`, and brings the diffs of
+        the blobs `reads` here."""
+        self._net._backward(start, stop + 1)
+        for blob in reads:
+            read_only(blob, "diff")
 
     def activations(self):
         """The activations of each layer, {layer: float32 (N, C, ...)}, valid until `forward`."""
@@ -250,7 +289,7 @@ class Network:
         the net has the objective."""
         filled = set()
         starts = sorted({end.start for end in self._ends.values()}, reverse=True)
-        for start, following in itertools.pairwise([*starts, -1]):
+        for start, stop in itertools.pairwise([*starts, -1]):
             for layer, gradient in gradients:
                 end = self._ends[layer]
                 if end.start == start:
@@ -260,7 +299,14 @@ class Network:
                     else:
                         diff[...] = gradient
                     filled.add(end.name)
-            self._net._backward(start, following + 1)
+            ends = [end for end in self._ends.values() if end.start == stop]
+            reads = [end.blob for end in ends if end.is_read or end.name in filled]
+            reads = reads if stop >= 0 else [self._input]
+            what = ("backward", start, tuple(end.name for end in ends))
+            self._do(what, functools.partial(self._backward, start, stop, reads))
+        return self._input_gradient()
+
+    def _input_gradient(self):
         gradient, scale = read_only(self._input, "diff"), self.spec.files.scale
         return gradient if scale == 1 else gradient * np.float32(scale)
 

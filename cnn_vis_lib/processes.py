@@ -188,6 +188,14 @@ class GpuFailed(RunFailed):
         self.problem = problem
 
 
+class GraphFailed(GpuFailed):
+    """A GPU's driver, or its libraries, cannot make a graph of a pass."""
+
+    def __init__(self, problem):
+        super().__init__(problem, "")
+        self.args = (f"passes are not CUDA graphs, which takes longer: {problem}",)
+
+
 GPU_ERRORS = {  # by CUDA error number: the problem, and what can be done besides using the CPU
     2: ("its memory is full", "use a smaller --batch_size, another --gpu, or"),
     35: ("its driver is older than Caffe's CUDA", "update the driver, or use"),
@@ -209,6 +217,8 @@ def check_log(text):
         number = 2 if cuda[3] and "ALLOC" in cuda[3] else int(cuda[1] or 0)
         other = one_line(cuda[2] or cuda[3]), "if it happens again, use"
         problem, remedy = GPU_ERRORS.get(number, other)
+        if text.rfind("] capturing\n") > text.rfind("] captured\n"):
+            raise GraphFailed(problem)
         raise GpuFailed(f"the GPU failed: {problem}", remedy)
     if fatal:
         kind = LayerFailed if "Not Implemented Yet" in fatal[1] else CaffeStopped

@@ -14,14 +14,16 @@ import os
 
 import numpy as np
 
+from .cuda_graphs import Graphs
 from .description import ANOTHER_LAYER
-from .errors import RunFailed, Stopped, one_line, refusal, remedy_of
+from .errors import RunFailed, Stopped, log, one_line, refusal, remedy_of
 from .machine import free_memory
 from .network import Network, input_size_refusal
 from .processes import (
     CaffeProcesses,
     CaffeStopped,
     GpuFailed,
+    GraphFailed,
     LayerFailed,
     WorkerDied,
     system_limits,
@@ -170,9 +172,12 @@ def compute_batch(network, objective, batch, measure=True):
     """(gradient, losses) for the tiles `batch`, float32 (N, 3, H, W): the gradient of the
     objective's loss with respect to the tiles, valid until the next call, and a list of the loss of
     each tile, or of None unless `measure`. The objective is prepared for the Network."""
-    network.forward(batch)
-    own = () if network.has_objective else objective.gradients(network.activations())
-    gradient, losses = network.backward(own), [None] * len(batch)
+    if network.has_objective:
+        gradient = network.gradient(batch, reads=measure)
+    else:
+        network.forward(batch)
+        gradient = network.backward(objective.gradients(network.activations()))
+    losses = [None] * len(batch)
     if measure:
         layers = network.activations().items()
         parts = ({layer: a[i : i + 1] for layer, a in layers} for i in range(len(batch)))
@@ -186,15 +191,17 @@ def describe(spec, objective):
     objective does not fit the network."""
     network = load_network(spec)
     objective.check(network.shapes)
+    for _ in range(Graphs.TRIALS + 1 if spec.use_gpu else 0):
+        try_batch(spec, objective, 1, measure=False)
     try_batch(spec, objective, 1)
     return network.tile_size, network.shapes, network.notices
 
 
-def try_batch(spec, objective, count):
+def try_batch(spec, objective, count, measure=True):
     """Task: tries the network with `count` tiles."""
     network = load_network(spec)
     batch = np.zeros((count, 3, *network.tile_size), np.float32)
-    compute_batch(network, prepared(objective, spec), batch)
+    compute_batch(network, prepared(objective, spec), batch, measure)
 
 
 def with_network(spec, method, *arguments):
@@ -272,9 +279,12 @@ class Workers(Engine):
         self._map_slots()
 
     def _fall_back(self, error):
-        """Goes on with one process for each GPU, which may fit, or on the CPU. Raises the GpuFailed
-        if that has been tried or is not allowed."""
-        if self._each > 1:
+        """Goes on without graphs if one cannot be made, with one process for each GPU, which may
+        fit, or on the CPU. Raises the GpuFailed if that has been tried or is not allowed."""
+        if isinstance(error, GraphFailed):
+            self._do_without_graphs(error)
+            less = (self.gpus, self._each, self.device)
+        elif self._each > 1:
             less = (self.gpus, 1, self.device)
         elif self._or_cpu:
             less = ((), 1, f"CPU ({error.problem})")
@@ -283,13 +293,26 @@ class Workers(Engine):
         self.processes.end()
         self._set_out(*less)
 
+    def _do_without_graphs(self, error):
+        self.spec = dataclasses.replace(self.spec, graphs=False)
+        self.notices.append(str(error))
+
+    def _restart(self):
+        """Restarts the processes after one has died. Raises what that raises."""
+        try:
+            self.processes.restart()
+        except GraphFailed as error:
+            self._do_without_graphs(error)
+            log.warning(f"note: {error}")
+            self.processes.start()
+
     def begin_run(self):
         super().begin_run()
         self.processes.restarts = 0
 
     def change(self, spec, objective):
         self.begin_run()
-        self.spec = dataclasses.replace(spec, use_gpu=self.spec.use_gpu)
+        self.spec = dataclasses.replace(spec, use_gpu=self.spec.use_gpu, graphs=self.spec.graphs)
         self.objective = objective
         self.describe()
         return True
@@ -387,7 +410,7 @@ class Workers(Engine):
                 losses = future.result()
                 break
             except WorkerDied:
-                self.processes.restart()
+                self._restart()
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
                         self._compute(slot, *job)

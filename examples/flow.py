@@ -51,7 +51,7 @@ def main():
         for names in plan(options.folder):
             print(*names)
         return
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # frames may be large
         groups = [iter(options.paths)] * 4
         more = itertools.repeat(options.share), itertools.repeat(options.method)
         try:

@@ -67,7 +67,7 @@ def test_pictures_made_together_are_those_made_alone(folder, logged):  # noqa: F
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_all_that_are_under_way(signum, gpu_environment, folder):  # noqa: F811
     """The same command goes on with each."""
-    words = [*DREAM, "--num_steps=60", "--checkpoint_iter=10000"]
+    words = [*DREAM, "--num_steps=200", "--checkpoint_iter=10000"]
     assert run_cli(*words, "--output=whole/", cwd=folder, **GPU).returncode == 0
     running = under_way(*words, cwd=folder)
     time.sleep(0.5)
@@ -123,7 +123,7 @@ def test_workers_that_are_always_killed_lose_no_work(gpu_environment, folder):  
 
 
 def test_a_picture_that_fails_does_not_disturb_the_others(gpu_environment, folder):  # noqa: F811
-    """Whether it is broken, or overflows amid the run."""
+    """And a mistake in the command is told before any begins."""
     broken = folder / "in/3.png"
     broken.write_bytes(broken.read_bytes()[:900])
     done = run_cli(*DREAM, "--num_steps=3", cwd=folder, **GPU)
@@ -151,6 +151,7 @@ class Slow(Engine):
     """An engine that computes what it has been sent when it is told to."""
 
     batch_size, number = 4, 1
+    spec = objective = device = tile_size = shapes = None
 
     def __init__(self):
         self.sent, self.is_ready, self.error = [], False, None
@@ -180,7 +181,11 @@ def test_what_gathers_while_a_batch_is_computed_is_the_next_one():
     """In order, and never a batch that is too large."""
     engine = Slow()
     batches = Batches(engine)
-    groups = [batches.send(tiles(n, n), True) for n in range(5)]
+    groups = []
+    for number, there in enumerate([[0, 0], [1, 1], None, [2, 2, 3, 3], None]):
+        groups.append(batches.send(tiles(number, number), True))
+        if there:
+            wait_for(lambda: engine.sent[-1:] == [there])  # noqa: B023
     assert engine.sent == [[0, 0], [1, 1], [2, 2, 3, 3]]
     engine.is_ready = True
     for number, group in enumerate(groups):
@@ -194,8 +199,7 @@ def test_an_engine_that_fails_fails_all_that_wait():
     engine = Slow()
     engine.error = RunFailed("it broke")
     batches = Batches(engine)
-    share = gpu_makers.Share.__new__(gpu_makers.Share)
-    share._batches = batches
+    share = gpu_makers.Share(batches)
     tickets = [share.send(tiles(n)) for n in range(6)]
     engine.is_ready = True
     for ticket in tickets:

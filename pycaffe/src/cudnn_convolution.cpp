@@ -27,7 +27,10 @@ const size_t kWorkspace = 256 << 20;  // the most bytes that an algorithm may ta
 
 cudnnHandle_t Handle() {
   static cudnnHandle_t handle = NULL;
-  if (!handle) CUDNN_OK(cudnnCreate(&handle));
+  if (!handle) {
+    CUDNN_OK(cudnnCreate(&handle));
+    CUDNN_OK(cudnnSetStream(handle, cudaStreamPerThread));
+  }
   return handle;
 }
 

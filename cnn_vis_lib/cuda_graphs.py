@@ -1,0 +1,53 @@
+"""CUDA graphs: what a network's pass asks of a GPU, hundreds of calls, done again by one call.
+
+See the CUDA Programming Guide on graphs and stream capture. A graph has fixed addresses and sizes,
+so there is one for each number of tiles, and none may be used after memory has moved."""
+
+import collections
+import ctypes
+import os
+
+from .prototxt import caffe_library
+
+
+class Graphs:
+    """Does work on the GPU as graphs, from the third time on. Work is a function that does the same
+    each time it is called with a key: it only gives the GPU things to do, and copies between it and
+    memory that Caffe has pinned."""
+
+    TRIALS = 2  # the first times: memory is allocated, and kernels are loaded
+    MOST = 16  # graphs are kept; those that have not been used for longest go first
+
+    def __init__(self, library):
+        self._library, self._times = library, collections.Counter()
+        self._graphs = collections.OrderedDict()  # {key: the graph's address}
+        library.cnn_vis_end_graph.restype = ctypes.c_void_p
+
+    @classmethod
+    def available(cls):
+        """The Graphs of this process, or None if its Caffe has none, or $CNN_VIS_GRAPHS is 0."""
+        library = caffe_library()
+        is_on = os.environ.get("CNN_VIS_GRAPHS") != "0"
+        return cls(library) if is_on and hasattr(library, "cnn_vis_begin_graph") else None
+
+    def do(self, key, work):
+        """Does the work, whose result is there when this returns, if it was copied."""
+        if key not in self._graphs:
+            self._times[key] += 1
+            if self._times[key] == 1:
+                self._forget(0)  # it may need more memory, which then moves
+            if self._times[key] <= self.TRIALS:
+                work()
+                return
+            self._library.cnn_vis_begin_graph()
+            work()
+            self._graphs[key] = self._library.cnn_vis_end_graph()
+            self._forget(self.MOST)
+        self._graphs.move_to_end(key)
+        self._library.cnn_vis_run_graph(ctypes.c_void_p(self._graphs[key]))
+
+    def _forget(self, number):
+        """Removes the graphs but for those that were used last, so many."""
+        while len(self._graphs) > number:
+            _, graph = self._graphs.popitem(last=False)
+            self._library.cnn_vis_forget_graph(ctypes.c_void_p(graph))
