@@ -479,7 +479,7 @@ def test_a_gpu_that_takes_one_process_only_gets_one(on_cpu, tmp_path, logged):
     environment |= {"CUDA_ON_CPU_EXCLUSIVE": str(tmp_path)}
     assert ", GPU 1: " in dream("--gpu=1", cwd=tmp_path, **environment)
     assert_near(tmp_path / "out.png", on_cpu)
-    assert sum(log["to_host"] > 2 for log in logs(folder)) == 1
+    assert sum(log["to_host"] > 6 for log in logs(folder)) == 1  # the other has only tried
 
 
 @emulated
@@ -571,6 +571,86 @@ def test_both_gpus_have_their_share(tmp_path, logged):
         launches[log["visible"]] += log["launches"]
     assert set(launches) == {0, 1}
     assert min(launches.values()) > 0.2 * launches.total()
+
+
+# ---- Passes as graphs ----------------------------------------------------------------------------
+
+
+SIZES = """
+import conftest, cnn_vis, numpy, sys
+from cnn_vis_lib.models import NetworkFiles
+targets = cnn_vis.layer_terms(sys.argv[3]).targets
+network = conftest.Ascent(NetworkFiles(*sys.argv[1:3]), *targets, use_gpu=True)
+tiles = numpy.random.default_rng(1).normal(0, 50, (9, 3, *network.network.tile_size))
+found = []
+for count in [1, 2, 3, 1, 2, 3] * 3 + [9] * 4 + [3, 1, 2] * 2:
+    first = len(found) % 4
+    batch = tiles[first : first + count].astype("float32")
+    found.append((network.gradients(batch)[0].copy(), batch))
+numpy.savez("sizes.npz", *(gradient for gradient, _ in found))
+"""
+
+
+@pytest.mark.parametrize("lazy", [None, pytest.param("1", marks=emulated)])
+@pytest.mark.parametrize("target", ["inception_a/output", "inception_a/output+-0.5*pool1/norm1"])
+@pytest.mark.parametrize("kind", ["CudnnConvolution", "Convolution"])
+def test_a_graph_gives_the_same_bits(kind, target, lazy, tmp_path):
+    """For any number of tiles, in turn, and after memory has moved. Where nothing is done before it
+    has to be, a missing wait would show."""
+    change = f"from cnn_vis_lib.description import GPU_LAYERS as g; g['Convolution'] = {kind!r}\n"
+    files = (GOLDEN / "deploy.prototxt", GOLDEN / "tiny_inception.caffemodel")
+    results = []
+    for graphs in ("0", "1"):
+        environment = GPU | {"CNN_VIS_GRAPHS": graphs, "CUDA_ON_CPU_LAZY": lazy}
+        run_python(change + SIZES, tmp_path, *files, target, **environment)
+        results.append(list(np.load(tmp_path / "sizes.npz").values()))
+    assert len(results[0]) == 28
+    for eager, graph in zip(*results):
+        assert eager.any()
+        assert eager.tobytes() == graph.tobytes()
+
+
+@emulated
+def test_a_pass_is_one_launch_and_one_wait(tmp_path, logged):
+    folder, environment = logged
+    counts = []
+    for steps in (4, 10):
+        dream("--gpu=0", "--batch_size=1", f"--num_steps={steps}", cwd=tmp_path, **environment)
+        names = ("graph_launches", "waits", "to_device", "to_host", "allocations")
+        counts.append([sum(log[name] for log in logs(folder)) for name in names])
+        for path in folder.iterdir():
+            path.unlink()
+    passes = 6 * len(cnn_vis.all_tiles((70, 100), (32, 32)))
+    launches, waits, *copies, allocations = np.subtract(*reversed(counts))
+    assert launches == waits == passes
+    assert copies == [passes, passes]  # nodes of the graphs
+    assert allocations == 0
+
+
+@emulated
+def test_only_what_is_used_is_copied(tmp_path, logged):
+    """Though the GPU was tried with 32 tiles."""
+    folder, environment = logged
+    dream("--gpu=0", cwd=tmp_path, **environment)
+    for log in logs(folder):
+        assert log["to_device_bytes"] < 3 * 12288 * (log["to_device"] + 64)
+
+
+@emulated
+@pytest.mark.parametrize("switch", ["CNN_VIS_GRAPHS", "CUDA_ON_CPU_REFUSE"])
+def test_without_graphs_it_is_the_same_picture(switch, on_cpu, tmp_path, logged):
+    """Where they are switched off, or cuDNN refuses to be in one: then a line says so."""
+    folder, environment = logged
+    said = dream("--gpu=0", cwd=tmp_path, **environment, **{switch: "0"})
+    assert_near(tmp_path / "out.png", on_cpu)
+    assert said.count("passes are not CUDA graphs") == (switch == "CUDA_ON_CPU_REFUSE")
+    assert not any(log["graph_launches"] for log in logs(folder))
+
+
+@emulated
+def test_a_run_waits_wherever_it_has_to(on_cpu, tmp_path):
+    dream("--gpu=0,1", cwd=tmp_path, **GPU, CUDA_ON_CPU_LAZY="1")
+    assert_near(tmp_path / "out.png", on_cpu)
 
 
 # ---- The kit for a day with a GPU ----------------------------------------------------------------
