@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import mmap
 import os
 
 from .cluster import Cluster
@@ -13,15 +15,24 @@ from .prototxt import caffe_library
 from .workers import Workers
 
 
+CUDA_SYMBOL = "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t"  # of a Caffe built with CUDA
+
+
 def can_use_gpu():
     """Task: whether this Caffe was built with CUDA, judged by the symbols in its library. (Asking
     Caffe for a GPU would end the process if there is none.)"""
-    return hasattr(caffe_library(), "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t")
+    return hasattr(caffe_library(), CUDA_SYMBOL)
 
 
 @functools.cache
 def has_cuda():
     """Whether this Caffe was built with CUDA."""
+    spec = importlib.util.find_spec("caffe")
+    for folder in spec and spec.submodule_search_locations or ():
+        path = os.path.join(folder, "libcaffe.so")
+        if os.path.isfile(path):  # this program's build; it takes a second to load CUDA's libraries
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+                return text.find(CUDA_SYMBOL.encode()) >= 0
     return in_a_worker(can_use_gpu)
 
 

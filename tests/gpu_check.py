@@ -11,6 +11,7 @@ a part fails, its table says so and the other parts still run; the exit code is 
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -132,7 +133,8 @@ def distances(spec, layers):
 
 
 def speed(work):
-    """One process: ms per tile, forward and backward, for each number of tiles in a batch."""
+    """One process: ms per tile, forward and backward, for each number of tiles in a batch; as a
+    CUDA graph, and without."""
     ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (GPU_LAYERS, False)}
     ways["cuDNN, TF32"] = (GPU_LAYERS, True)
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
@@ -140,7 +142,9 @@ def speed(work):
         if fast and not has_cudnn:
             yield name, "Caffe was built without cuDNN"
             continue
-        yield name, by_batch(on_gpu(batch_times, work, fast, tf32))
+        for graphs in (True, False):
+            times = on_gpu(batch_times, work, fast, tf32, graphs)
+            yield name + ("" if graphs else ", no graph"), by_batch(times)
 
 
 def by_batch(times):
@@ -148,10 +152,10 @@ def by_batch(times):
     return ", ".join(f"{size}: {ms:.2f}" for size, ms in times.items())
 
 
-def batch_times(work, fast, tf32):
+def batch_times(work, fast, tf32, graphs):
     """Task: {tiles in a batch: ms for each tile}."""
     cnn_vis_lib.network.GPU_LAYERS = fast
-    loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32)
+    loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32, graphs=graphs)
     found = {}
     for size in work.batches:
         batch = noise(size, loaded.tile_size)
@@ -173,8 +177,9 @@ def processes(work):
 
 
 def commands(work):
-    """Whole commands on a photograph of that size."""
-    for size, steps in work.commands.items():
+    """Whole commands on a photograph of that size, with CUDA graphs and without."""
+    for (size, steps), graphs in itertools.product(work.commands.items(), ("1", "0")):
+        os.environ["CNN_VIS_GRAPHS"] = graphs
         with tempfile.TemporaryDirectory() as folder:
             photograph(folder, parse_size(size, None))
             few, _ = command(folder, work, 1)
@@ -182,6 +187,8 @@ def commands(work):
         shape = parse_size(size, None)
         count = len(cnn_vis.all_tiles(shape, on_gpu(tile_size, work.spec))) * (steps - 1)
         per_tile = 1000 * (more - few) / count
+        os.environ.pop("CNN_VIS_GRAPHS")
+        size += "" if graphs == "1" else ", no graphs"
         yield (
             f"{size}, {steps} steps",
             f"{more:.1f} s; one step {few:.1f} s; {per_tile:.2f} ms a tile",
@@ -189,6 +196,23 @@ def commands(work):
         if watched:
             busy, memory = zip(*watched)
             yield f"{size}, GPU", f"{np.mean(busy):.0f}% busy; {max(memory)} MiB"
+
+
+def pictures(work):
+    """A batch: several photographs at the same time, whose tiles share the GPU's batches."""
+    size, steps = next(iter(work.commands.items()))
+    for count in (1, 4, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            photograph(folder, parse_size(size, None))
+            for number in range(1, count):
+                shutil.copy(f"{folder}/in.png", f"{folder}/in{number}.png")
+            images = [f"in{number or ''}.png" for number in range(count)]
+            times = []
+            for number in (1, steps):
+                out = f"--output={number}/"
+                times.append(command(folder, work, number, "--image", *images, out)[0])
+        ms = 1000 * (times[1] - times[0]) / ((steps - 1) * count)
+        yield f"{count} of {size}", f"{times[1]:.1f} s; {ms:.2f} ms a step of each"
 
 
 def tile_size(spec):
@@ -201,10 +225,10 @@ def photograph(folder, size):
     Image.fromarray(resize(skimage.data.coffee(), size)).save(f"{folder}/in.png")
 
 
-def command(folder, work, steps):
+def command(folder, work, steps, *more):
     """(seconds of a run, [(GPU's utilization in percent, MiB of its memory), ...] along the way)"""
     settings = [f"--{name}={value}" for name, value in benchmark.SETTINGS.items()]
-    words = [*work.words, *settings, "--image=in.png", "--gpu=0", f"--num_steps={steps}"]
+    words = [*work.words, *settings, "--image=in.png", "--gpu=0", f"--num_steps={steps}", *more]
     with gpu_watch() as watched:
         seconds = benchmark.seconds(folder, *words)
     return seconds, watched
@@ -277,7 +301,7 @@ def torch_times(work):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-PARTS = (machine, gradients, speed, processes, commands, torch, tests)
+PARTS = (machine, gradients, speed, processes, commands, pictures, torch, tests)
 
 
 def main():
