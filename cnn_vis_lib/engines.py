@@ -14,7 +14,6 @@ from .processes import in_a_worker
 from .prototxt import caffe_library
 from .workers import Workers
 
-
 CUDA_SYMBOL = "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t"  # of a Caffe built with CUDA
 
 
