@@ -112,8 +112,9 @@ class Batches:
         """From now on, raises this exception in all threads that wait for tiles."""
         with self._changed:
             self.error = self.error or error
-            for group in [*self._waiting, *(g for groups in self._sent.values() for g in groups)]:
-                group.done.set()
+            for groups in [self._waiting, *list(self._sent.values())]:
+                for group in groups:
+                    group.done.set()
             self._changed.notify_all()
 
     def end(self):

@@ -77,6 +77,7 @@ def serve(descriptor, parent_pid, memory):
         except Exception as error:
             answer = False, error
         parent.send(answer)
+    os._exit(0)  # Python's own end, and CUDA's, take a tenth of a second or more
 
 
 def end_with_parent(descriptor, parent_pid):
