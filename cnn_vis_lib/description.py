@@ -256,9 +256,9 @@ def cut(net, targets, blob_counts):
 
 
 # Layers of this program's build of Caffe that are faster on a GPU than Caffe's own and give the
-# same results except for rounding: with cuDNN, and with less precise products.
-GPU_LAYERS = {"Convolution": "CudnnConvolution"}
-TF32_LAYERS = {"Convolution": "CudnnTF32Convolution"}
+# same results except for rounding; and with less precise products.
+GPU_LAYERS = {"Convolution": "CudnnConvolution", "LRN": "CudaLRN"}
+TF32_LAYERS = GPU_LAYERS | {"Convolution": "CudnnTF32Convolution"}
 
 
 def use_fast_layers(net, fast):

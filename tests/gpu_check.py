@@ -136,6 +136,7 @@ def speed(work):
     """One process: ms per tile, forward and backward, for each number of tiles in a batch; as a
     CUDA graph, and without."""
     ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (GPU_LAYERS, False)}
+    ways["cuDNN, Caffe's own LRN"] = ({"Convolution": "CudnnConvolution"}, False)
     ways["cuDNN, TF32"] = (GPU_LAYERS, True)
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
     for name, (fast, tf32) in ways.items():

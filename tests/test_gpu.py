@@ -304,7 +304,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(gpu_environment, tmp_path):
     assert re.search(r"note: .*GPU.*CPU.*", done.stderr), done.stderr
 
 
-# ---- Convolutions by cuDNN -----------------------------------------------------------------------
+# ---- Layers of our own: convolutions by cuDNN, and LRN -------------------------------------------
 
 
 CONVOLUTIONS = [
@@ -317,9 +317,23 @@ CONVOLUTIONS = [
     "num_output: 8 kernel_size: 3 pad: 2 dilation: 2",
     "num_output: 8 kernel_h: 3 kernel_w: 5 pad_h: 1 pad_w: 2",
 ]
-CONVOLVE = (
+NORMALIZATIONS = [
+    "local_size: 5 alpha: 0.1 beta: 0.75",
+    "local_size: 1 alpha: 0.5 beta: 0.6 k: 2",
+    "local_size: 31 alpha: 0.3 beta: 0.75",  # more than there are channels
+    "local_size: 3 alpha: 0.1 beta: 0.75 norm_region: WITHIN_CHANNEL",
+]
+COMPARED = {
+    f"convolution_param {{ {parameters} }}": [
+        "Convolution",
+        "CudnnConvolution",
+        "CudnnTF32Convolution",
+    ]
+    for parameters in CONVOLUTIONS
+} | {f"lrn_param {{ {parameters} }}": ["LRN", "CudaLRN"] for parameters in NORMALIZATIONS}
+COMPARE = (
     f"""
-CONVOLUTIONS = {CONVOLUTIONS}"""
+COMPARED = {COMPARED}"""
     + """
 import json, pathlib, sys
 import numpy as np
@@ -330,12 +344,11 @@ def distance(a, b):
 
 random = np.random.RandomState(1)
 found = {}
-for parameters in CONVOLUTIONS:
-    for kind in ("CudnnConvolution", "CudnnTF32Convolution"):
-        errors = found.setdefault(kind, {}).setdefault(parameters, [])
-        words = f"convolution_param {{ {parameters} }}"
-        nets = [net(k, words, (3, 12, 9, 14), pathlib.Path()) for k in ("Convolution", kind)]
-        for theirs, mine in zip(nets[0].params["top"], nets[1].params["top"]):
+for words, (caffes, *kinds) in COMPARED.items():
+    for kind in kinds:
+        errors = found.setdefault(kind, {}).setdefault(words, [])
+        nets = [net(k, words, (3, 12, 9, 14), pathlib.Path()) for k in (caffes, kind)]
+        for theirs, mine in zip(*(each.params.get("top", []) for each in nets)):
             theirs.data[...] = mine.data[...] = random.randn(*theirs.data.shape)
         for count in (3, 1, 3):
             x = random.randn(count, 12, 9, 14).astype("float32")
@@ -363,10 +376,10 @@ def cudnn():
 
 @pytest.fixture(scope="module")
 def distances(cudnn, tmp_path_factory):
-    """{layer: {parameters: relative distances from Caffe's convolution on the CPU, there and back,
-    for batches of 3, 1 and 3}}"""
-    folder = tmp_path_factory.mktemp("convolutions")
-    run_python(CONVOLVE, folder, **GPU)
+    """{layer: {parameters: relative distances from Caffe's layer on the CPU, there and back, for
+    batches of 3, 1 and 3}}"""
+    folder = tmp_path_factory.mktemp("layers")
+    run_python(COMPARE, folder, **GPU)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -374,8 +387,14 @@ def distances(cudnn, tmp_path_factory):
 def test_convolutions_are_caffes(parameters, distances):
     """Equal to rounding, or with TF32 to ten bits. If cuDNN has no algorithm (in the emulation: for
     filters that are not square), Caffe's own convolution runs."""
-    assert max(distances["CudnnConvolution"][parameters]) <= BOUND
-    assert max(distances["CudnnTF32Convolution"][parameters]) <= 2e-3
+    words = f"convolution_param {{ {parameters} }}"
+    assert max(distances["CudnnConvolution"][words]) <= BOUND
+    assert max(distances["CudnnTF32Convolution"][words]) <= 2e-3
+
+
+@pytest.mark.parametrize("parameters", NORMALIZATIONS)
+def test_normalizations_are_caffes(parameters, distances):
+    assert max(distances["CudaLRN"][f"lrn_param {{ {parameters} }}"]) <= BOUND
 
 
 def test_tf32_is_off_where_it_is_not_asked_for(distances):
