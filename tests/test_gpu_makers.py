@@ -67,10 +67,9 @@ def test_pictures_made_together_are_those_made_alone(folder, logged):  # noqa: F
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_all_that_are_under_way(signum, gpu_environment, folder):  # noqa: F811
     """The same command goes on with each."""
-    words = [*DREAM, "--num_steps=200", "--checkpoint_iter=10000"]
+    words = [*DREAM, "--num_steps=40", "--checkpoint_iter=10000"]
     assert run_cli(*words, "--output=whole/", cwd=folder, **GPU).returncode == 0
     running = under_way(*words, cwd=folder)
-    time.sleep(0.5)
     os.killpg(running.pid, signum)
     said = running.communicate(timeout=60)[1].splitlines()
     assert running.returncode == 128 + signum, said
@@ -99,7 +98,7 @@ def test_a_signal_does_not_wait_for_a_gpu_that_hangs(gpu_environment, folder):  
 
 
 def test_a_worker_that_is_killed_is_replaced(gpu_environment, folder):  # noqa: F811
-    words = [*DREAM, "--num_steps=60"]
+    words = [*DREAM, "--num_steps=40"]
     assert run_cli(*words, "--output=whole/", cwd=folder, **GPU).returncode == 0
     running = under_way(*words, cwd=folder)
     assert kill_workers(running.pid, 1)
