@@ -175,7 +175,7 @@ class ClusterMakers:
         with its worker, or with the scheduler, but not too often."""
         import distributed
 
-        lost = (distributed.KilledWorker, concurrent.futures.CancelledError, OSError, TimeoutError)
+        lost = (distributed.KilledWorker, concurrent.futures.CancelledError, OSError)
         if not isinstance(error, (*lost, distributed.CancelledError)):
             return self._crew.exception(RunFailed(one_line(error)), job.address)
         self._losses[job.number] += 1

@@ -120,8 +120,7 @@ def examine(spec):
     """Task: what a TileLoan's `examine` returns."""
     network = load_network(spec)
     network.forward(a_picture(network.tile_size)[np.newaxis].astype(np.float32))
-    ends = [] if network.has_objective else [(n, -a) for n, a in network.activations().items()]
-    gradient = network.backward(ends)
+    gradient = network.backward([(name, -a) for name, a in network.activations().items()])
     return examined({name: getattr(network, name) for name in DESCRIBED}, gradient)
 
 

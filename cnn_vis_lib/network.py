@@ -283,10 +283,9 @@ class Network:
         """The activations of each layer, {layer: float32 (N, C, ...)}, valid until `forward`."""
         return {layer: np.ascontiguousarray(end.array("data")) for layer, end in self._ends.items()}
 
-    def backward(self, gradients=()):
+    def backward(self, gradients):
         """The gradient with respect to the tiles, float32 (N, 3, H, W), valid until the next call,
-        after `forward`. `gradients` are [(layer, the gradient of its activations), ...], none if
-        the net has the objective."""
+        after `forward`. `gradients` are [(layer, the gradient of its activations), ...]."""
         filled = set()
         starts = sorted({end.start for end in self._ends.values()}, reverse=True)
         for start, stop in itertools.pairwise([*starts, -1]):

@@ -189,12 +189,8 @@ class GpuFailed(RunFailed):
         self.problem = problem
 
 
-class GraphFailed(GpuFailed):
-    """A GPU's driver, or its libraries, cannot make a graph of a pass."""
-
-    def __init__(self, problem):
-        super().__init__(problem, "")
-        self.args = (f"passes are not CUDA graphs, which takes longer: {problem}",)
+class GraphFailed(RunFailed):
+    """A GPU's driver, or its libraries, cannot make a graph of a pass; the message says so."""
 
 
 GPU_ERRORS = {  # by CUDA error number: the problem, and what can be done besides using the CPU
@@ -219,7 +215,7 @@ def check_log(text):
         other = one_line(cuda[2] or cuda[3]), "if it happens again, use"
         problem, remedy = GPU_ERRORS.get(number, other)
         if text.rfind("] capturing\n") > text.rfind("] captured\n"):
-            raise GraphFailed(problem)
+            raise GraphFailed(f"passes are not CUDA graphs, which takes longer: {problem}")
         raise GpuFailed(f"the GPU failed: {problem}", remedy)
     if fatal:
         kind = LayerFailed if "Not Implemented Yet" in fatal[1] else CaffeStopped

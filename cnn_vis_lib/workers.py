@@ -274,17 +274,17 @@ class Workers(Engine):
             try:
                 self._try_network()
                 break
+            except GraphFailed as error:
+                self._start_without_graphs()
+                self.notices.append(str(error))
             except GpuFailed as error:
                 self._fall_back(error)
         self._map_slots()
 
     def _fall_back(self, error):
-        """Goes on without graphs if one cannot be made, with one process for each GPU, which may
-        fit, or on the CPU. Raises the GpuFailed if that has been tried or is not allowed."""
-        if isinstance(error, GraphFailed):
-            self._do_without_graphs(error)
-            less = (self.gpus, self._each, self.device)
-        elif self._each > 1:
+        """Goes on with one process for each GPU, which may fit, or on the CPU. Raises the GpuFailed
+        if that has been tried or is not allowed."""
+        if self._each > 1:
             less = (self.gpus, 1, self.device)
         elif self._or_cpu:
             less = ((), 1, f"CPU ({error.problem})")
@@ -293,18 +293,18 @@ class Workers(Engine):
         self.processes.end()
         self._set_out(*less)
 
-    def _do_without_graphs(self, error):
+    def _start_without_graphs(self):
+        """Starts the processes again, after a GraphFailed."""
         self.spec = dataclasses.replace(self.spec, graphs=False)
-        self.notices.append(str(error))
+        self.processes.start()
 
     def _restart(self):
         """Restarts the processes after one has died. Raises what that raises."""
         try:
             self.processes.restart()
         except GraphFailed as error:
-            self._do_without_graphs(error)
             log.warning(f"note: {error}")
-            self.processes.start()
+            self._start_without_graphs()
 
     def begin_run(self):
         super().begin_run()

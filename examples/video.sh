@@ -78,17 +78,10 @@ else
 fi
 # Players need even sides; without tags they take films of 720 lines or more for BT.709, and others for BT.601. The
 # sound, if any, comes from the input.
-lines=$(height "$work/out/000001.png")
-cd "$work"
-encode=(ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i out/%06d.png -i "$input" -map 0:v -map '1:a?')
-if [ "$lines" -ge 720 ]; then
-    "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv' -pix_fmt yuv420p \
-        -colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv "film.$ending"
-else
-    "${encode[@]}" -vf 'crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=smpte170m:out_range=tv' -pix_fmt yuv420p \
-        -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m -color_range tv "film.$ending"
-fi
-cd "$OLDPWD"
+if [ "$(height "$work/out/000001.png")" -ge 720 ]; then space=bt709; else space=smpte170m; fi
+(cd "$work" && ffmpeg -nostdin -loglevel error -y -framerate "$rate" -i out/%06d.png -i "$input" -map 0:v -map '1:a?' \
+    -vf "crop=trunc(iw/2)*2:trunc(ih/2)*2,scale=out_color_matrix=$space:out_range=tv" -pix_fmt yuv420p \
+    -colorspace $space -color_primaries $space -color_trc $space -color_range tv "film.$ending")
 mv "$work/film.$ending" "$output"
 rm -r "$work"
 echo "$output" >&2

@@ -321,6 +321,14 @@ def start(*arguments, cwd, code=None):
     return running
 
 
+def wait_for_line(running, text):
+    """Reads what a started program prints on stderr, up to a line with the text."""
+    line = ""
+    while text not in line:
+        line = running.stderr.readline()
+        assert line, f"it ended without a line with {text!r}"
+
+
 # Otherwise, programs that tests start would compile the program each time, and start threads that
 # they do not need: a third of the time of a start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -27,7 +27,7 @@ from PIL import Image
 import cnn_vis
 import cnn_vis_lib.network
 from cnn_vis_lib.description import GPU_LAYERS
-from cnn_vis_lib.engines import can_use_gpu
+from cnn_vis_lib.engines import has_cuda
 from cnn_vis_lib.errors import one_line
 from cnn_vis_lib.find_network import find_network
 from cnn_vis_lib.machine import count_cores, count_gpus, versions
@@ -319,7 +319,7 @@ def main():
         words = [sys.executable, __file__, "--quick", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | EMULATION)
 
-    if not in_a_worker(can_use_gpu):
+    if not has_cuda():
         sys.exit(
             "Caffe was built without CUDA; build it: make clean; make PYCAFFE_CUDA=1 gpu-check"
         )

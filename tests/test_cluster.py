@@ -27,6 +27,7 @@ from conftest import (
     start,
     under_way,
     wait_for,
+    wait_for_line,
     workers,
 )
 from test_engines import WORK
@@ -67,8 +68,7 @@ def test_workers_come_and_go(dask_cluster, whole, tmp_path):
     cluster = f"--scheduler={dask_cluster.address}"
     running = under_way(*RUN, "--checkpoint_iter=1", cluster, cwd=tmp_path)
     end_hard(first)
-    while "is gone; 1 left" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "is gone; 1 left")
     dask_cluster.add_worker(threads=2)
     dask_cluster.wait_for_workers(3)
     assert running.poll() is None
@@ -88,12 +88,10 @@ def test_without_workers_a_run_waits(dask_cluster, whole, tmp_path):
     running = start(*cluster, cwd=tmp_path)
     assert "has no workers yet; waiting" in running.stderr.readline()
     worker = dask_cluster.add_worker()
-    while "1 worker, " not in running.stderr.readline():
-        pass
+    wait_for_line(running, "1 worker, ")
     time.sleep(0.5)
     end_hard(worker)
-    while f"all workers of {dask_cluster.address} are gone" not in running.stderr.readline():
-        pass
+    wait_for_line(running, f"all workers of {dask_cluster.address} are gone")
     running.send_signal(signal.SIGINT)
     begun = time.monotonic()
     said = running.communicate(timeout=20)[1]
@@ -112,8 +110,7 @@ def test_a_scheduler_that_is_killed_loses_nothing(dask_cluster, whole, tmp_path,
     dask_cluster.add_worker()
     cluster = f"--scheduler={dask_cluster.address}"
     running = start(*RUN, "--checkpoint_iter=100000", cluster, cwd=tmp_path)
-    while "1 worker, " not in running.stderr.readline():
-        pass
+    wait_for_line(running, "1 worker, ")
     time.sleep(0.5)
     end_hard(dask_cluster.scheduler)
     said = running.communicate(timeout=100)[1]

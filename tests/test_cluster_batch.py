@@ -15,6 +15,7 @@ from conftest import (
     run_cli,
     start,
     wait_for,
+    wait_for_line,
     workers,
 )
 from PIL import Image
@@ -44,14 +45,6 @@ def folder(pictures, tmp_path):
     """A folder with the same pictures in in/."""
     (tmp_path / "in").symlink_to(pictures / "in")
     return tmp_path
-
-
-def is_under_way(running, line):
-    """Waits until the program has printed something like the line."""
-    said = ""
-    while line not in said:
-        said = running.stderr.readline()
-        assert said
 
 
 def test_a_cluster_makes_the_same_pictures(dask_cluster, folder):
@@ -87,7 +80,7 @@ def test_a_signal_saves_all_that_are_under_way(signum, dask_cluster, pictures, f
     words = [*LONG, "--output=out/"]
     scheduler = f"--scheduler={dask_cluster.address}"
     running = start(*words, scheduler, cwd=folder)
-    is_under_way(running, "picture 3 of 6")
+    wait_for_line(running, "picture 3 of 6")
     time.sleep(0.5)
     running.send_signal(signum)
     said = running.communicate(timeout=60)[1]
@@ -126,7 +119,7 @@ def test_a_maker_that_is_killed_is_replaced(dask_cluster, pictures, folder):
     running = start(
         *LONG, "--output=out/", f"--scheduler={dask_cluster.address}", cwd=folder
     )  # fmt: skip
-    is_under_way(running, "picture 3 of 6")
+    wait_for_line(running, "picture 3 of 6")
     (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
     assert kill_workers(server, 1)
     said = running.communicate(timeout=60)[1]
@@ -139,7 +132,7 @@ def test_the_makers_of_a_killed_run_stop(dask_cluster, folder):
     worker = dask_cluster.add_worker(2)
     words = [*DREAM, "--num_steps=1000000", "--output=out/"]
     running = start(*words, f"--scheduler={dask_cluster.address}", cwd=folder)
-    is_under_way(running, "picture 2 of 6")
+    wait_for_line(running, "picture 2 of 6")
     (server,) = [pid for pid in workers(worker.pid) if workers(pid)]
     makers = set(workers(server))
     end_hard(running)
@@ -155,7 +148,7 @@ def test_a_machine_that_is_cut_off_does_not_matter(namespaces, pictures, folder,
         cluster.add_worker(2, within=["ip", "netns", "exec", name], **where)
         cluster.wait_for_workers(number + 1)
     running = start(*LONG, "--output=out/", f"--scheduler={cluster.address}", cwd=folder)
-    is_under_way(running, "picture 4 of 6")
+    wait_for_line(running, "picture 4 of 6")
     subprocess.run(["ip", "link", "set", namespaces[1], "down"], check=True)
     said = running.communicate(timeout=100)[1]
     assert running.returncode == 0, said
@@ -165,7 +158,7 @@ def test_a_machine_that_is_cut_off_does_not_matter(namespaces, pictures, folder,
 def test_a_scheduler_that_is_restarted_gets_the_rest(dask_cluster, pictures, folder):
     dask_cluster.add_worker()
     running = start(*LONG, "--output=out/", f"--scheduler={dask_cluster.address}", cwd=folder)
-    is_under_way(running, "picture 3 of 6")
+    wait_for_line(running, "picture 3 of 6")
     dask_cluster.restart()
     said = running.communicate(timeout=90)[1]
     assert running.returncode == 0, said
@@ -179,7 +172,7 @@ def test_a_scheduler_that_is_gone_leaves_what_is_finished(
     dask_cluster.add_worker()
     words = [*LONG, "--output=out/"]
     running = start(*words, f"--scheduler={dask_cluster.address}", cwd=folder)
-    is_under_way(running, "picture 3 of 6")
+    wait_for_line(running, "picture 3 of 6")
     end_hard(dask_cluster.scheduler)
     said = running.communicate(timeout=100)[1]
     assert running.returncode == 1
@@ -222,7 +215,7 @@ def test_a_guide_or_a_finished_picture_is_not_overwritten(dask_cluster, folder):
     assert run_cli(*hidden, cwd=folder).returncode == 0
     finished = (folder / "out/.0.png").read_bytes()
     running = start(*hidden, "--num_steps=100000", cwd=folder)
-    is_under_way(running, "picture 2 of 6")
+    wait_for_line(running, "picture 2 of 6")
     time.sleep(1)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1]

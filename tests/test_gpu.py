@@ -38,15 +38,14 @@ from test_engines import WORK
 from test_golden import tiny_pictures
 
 import cnn_vis
-from cnn_vis_lib.engines import can_use_gpu
+from cnn_vis_lib.engines import has_cuda
 from cnn_vis_lib.machine import count_gpus
-from cnn_vis_lib.processes import in_a_worker
 from cnn_vis_lib.records import read_record
 from cnn_vis_lib.workers import Workers
 
 NO_DRIVER = {"PYTHONPATH": EMULATION["PYTHONPATH"], "CUDA_VISIBLE_DEVICES": None}
 EMULATED = NO_DRIVER | EMULATION
-IS_REAL = count_gpus() > 0 and in_a_worker(can_use_gpu)
+IS_REAL = count_gpus() > 0 and has_cuda()
 GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
 COUNT = count_gpus() if IS_REAL else 2
 

@@ -13,6 +13,7 @@ from conftest import (
     session,
     start,
     wait_for,
+    wait_for_line,
     workers,
 )
 from test_gpu import (  # noqa: F401
@@ -40,8 +41,7 @@ DREAM = [*BATCH, "--layer=inception_a/output", "--image=in"]
 def under_way(*words, number=3, cwd):
     """Starts a batch on the GPU, and waits until so many pictures have begun."""
     running = start(*words, cwd=cwd)
-    while f"picture {number} of " not in running.stderr.readline():
-        assert running.poll() is None
+    wait_for_line(running, f"picture {number} of ")
     return running
 
 
@@ -86,7 +86,7 @@ def test_a_signal_saves_all_that_are_under_way(signum, gpu_environment, folder):
 
 
 def test_a_signal_does_not_wait_for_a_gpu_that_hangs(gpu_environment, folder):  # noqa: F811
-    running = under_way(*DREAM, "--num_steps=100000", cwd=folder)
+    running = under_way(*DREAM, "--num_steps=100000", number=7, cwd=folder)
     for pid in workers(running.pid):
         os.kill(pid, signal.SIGSTOP)
     running.send_signal(signal.SIGINT)
@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_is_replaced(gpu_environment, folder):  # noqa: 
 
 
 def test_workers_that_are_always_killed_lose_no_work(gpu_environment, folder):  # noqa: F811
-    running = under_way(*DREAM, "--num_steps=100000", cwd=folder)
+    running = under_way(*DREAM, "--num_steps=100000", number=7, cwd=folder)
     while running.poll() is None:
         kill_workers(running.pid)
         time.sleep(0.2)

@@ -21,6 +21,7 @@ from conftest import (
     session,
     start,
     wait_for,
+    wait_for_line,
     workers,
 )
 from PIL import Image
@@ -96,8 +97,7 @@ def test_a_signal_saves_all_that_are_under_way(signum, folder):
     words = [*TOGETHER, LAYER, "--num_steps=150", "--checkpoint_iter=10000"]
     assert run_cli(*words, "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--output=out/", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     time.sleep(0.3)
     os.killpg(running.pid, signum)
     said = running.communicate(timeout=60)[1].splitlines()
@@ -116,8 +116,7 @@ def test_a_signal_saves_all_that_are_under_way(signum, folder):
 
 def test_a_second_ctrl_c_ends_all_at_once(folder):
     running = start(*TOGETHER, LAYER, "--num_steps=100000", "--output=out/", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     for pid in workers(running.pid):
         os.kill(pid, signal.SIGSTOP)  # so that they cannot answer to the first
     running.send_signal(signal.SIGINT)
@@ -145,8 +144,7 @@ def test_a_maker_that_is_killed_is_replaced(folder):
 
 def test_makers_that_are_always_killed_fail_only_their_pictures(folder):
     running = start(*TOGETHER, LAYER, "--num_steps=100000", "--output=out/", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     while running.poll() is None:
         kill_workers(running.pid)
         time.sleep(0.05)
@@ -159,8 +157,7 @@ def test_makers_that_are_always_killed_fail_only_their_pictures(folder):
 
 def test_makers_end_with_a_program_that_is_killed(folder):
     running = start(*TOGETHER, LAYER, "--num_steps=100000", "--output=out/", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     running.kill()
     wait_for(lambda: not session(running.pid))
 
@@ -276,8 +273,7 @@ def test_a_stopped_batch_goes_on_with_another_number_of_cores(folder):
     words = [*DREAM, LAYER, "--num_steps=150"]
     assert run_cli(*words, "--workers=1", "--output=whole/", cwd=folder).returncode == 0
     running = start(*words, "--workers=3", "--output=out/", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
@@ -289,8 +285,7 @@ def test_two_runs_do_not_write_the_same_picture(folder):
     words = [word for word in TOGETHER if word != "--image=in"]
     words += [LAYER, "--output=out/", "--num_steps=100000"]
     running = start(*words, "--image=in", cwd=folder)
-    while "picture 3 of 7" not in running.stderr.readline():
-        pass
+    wait_for_line(running, "picture 3 of 7")
     shutil.copytree(folder / "in", folder / "some")
     for number in range(3, 7):
         (folder / f"some/{number}.png").unlink()
