@@ -59,7 +59,7 @@ from cnn_vis_lib.batch import make_pictures, plan_batch
 from cnn_vis_lib.behaviors import Watchers
 from cnn_vis_lib.checkpoints import check_arrays
 from cnn_vis_lib.commands import COMMANDS, keyword_options
-from cnn_vis_lib.compiled_step import compiled_step
+from cnn_vis_lib.compiled_step import compiled_step, compiled_step_tile
 from cnn_vis_lib.engines import Engines, idle
 from cnn_vis_lib.errors import (
     BadRequest,
@@ -527,7 +527,6 @@ class PNorm:
 
 
 TV_FLOOR = 1e-3  # lower limit of the squared slope in total variation
-# The compiled step knows these three, too: see compiled_step_tile.
 TV_OPERATORS = {  # (difference along the axis, smoothing across it), both as correlation kernels
     "naive": ((1, -1), (1, 0)),
     "sobel": ((-1, 0, 1), (1, 2, 1)),
@@ -546,6 +545,11 @@ class TotalVariation:
     operator: str = "naive"
     scale: float = 1.0
     of_change: bool = False
+
+    @property
+    def difference(self):
+        """The operator's correlation kernel along the axis of a slope."""
+        return TV_OPERATORS[self.operator][0]
 
     def loss(self, x):
         """The total variation of x, a number."""
@@ -663,18 +667,6 @@ def step_tile(x, start, mean, descent, cache, divisors, terms, decay, learning_r
     return total / x.size
 
 
-def compiled_step_tile(x, start, mean, descent, cache, divisors, terms, decay, learning_rate):
-    """What step_tile does, by compiled_step."""
-    p, aux = (terms.get(name, PNorm(0, 2)) for name in ("p", "aux"))
-    tv = terms.get("tv", TotalVariation(0, 2))
-    difference = TV_OPERATORS[tv.operator][0]
-    norms = [number for norm in (p, aux) for number in (norm.weight, norm.p, norm.scale)]
-    numbers = [*norms, tv.weight, tv.beta, tv.scale, decay, learning_rate, mean]
-    places = (difference.index(1), difference.index(-1), len(difference), tv.of_change)
-    step_size = compiled_step()(x, start, descent, cache, divisors, numbers, places)
-    return None if step_size < 0 else step_size
-
-
 def argument(term, x, start, mean):
     """The x of a regularizer: the image, or its change from the start image, if there is one, whose
     picture with the `mean` is `start`."""
@@ -691,16 +683,15 @@ def argument(term, x, start, mean):
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """The state of a run after a step, valid until the next one. `size_number` and `step`, at this
-    size, count from 1. `image` is the run's own and must not be changed. `stats` is {name: number},
-    with the names in STATS, or None if the step was not measured. `is_silent` is true if the
-    network's gradient was zero everywhere. `look` turns a picture of the run into the one that is
-    shown and saved."""
+    size, count from 1. `get_image` returns the `image`. `stats` is {name: number}, with the names
+    in STATS, or None if the step was not measured. `is_silent` is true if the network's gradient
+    was zero everywhere. `look` turns a picture of the run into the one that is shown and saved."""
 
     sizes: list
     size_number: int
     num_steps: int
     step: int
-    image: np.ndarray
+    get_image: object
     mean: float
     stats: dict | None
     is_silent: bool = False
@@ -715,6 +706,11 @@ class Progress:
     def size(self):
         """The (height, width) of the picture."""
         return self.sizes[self.size_number - 1]
+
+    @property
+    def image(self):
+        """The image, which is the run's own and must not be changed."""
+        return self.get_image()
 
     def steps_done(self):
         """The number of steps done so far, at all sizes."""
@@ -749,6 +745,9 @@ class Dream:
     start picture, uint8 (1, 3, H, W), blue first and with the mean; `divisors` of steps, float64
     (H, W), infinite where the mask is black; both can be None. Of this step only: `gauge` measures
     it, `is_silent` is true while no gradient was nonzero, and `is_still` while no step was.
+
+    While steps are taken on a GPU, where the picture is on the `canvas`, the `image` and `caches`
+    are those of some step before; current_image() and state() bring them up to date.
     """
 
     NUMBERS = ("learning_rate", "tv_reg", "gradient_size", "gradient_sum")  # in a checkpoint
@@ -768,7 +767,7 @@ class Dream:
         self.image, self.caches, self.cache_index, self.before = None, None, {}, {}
         self.start, self.divisors = None, None
         self.gradient_size, self.gradient_sum = 0.0, 0.0
-        self.gauge, self.is_silent, self.is_still = None, False, False
+        self.gauge, self.canvas, self.is_silent, self.is_still = None, None, False, False
         self.step_tile = compiled_step_tile if compiled_step() else step_tile
 
     @property
@@ -854,10 +853,21 @@ class Dream:
         return self.settings.step_rule == "rmsprop"
 
     def _steps(self, steps, wants_stats, is_stopping):
-        """Does the remaining steps at this size, yielding a Progress after each."""
-        numbers = range(self.step + 1, self.settings.num_steps + 1)
+        """Does the remaining steps at this size, yielding a Progress after each: those that are not
+        measured on the canvas, if the engine has one."""
+        self.engine.expect(max(map(len, self.tiles(self.size))))
+        self.canvas = self.engine.canvas(self)
+        while self.step < self.settings.num_steps and not is_stopping():
+            left = range(self.step + 1, self.settings.num_steps + 1)
+            if here := left if self.canvas is None else self.canvas.not_for_it(left, wants_stats):
+                yield from self._steps_here(here, steps, wants_stats, is_stopping)
+            elif self.canvas.load():
+                yield from self.canvas.steps(wants_stats, is_stopping)
+        self.canvas = None  # it refers to arrays of this size
+
+    def _steps_here(self, numbers, steps, wants_stats, is_stopping):
+        """Does steps, by their numbers, with the image in memory."""
         colours = self.tiles(self.size)
-        self.engine.expect(max(map(len, colours)))
         turns = ((colour, wants_stats(step)) for step in numbers for colour in colours)
         turns = after_tiles(self.tile, turns)
         gradients = tile_gradients(self.engine, self.image, turns, steps, self.before, is_stopping)
@@ -868,7 +878,7 @@ class Dream:
             elif is_whole or self.gauge is None:
                 self.gauge = Gauge()
             self.is_silent = self.is_still = is_whole
-            terms = self._regularizers()
+            terms = self.regularizers()
             with np.errstate(over="ignore"):  # tiles are sent as float32; the step will detect it
                 for region, gradient, loss in itertools.islice(gradients, count - self.tile):
                     self._step_tile(steps, region, gradient, loss, terms)
@@ -877,15 +887,7 @@ class Dream:
             if self.tile < count:
                 assert is_stopping(), "tiles are missing"
                 return
-            self._advance_schedules()
-            # At a size before the last, the gradient may be nonzero at a larger one.
-            is_last = self.size_number == len(self.sizes)
-            if is_last and self.is_silent and self.is_still and not self.settings.tv_reg_step:
-                raise RunFailed(
-                    f"no step changes the picture: the gradient of {self.settings.target_layer} is "
-                    "zero everywhere; choose another layer or channel, or another picture"
-                )
-            yield self.progress(self.gauge and self.gauge.summary(self.image))
+            yield self.end_step(self.gauge and self.gauge.summary(self.image))
 
     def _step_tile(self, steps, region, descent, loss, terms):
         """Takes the step of a tile, and measures it if there is a gauge."""
@@ -925,23 +927,26 @@ class Dream:
         with np.errstate(all="ignore"):  # step_tile returns None on overflow
             step_size = self.step_tile(*arrays, terms, *rates)
         if step_size is None:
-            is_first = (self.size_number, self.step) == (1, 0) and np.abs(x).max() < 1e6
-            if is_first and not np.isfinite(descent).all():  # no step has caused this
-                raise NotFinite(
-                    "the network's gradient of the start picture is not a number; unless "
-                    "--l1_weight or --l2_weight is huge, check that the network's files belong "
-                    "together"
-                )
-            raise NotFinite(
-                f"the picture overflowed at step {self.step + 1} of size {self.size_number}; lower "
-                "--learning_rate, --strength, the weights (--p_reg, --p_reg_aux, --tv_reg, "
-                "--l1_weight, --l2_weight) or the exponents (--alpha, --alpha_aux, --beta)"
-            )
+            raise self.overflow(x, np.isfinite(descent).all())
         if step_size:
             self.is_still = False
         return step_size
 
-    def _regularizers(self):
+    def overflow(self, x, is_finite):
+        """The NotFinite for a step after x; `is_finite` is whether the network's gradient was."""
+        is_first = (self.size_number, self.step) == (1, 0) and np.abs(x).max() < 1e6
+        if is_first and not is_finite:  # no step has caused this
+            return NotFinite(
+                "the network's gradient of the start picture is not a number; unless --l1_weight "
+                "or --l2_weight is huge, check that the network's files belong together"
+            )
+        return NotFinite(
+            f"the picture overflowed at step {self.step + 1} of size {self.size_number}; lower "
+            "--learning_rate, --strength, the weights (--p_reg, --p_reg_aux, --tv_reg, "
+            "--l1_weight, --l2_weight) or the exponents (--alpha, --alpha_aux, --beta)"
+        )
+
+    def regularizers(self):
         """The regularizers whose weight is not 0, {name: term}, in the original's order."""
         s = self.settings
         terms = {
@@ -953,8 +958,9 @@ class Dream:
         }
         return {name: term for name, term in terms.items() if term.weight}
 
-    def _advance_schedules(self):
-        """Counts a step and advances both schedules, which count the steps at this size."""
+    def end_step(self, stats=None):
+        """Counts a step and advances both schedules, which count the steps at this size. Returns
+        the Progress. Raises RunFailed if no step can change the picture."""
         s = self.settings
         self.gradient_size, self.gradient_sum = self.gradient_sum / len(self.cache_index), 0.0
         self.step, self.tile = self.step + 1, 0
@@ -962,12 +968,26 @@ class Dream:
             self.learning_rate *= s.learning_rate_decay_fraction
         if self.step % s.tv_reg_step_iter == 0:
             self.tv_reg += s.tv_reg_step
+        # At a size before the last, the gradient may be nonzero at a larger one.
+        is_last = self.size_number == len(self.sizes)
+        if is_last and self.is_silent and self.is_still and not s.tv_reg_step:
+            raise RunFailed(
+                f"no step changes the picture: the gradient of {s.target_layer} is zero "
+                "everywhere; choose another layer or channel, or another picture"
+            )
+        return self.progress(stats)
+
+    def current_image(self):
+        """The image as it stands. Raises RunFailed."""
+        if self.canvas is not None:
+            self.canvas.fetch()
+        return self.image
 
     def progress(self, stats=None):
         """The current Progress of the run."""
         where = (self.sizes, self.size_number, self.settings.num_steps, self.step)
         seen = (stats, self.is_silent, self.look, self.settings.contrast)
-        return Progress(*where, self.image, self.mean, *seen)
+        return Progress(*where, self.current_image, self.mean, *seen)
 
     def look(self, picture):
         """Turns a picture of the run into the one that is shown and saved: in the start picture's
@@ -988,6 +1008,7 @@ class Dream:
     def state(self):
         """Everything that the next step depends on, apart from settings, picture and network:
         ({name: number}, {name: array})."""
+        self.current_image()
         numbers = {"size": self.size_number, "step": self.step, "tile": self.tile}
         numbers |= {name: getattr(self, name) for name in self.NUMBERS}
         if self.tile:

@@ -16,7 +16,7 @@ class Graphs:
     memory that Caffe has pinned."""
 
     TRIALS = 2  # the first times: memory is allocated, and kernels are loaded
-    MOST = 16  # graphs are kept; those that have not been used for longest go first
+    MOST = 128  # graphs are kept; those that have not been used for longest go first
 
     def __init__(self, library):
         self._library, self._times = library, collections.Counter()
@@ -30,23 +30,29 @@ class Graphs:
         is_on = os.environ.get("CNN_VIS_GRAPHS") != "0"
         return cls(library) if is_on and hasattr(library, "cnn_vis_begin_graph") else None
 
-    def do(self, key, work):
-        """Does the work, whose result is there when this returns, if it was copied."""
+    def has(self, key):
+        """Whether the work with this key has become a graph."""
+        return key in self._graphs
+
+    def do(self, key, work, trial=None):
+        """Gives the GPU the work. Works with the same `trial` need the same memory, except for what
+        they have when this is called: once one has been tried, all others have been, too."""
         if key not in self._graphs:
-            self._times[key] += 1
-            if self._times[key] == 1:
-                self._forget(0)  # it may need more memory, which then moves
-            if self._times[key] <= self.TRIALS:
+            trial = key if trial is None else trial
+            self._times[trial] += 1
+            if self._times[trial] == 1:
+                self.forget()  # it may need more memory, which then moves
+            if self._times[trial] <= self.TRIALS:
                 work()
                 return
             self._library.cnn_vis_begin_graph()
             work()
             self._graphs[key] = self._library.cnn_vis_end_graph()
-            self._forget(self.MOST)
+            self.forget(self.MOST)
         self._graphs.move_to_end(key)
         self._library.cnn_vis_run_graph(ctypes.c_void_p(self._graphs[key]))
 
-    def _forget(self, number):
+    def forget(self, number=0):
         """Removes the graphs but for those that were used last, so many."""
         while len(self._graphs) > number:
             _, graph = self._graphs.popitem(last=False)

@@ -19,9 +19,9 @@ from .dask_worker import DESCRIBED, Loan, a_picture, answer, examined, with_kept
 from .errors import BadRequest, OutOfMemory, RunFailed, one_line
 from .files import read_bytes
 from .makers import MakerProcesses, Place, Reporter, make_here
+from .network import load_network
 from .outputs import Files
 from .processes import report
-from .workers import load_network
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 
+from .canvas import is_on
 from .cluster import Cluster
 from .errors import Stopped, refusal
 from .machine import count_cores, count_gpus
@@ -60,15 +61,18 @@ def choose_gpus(gpus):
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
 
 
-def open_engine(options, spec, objective):
-    """Creates the Engine that the options select, not yet entered. Raises BadRequest."""
+def open_engine(options, spec, objective, is_shared=False):
+    """Creates the Engine that the options select, not yet entered. If it is shared, several
+    pictures use it at the same time. Raises BadRequest."""
     if options.scheduler:
         return Cluster(dataclasses.replace(spec, tf32=False), objective, options.scheduler)
     gpus, device = choose_gpus(options.gpu)
     spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     number, batch_size = options.workers or count_cores(), options.batch_size
     is_optional = options.gpu is None
-    return Workers(spec, objective, number, gpus, batch_size, device, or_cpu=is_optional)
+    is_held = len(gpus) == 1 and spec.objective and not (options.scratch or is_shared) and is_on()
+    each = 1 if is_held else 2  # see Workers
+    return Workers(spec, objective, number, gpus, batch_size, device, is_optional, each)
 
 
 class Engines:

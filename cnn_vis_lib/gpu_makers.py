@@ -5,13 +5,14 @@ the same time. So tiles of several pictures share each batch."""
 
 import collections
 import dataclasses
+import functools
 import math
 import signal
 import threading
 
 import numpy as np
 
-from .engines import Engines
+from .engines import Engines, open_engine
 from .errors import Stopped
 from .machine import free_memory
 from .makers import (
@@ -27,7 +28,7 @@ from .makers import (
 from .processes import in_a_worker
 from .resume import under_way
 from .terms import strong
-from .workers import Engine, Workers
+from .workers import Engine
 
 
 @dataclasses.dataclass(eq=False)
@@ -255,7 +256,8 @@ class MakerThreads:
     call = staticmethod(in_a_worker)
 
     def __init__(self, options, heed, network):
-        self._shared, self._counters = SharedEngines(Engines(options)), [0, 0]
+        opened = functools.partial(open_engine, is_shared=True)
+        self._shared, self._counters = SharedEngines(Engines(options, opened)), [0, 0]
         self._heed, self._network, self._one = heed, network, threading.Lock()
 
     def make(self, make_picture, options, place):
@@ -299,7 +301,7 @@ def gpu_makers(jobs, sizes, batch, network, gpus):
     tiles = min(tiles_at_once(job, sizes) for job in jobs)
     full = 2 * (jobs[0].batch_size or FULL_BATCH) * gpus  # one batch is computed, one gathered
     number = number_of_makers(jobs, sizes, math.ceil(full / max(1, tiles)), each=0)
-    room = free_memory() - Workers.EACH * gpus * maker_size(network)
+    room = free_memory() - 2 * gpus * maker_size(network)  # there are two processes for a GPU
     if number < 2:
         return None
     crew = MakerThreads(jobs[0], Desk(batch).heed, network)

@@ -22,6 +22,7 @@ import numpy as np
 from .engines import Engines
 from .errors import BadRequest, RunFailed, Stopped, log
 from .machine import count_cores, free_memory, room_needed
+from .network import load_network
 from .options import end_sizes
 from .processes import CaffeProcesses, CaffeStopped, WorkerDied, report
 from .prototxt import import_caffe
@@ -32,7 +33,6 @@ from .workers import (
     Engine,
     compute_batch,
     describe,
-    load_network,
     map_counters,
     one_core,
     open_shared_memory,

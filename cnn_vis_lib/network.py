@@ -29,7 +29,7 @@ from .errors import BadRequest, refusal, some
 from .install import how_to_install
 from .machine import ONE_THREAD
 from .models import NetworkFiles
-from .prototxt import caffe_net, import_caffe
+from .prototxt import caffe_library, caffe_net, import_caffe
 from .terms import class_of, strong
 
 
@@ -190,12 +190,26 @@ class End:
         return array.transpose(0, 3, 1, 2) if self.is_last else array
 
 
+kept_network = {}  # in a worker: {NetworkSpec: Network}, at most one
+
+
+def load_network(spec):
+    """The worker's network: loaded for its first task, then kept as long as `spec` is the same."""
+    if spec not in kept_network:
+        for network in kept_network.values():
+            network.drop_picture()
+        kept_network.clear()  # two may not fit in memory
+        kept_network[spec] = Network(spec)
+    return kept_network[spec]
+
+
 class Network:
     """A Caffe net from its input to some layers. Raises BadRequest if `spec` cannot be loaded.
 
     Attributes: tile_size, (height, width) of the input; shapes, {layer: (C, ...) of one tile's
     activations}; mean, the number that is subtracted from pixels; has_objective, whether the net
-    itself computes the objective's gradient; notices, a list of lines for the user.
+    itself computes the objective's gradient; notices, a list of lines for the user; picture, the
+    GpuPicture that it computes, or None.
     """
 
     def __init__(self, spec):
@@ -223,6 +237,7 @@ class Network:
         (name,) = self._net.inputs
         self._input = self._net.blobs[name]
         self._graphs = Graphs.available() if spec.use_gpu and spec.graphs else None
+        self.picture = None
         self.tile_size, self._ends = tuple(self._input.shape)[2:], {}
         # An in-place ReLU after the layer that makes a blob has changed the activations, but the
         # gradient of the blob itself does not pass back through it; those from later layers do.
@@ -234,6 +249,12 @@ class Network:
         for layer in [layer for layer, shape in self.shapes.items() if not shape]:
             problem = "this layer's output is a single number, without channels"
             raise refusal("layer", layer, problem, ANOTHER_LAYER)
+
+    def drop_picture(self):
+        """Frees what the `picture` takes."""
+        if self._graphs:
+            self._graphs.forget()
+        self.picture = None
 
     def forward(self, batch):
         """Computes the activations for the tiles `batch`, float32 (N, 3, H, W)."""
@@ -253,10 +274,35 @@ class Network:
         self._do(("gradient", reads), work)
         return self._input_gradient()
 
-    def _load(self, batch):
-        if tuple(self._input.shape) != batch.shape:
-            self._input.reshape(*batch.shape)
+    def pass_on_gpu(self, key, count, before, after):
+        """Gives the GPU a pass of `count` tiles, without waiting: before(address of the tiles),
+        which writes them there, then the pass, then after(address of their gradient). Both are for
+        the net's own objective, with the input's scale. What is done with a key is always the
+        same."""
+        (start,) = {end.start for end in self._ends.values()}
+        data = diff = None
+        if not (self._graphs and self._graphs.has(key)):
+            self._reshape((count, 3, *self.tile_size))
+            data, diff = self._input.gpu_data_address, self._input.gpu_diff_address
+
+        def work():
+            before(data)
+            self._forward(False)
+            self._backward(start, -1, [])
+            after(diff)
+
+        if self._graphs:
+            self._graphs.do(key, work, trial=("pass_on_gpu", count))
+        else:
+            work()
+
+    def _reshape(self, shape):
+        if tuple(self._input.shape) != shape:
+            self._input.reshape(*shape)
             self._net.reshape()
+
+    def _load(self, batch):
+        self._reshape(batch.shape)
         scale = self.spec.files.scale
         self._input.data[...] = batch if scale == 1 else batch * np.float32(scale)
 
@@ -266,6 +312,7 @@ class Network:
             work()
         else:
             self._graphs.do((tuple(self._input.shape), what), work)
+            caffe_library().cnn_vis_wait()
 
     def _forward(self, reads):
         self._net._forward(0, len(self._net.layers) - 1)
@@ -317,11 +364,15 @@ class Network:
     def batch_for_memory(self, share):
         """How many tiles, at most 32, fit at the same time in this process's part of the GPU's free
         memory, which is shared by `share` processes that have all run one tile already."""
+        tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
+        return min(32, max(1, int(0.7 * self.free_memory() / share) // tile))
+
+    def free_memory(self):
+        """The GPU's free memory, in bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         driver = ctypes.CDLL("libcuda.so.1")
         driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-        tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
-        return min(32, max(1, int(0.7 * free.value / share) // tile))
+        return free.value
 
     def layers(self):
         """The names of its layers, in order."""

@@ -38,7 +38,7 @@ class Snapshot:
         step = math.ceil(side / self.SIDE)
         image = block_means(image, step) if step > 1 else image.copy()
         self.steps = progress.steps_done()
-        self._progress = dataclasses.replace(progress, image=image)
+        self._progress = dataclasses.replace(progress, get_image=lambda: image)
         self._encoding, self._jpeg = threading.Lock(), None
 
     def jpeg(self, rescale):
@@ -156,7 +156,7 @@ class Web(Watcher):
     def _tell(self, progress, with_picture):
         """Records how far the run is, for viewers."""
         self._version += 1
-        self._seen = dataclasses.replace(progress, image=None)
+        self._seen = dataclasses.replace(progress, get_image=None)
         if with_picture:
             with contextlib.suppress(MemoryError):  # a snapshot is not worth failing the run
                 self._snapshot = Snapshot(progress)

@@ -14,11 +14,12 @@ import os
 
 import numpy as np
 
+from .canvas import Canvas, is_on
 from .cuda_graphs import Graphs
 from .description import ANOTHER_LAYER
 from .errors import RunFailed, Stopped, log, one_line, refusal, remedy_of
 from .machine import free_memory
-from .network import Network, input_size_refusal
+from .network import input_size_refusal, load_network
 from .processes import (
     CaffeProcesses,
     CaffeStopped,
@@ -75,6 +76,11 @@ class Engine:
         (3, H, W); the loss, None unless measured), ...]."""
         raise NotImplementedError
 
+    def canvas(self, dream):
+        """A Canvas for the picture of a Dream at its size; None if the steps are to be taken by the
+        Dream itself."""
+        return
+
     def begin_run(self):
         """Prepares for another run with the same network: forgets the last run's notices."""
         self.notices = []
@@ -93,17 +99,6 @@ class Engine:
 
     def __exit__(self, kind, *_):
         self.end(kind is Stopped)
-
-
-kept_network = {}  # in a worker: {NetworkSpec: Network}, at most one
-
-
-def load_network(spec):
-    """The worker's network: loaded for its first task, then kept as long as `spec` is the same."""
-    if spec not in kept_network:
-        kept_network.clear()  # two may not fit in memory
-        kept_network[spec] = Network(spec)
-    return kept_network[spec]
 
 
 def map_slots(descriptor, shape):
@@ -233,18 +228,17 @@ class Workers(Engine):
     least two if there are two cores. Idle cores help: a layer's work is done in pieces, which are
     the same for any number of cores, and so are the results. A worker that is killed from outside
     is replaced, and its tiles are computed again. With `or_cpu`, the CPU is used if the GPUs fail
-    in `describe`."""
-
-    EACH = 2  # processes per GPU: one computes while the other transfers its tiles
+    in `describe`. There are `each` processes for a GPU: with two, one computes while the other
+    transfers its tiles; with one, that can hold a picture."""
 
     def __init__(
-        self, spec, objective, cores=1, gpus=(), batch_size=None, device="CPU", or_cpu=False
+        self, spec, objective, cores=1, gpus=(), batch_size=None, device="CPU", or_cpu=False, each=2
     ):
         self.spec, self.objective, self.notices = spec, objective, []
         self._batch_size, self._cores, self._or_cpu = batch_size, cores, or_cpu
         self._memory_file = open_shared_memory()
         self._counters = map_counters(self._memory_file.fileno())
-        self._set_out(gpus, self.EACH, device)
+        self._set_out(gpus, each, device)
         self._jobs = {}  # slot: (number of tiles, whether they are measured, future of the losses)
 
     @property
@@ -298,7 +292,7 @@ class Workers(Engine):
         self.spec = dataclasses.replace(self.spec, graphs=False)
         self.processes.start()
 
-    def _restart(self):
+    def restart(self):
         """Restarts the processes after one has died. Raises what that raises."""
         try:
             self.processes.restart()
@@ -385,6 +379,18 @@ class Workers(Engine):
         self._memory = (self._memory_file.fileno(), shape)
         self._slots = map_slots(*self._memory)
         self._free = list(range(slots))
+        # Beyond the slots, for a Canvas.
+        self._beyond = -(-slots_size(shape) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def submit(self, task, *arguments):
+        """Submits task(spec, *arguments), as CaffeProcesses.submit does."""
+        return self.processes.submit(task, self.spec, *arguments)
+
+    def canvas(self, dream):
+        is_possible = self.gpus and self.processes.number == 1 and self.spec.objective
+        if not is_possible or dream.scratch or not is_on():
+            return None
+        return Canvas(self, dream, (self._memory_file.fileno(), self._beyond))
 
     def has_room(self):
         return bool(self._free)
@@ -410,7 +416,7 @@ class Workers(Engine):
                 losses = future.result()
                 break
             except WorkerDied:
-                self._restart()
+                self.restart()
                 for slot, (*job, future) in list(self._jobs.items()):
                     if future.exception() is not None:
                         self._compute(slot, *job)

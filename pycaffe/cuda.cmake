@@ -46,8 +46,9 @@ set(cuda_rpath "${CUDAToolkit_LIBRARY_DIR};$ORIGIN/../nvidia/cu${major}/lib;$ORI
 
 file(GLOB kernels CONFIGURE_DEPENDS ${source}/layers/*.cu ${source}/solvers/*.cu ${source}/util/*.cu src/*.cu)
 list(REMOVE_ITEM kernels ${source}/util/math_functions.cu)
-target_sources(caffe PRIVATE ${kernels} ${patched}/math_functions.cu src/graph.cpp)
+target_sources(caffe PRIVATE ${kernels} ${patched}/math_functions.cu src/gpu.cpp)
 target_compile_options(caffe PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-w --default-stream per-thread>)
+set_source_files_properties(src/canvas.cu PROPERTIES COMPILE_OPTIONS -fmad=false)  # rounds as the step on the CPU does
 target_compile_definitions(caffe_headers INTERFACE $<$<COMPILE_LANGUAGE:CXX>:CUDA_API_PER_THREAD_DEFAULT_STREAM=1>)
 set_target_properties(caffe PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_ARCHITECTURES "${PYCAFFE_CUDA_ARCH}")
 target_include_directories(caffe_headers SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS} ${cublas_include} ${curand_include})

@@ -215,6 +215,13 @@ PATCHES = {
                 "          NdarrayCallPolicies()))\n"
                 for name in ("data", "diff")
             )
+            # Where it is on the GPU; Caffe assumes that it is then changed there.
+            + "".join(
+                f'    .add_property("gpu_{name}_address",\n'
+                "          +[](Blob<Dtype>& blob) "
+                f"{{ return reinterpret_cast<size_t>(blob.mutable_gpu_{name}()); }})\n"
+                for name in ("data", "diff")
+            )
             + '    .add_property("data",     bp::make_function(&Blob<Dtype>::mutable_cpu_data,\n',
         ),
     ),

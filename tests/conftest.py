@@ -105,8 +105,8 @@ def run_cli(*arguments, cwd, **more):
 IS_REAL_RUN = False
 # A worker that goes on to another run is in its folder, and forgets files that may have changed.
 GO_ON = (
-    "import os; from cnn_vis_lib import workers; os.chdir({!r}); workers.kept_network.clear(); "
-    "workers.prepared.cache_clear()"
+    "import os; from cnn_vis_lib import network, workers; os.chdir({!r}); "
+    "network.kept_network.clear(); workers.prepared.cache_clear()"
 )
 
 

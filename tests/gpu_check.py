@@ -31,12 +31,12 @@ from cnn_vis_lib.engines import has_cuda
 from cnn_vis_lib.errors import one_line
 from cnn_vis_lib.find_network import find_network
 from cnn_vis_lib.machine import count_cores, count_gpus, versions
-from cnn_vis_lib.network import NetworkSpec, layer_shapes
+from cnn_vis_lib.network import NetworkSpec, layer_shapes, load_network
 from cnn_vis_lib.options import parse_size
 from cnn_vis_lib.pixels import resize
 from cnn_vis_lib.processes import CaffeProcesses, in_a_worker
 from cnn_vis_lib.prototxt import import_caffe
-from cnn_vis_lib.workers import Workers, load_network
+from cnn_vis_lib.workers import Workers
 
 IS_EMULATED = os.environ.get("LD_LIBRARY_PATH") == EMULATION["LD_LIBRARY_PATH"]
 
@@ -169,8 +169,7 @@ def processes(work):
     """Independent tiles: ms per tile for each number of processes on GPU 0, with all of the
     program's work except the steps."""
     for each in (1, 2, 3):
-        Workers.EACH = each
-        with Workers(work.spec, work.objective, gpus=[0]) as workers:
+        with Workers(work.spec, work.objective, gpus=[0], each=each) as workers:
             workers.describe()
             ms = benchmark.tiles_through(workers, noise(work.tiles, workers.tile_size))
             number = workers.processes.number  # fewer than asked for, if these are too many

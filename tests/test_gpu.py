@@ -49,6 +49,8 @@ IS_REAL = count_gpus() > 0 and has_cuda()
 GPU = {"CUDA_VISIBLE_DEVICES": None} if IS_REAL else EMULATED
 COUNT = count_gpus() if IS_REAL else 2
 
+IN_MEMORY = {"CNN_VIS_CANVAS": "0"}  # steps are taken there
+
 # How far a GPU's pictures may differ from the CPU's, in grey levels and in dB. Adding in another
 # order changes the last bits, and a dream amplifies every difference.
 LEVELS, RATIO = (255, 35) if IS_REAL else (8, 65)
@@ -554,6 +556,7 @@ def test_a_tile_takes_no_more_memory_than_its_own(tmp_path, logged):
     text = (GOLDEN / "deploy.prototxt").read_text()
     (tmp_path / "ten.prototxt").write_text(text.replace("input_dim: 1\n", "input_dim: 10\n"))
     folder, environment = logged
+    environment |= IN_MEMORY
     one = [*DREAM, "--gpu=0", "--batch_size=1", "--deploy_txt=ten.prototxt"]
     assert run_cli(*one, cwd=tmp_path, **environment).returncode == 0
     for log in logs(folder):
@@ -566,6 +569,7 @@ def test_a_tile_takes_no_more_memory_than_its_own(tmp_path, logged):
 def test_only_tiles_and_gradients_are_copied(objective, tmp_path, logged):
     """Two copies for a tile, after the first."""
     folder, environment = logged
+    environment |= IN_MEMORY
     copies = []
     for steps in (2, 5):
         words = [*objective, "--gpu=0", "--batch_size=1", f"--num_steps={steps}"]
@@ -631,6 +635,7 @@ def test_a_graph_gives_the_same_bits(kind, target, lazy, tmp_path):
 @emulated
 def test_a_pass_is_one_launch_and_one_wait(tmp_path, logged):
     folder, environment = logged
+    environment |= IN_MEMORY
     counts = []
     for steps in (4, 10):
         dream("--gpu=0", "--batch_size=1", f"--num_steps={steps}", cwd=tmp_path, **environment)

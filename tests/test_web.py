@@ -422,7 +422,7 @@ def web():
 
 
 def progress_of(step, stats=None, image=None):
-    return cnn_vis.Progress([(8, 8)], 1, 100000, step, image, 0.0, stats)
+    return cnn_vis.Progress([(8, 8)], 1, 100000, step, lambda: image, 0.0, stats)
 
 
 def test_whether_a_step_is_measured_holds_for_all_of_it(web):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 
+EXACTLY = {"-fmad=false": "-ffp-contract=off"}  # nvcc's word: GCC's
 LAUNCH = re.compile(r"([A-Za-z_]\w*(?:\s*<[^<>;{}]*>)?)(\s*)<<\s?<(.*?)>>\s?>", re.DOTALL)
 
 
@@ -39,7 +40,7 @@ def is_cuda(word):
 
 
 def main():
-    command = sys.argv[1:]
+    command = [EXACTLY.get(word, word) for word in sys.argv[1:]]
     sources = [word for word in command if is_cuda(word)]
     if not sources:
         os.execvp(command[0], command)

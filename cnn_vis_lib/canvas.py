@@ -1,0 +1,236 @@
+"""A Dream's picture on a GPU, as the main process sees it.
+
+The picture, and what its steps need, goes to the GPU's worker and comes back through the memory
+that both share. In between, this process has it as it was when it last came back; if the worker
+dies, that goes to another one, which takes the same steps again."""
+
+import concurrent.futures
+import itertools
+import math
+import mmap
+import os
+import time
+
+import numpy as np
+
+from .ahead import overlap
+from .compiled_step import step_numbers
+from .errors import RunFailed
+from .gpu_picture import GpuPicture, Layout, can_hold_pictures, size_of
+from .machine import free_memory
+from .network import load_network
+from .processes import WorkerDied
+
+# ---- In the worker ------------------------------------------------------------------------------
+
+
+def load_picture(spec, layout, memory, gradient_size):
+    """Task: puts the picture in the shared `memory`, a (descriptor, offset), on the GPU. Returns
+    whether it can be there."""
+    network = load_network(spec)
+    if not can_hold_pictures(network):
+        return False
+    if network.picture is None or network.picture.layout != layout:
+        network.drop_picture()
+        try:
+            network.picture = GpuPicture(network, layout)
+        except MemoryError:
+            return False
+    network.picture.load(map_arrays(layout.arrays(), *memory), gradient_size)
+    return True
+
+
+def is_there(spec):
+    """Task: whether a picture is on the GPU."""
+    return load_network(spec).picture is not None
+
+
+def advance_picture(spec, *arguments):
+    """Task: GpuPicture.advance."""
+    return load_network(spec).picture.advance(*arguments)
+
+
+def fetch_picture(spec, layout, memory):
+    """Task: copies the picture to the shared memory; returns what GpuPicture.fetch does."""
+    return load_network(spec).picture.fetch(map_arrays(layout.arrays(), *memory))
+
+
+def fetch_cuts(spec, numbers):
+    """Task: GpuPicture.cuts."""
+    return load_network(spec).picture.cuts(numbers)
+
+
+def map_arrays(kinds, descriptor, offset):
+    """{name: array} in shared memory; `kinds` is {name: (dtype, shape)}."""
+    memory = mmap.mmap(descriptor, size_of(kinds), offset=offset)
+    arrays, at = {}, 0
+    for name, (dtype, shape) in kinds.items():
+        arrays[name] = np.frombuffer(memory, dtype, math.prod(shape), at).reshape(shape)
+        at += -(-arrays[name].nbytes // 8) * 8
+    return arrays
+
+
+# ---- In the main process ------------------------------------------------------------------------
+
+
+def is_on():
+    """Whether pictures may be on a GPU: $CNN_VIS_CANVAS is not 0."""
+    return os.environ.get("CNN_VIS_CANVAS") != "0"
+
+
+class DoesNotFit(RunFailed):
+    """The GPU cannot hold the picture."""
+
+
+class Canvas:
+    """The picture of `dream`, a Dream, on the GPU of the only process of `workers`, a Workers.
+    `memory` is the (descriptor, offset) of the memory that it may use, from there on.
+
+    While the picture is there, `image` and `caches` of the Dream are those of some step before;
+    what was true then is kept, and is true again if the GPU fails."""
+
+    PARTS_AT_ONCE = 8  # between these, a run can be stopped
+    AT_RISK = 5  # seconds after which the picture is fetched, so that they need not be done again
+    PATIENCE = 10  # seconds that a stopped run waits for the GPU
+
+    def __init__(self, workers, dream, memory):
+        self._workers, self._dream, self._memory = workers, dream, memory
+        self._arrays, self._shared, self._is_lost = arrays_of(dream), None, True
+        turns, has = tuple(map(tuple, dream.tiles(dream.size))), frozenset(self._arrays)
+        sizes, strength = (tuple(dream.size), workers.tile_size), dream.settings.strength
+        self._layout = Layout(*sizes, turns, has, strength, workers.batch_size)
+        self._parts = self._layout.parts()
+        self._since = []  # the arguments of advance_picture since the picture was here
+        self._keep()
+
+    def load(self):
+        """Puts the picture, after a whole step, on the GPU. Returns whether it can be there; if
+        not, the Dream has no canvas any more. Raises RunFailed."""
+        kinds = self._layout.arrays()
+        if self._shared is None:
+            if size_of(kinds) > 0.9 * free_memory():
+                self._dream.canvas = None
+                return False
+            os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
+            self._shared = map_arrays(kinds, *self._memory)
+        self._keep()
+        self._is_lost = True
+        try:
+            self._ask(is_there)
+        except DoesNotFit:
+            return False
+        return True
+
+    def not_for_it(self, numbers, wants_stats):
+        """Those of the next steps, by their `numbers`, that the Dream has to take itself before the
+        GPU can go on: one that is under way, and those that are measured."""
+        begun = self._dream.step + 1 if self._dream.tile else 0
+        return [*itertools.takewhile(lambda step: step == begun or wants_stats(step), numbers)]
+
+    def steps(self, wants_stats, is_stopping):
+        """Does the Dream's steps on the GPU, after `load`, until one is to be measured, yielding a
+        Progress after each; then the picture is here again. Ends when is_stopping() becomes true,
+        even in the middle of a step. Raises RunFailed."""
+        dream = self._dream
+        dream.gauge = None
+        while dream.step < dream.settings.num_steps and not wants_stats(dream.step + 1):
+            told = self._step(is_stopping)
+            if told is None:
+                break
+            dream.is_silent, dream.is_still = not told["has_gradient"], not told["has_step"]
+            if told["is_not_finite"]:
+                self.fetch()
+                raise dream.overflow(dream.image, not told["gradient_is_not_finite"])
+            progress = dream.end_step()
+            if time.monotonic() - self._fetched > self.AT_RISK:
+                self.fetch()
+            yield progress
+        self.fetch()
+
+    def _step(self, is_stopping):
+        """Does a step; returns what GpuPicture.advance does, or None if is_stopping() became true
+        before its end: the Dream then is amid this step."""
+        dream, count = self._dream, len(self._parts)
+        rates = (dream.settings.decay_rate, dream.learning_rate)
+        words = b"".join(map(bytes, step_numbers(dream.regularizers(), *rates, dream.mean)))
+        for first in range(0, count, self.PARTS_AT_ONCE):
+            if is_stopping():
+                if first:
+                    self._stop_before(self._parts[first].first)
+                return None
+            what = (first, min(first + self.PARTS_AT_ONCE, count), words)
+            told = self._ask(advance_picture, *what, is_stopping=is_stopping)
+            self._since.append(what)
+        return told
+
+    def _stop_before(self, tile):
+        """Makes the Dream one that is amid a step, before the tile with this number."""
+        dream, numbers = self._dream, {}
+        for turn, first in zip(self._layout.turns, (0, len(self._layout.turns[0]))):
+            stepped = turn[: max(0, tile - first)]
+            for number, region in enumerate(turn[len(stepped) :], len(stepped)):
+                if any(overlap(region, other) for other in stepped):
+                    numbers[region] = number
+        pixels = self._ask(fetch_cuts, list(numbers.values()))
+        dream.tile, dream.before = tile, dict(zip(numbers, pixels))
+
+    def fetch(self):
+        """Brings the picture to the Dream, if the GPU has done something since it was there. Raises
+        RunFailed."""
+        if not self._since:
+            return
+        sizes = self._ask(fetch_picture, self._layout, self._memory)
+        for name in ("image", "caches"):
+            if name in self._arrays:
+                self._arrays[name][...] = self._shared[name]
+        self._dream.gradient_size, self._dream.gradient_sum = sizes
+        self._since.clear()
+        self._keep()
+
+    def _keep(self):
+        """Remembers what is true while the picture is here."""
+        names, self._fetched = ("step", "tile", "before", *self._dream.NUMBERS), time.monotonic()
+        self._kept = {name: getattr(self._dream, name) for name in names}
+
+    def _ask(self, task, *arguments, is_stopping=lambda: False):
+        """Returns what a task of the worker returns, which has the picture, if need be again. If
+        that fails, the Dream is what it was when the picture was last here, without a canvas."""
+        try:
+            while True:
+                try:
+                    if self._is_lost:
+                        self._restore()
+                    return self._run(task, *arguments, is_stopping=is_stopping)
+                except WorkerDied:
+                    self._is_lost = True
+                    self._workers.restart()
+        except BaseException:
+            vars(self._dream).update(self._kept, canvas=None)
+            raise
+
+    def _restore(self):
+        """Puts the picture on the GPU and takes the steps that were taken since it was here."""
+        for name, array in self._arrays.items():
+            self._shared[name][...] = array
+        state = (self._layout, self._memory, self._kept["gradient_size"])
+        if not self._run(load_picture, *state):
+            raise DoesNotFit("the picture no longer fits in the GPU's memory")
+        for what in self._since:
+            self._run(advance_picture, *what)
+        self._is_lost = False
+
+    def _run(self, task, *arguments, is_stopping=lambda: False):
+        future, stopped = self._workers.submit(task, *arguments), None
+        while concurrent.futures.wait([future], timeout=1).not_done:
+            stopped = stopped or is_stopping() and time.monotonic()
+            if stopped and time.monotonic() - stopped > self.PATIENCE:
+                raise RunFailed("the GPU does not answer")
+        return future.result()
+
+
+def arrays_of(dream):
+    """{name: array} as in Layout.arrays: what a Dream's steps need besides numbers."""
+    start = None if dream.start is None else dream.start[0]
+    caches = dream.caches if dream.has_caches else None
+    arrays = {"image": dream.image[0], "caches": caches, "divisors": dream.divisors, "start": start}
+    return {name: array for name, array in arrays.items() if array is not None}
