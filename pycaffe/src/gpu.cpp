@@ -3,6 +3,8 @@
 // Caffe's own code.
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "caffe/common.hpp"
 
 extern "C" {
@@ -18,11 +20,11 @@ void* cnn_vis_allocate(size_t size) {
 
 void cnn_vis_free(void* memory) { CUDA_CHECK(cudaFree(memory)); }
 
-// Memory of this machine that a GPU can write to while the program goes on.
+// Zeros in this machine's memory, where the GPU's kernels can write.
 void* cnn_vis_allocate_pinned(size_t size) {
   void* found = nullptr;
   CUDA_CHECK(cudaMallocHost(&found, size));
-  return found;
+  return memset(found, 0, size);
 }
 
 void cnn_vis_free_pinned(void* memory) { CUDA_CHECK(cudaFreeHost(memory)); }
