@@ -25,6 +25,7 @@ from .makers import (
     number_of_makers,
     tiles_at_once,
 )
+from .network import FULL_BATCH
 from .processes import in_a_worker
 from .resume import under_way
 from .terms import strong
@@ -285,9 +286,6 @@ class MakerThreads:
     def end(self):
         """Ends all: immediately, except that nothing is left half written."""
         self._shared.end()
-
-
-FULL_BATCH = 32  # tiles; a GPU gains little from more
 
 
 def gpu_makers(jobs, sizes, batch, network, gpus):

@@ -190,6 +190,8 @@ class End:
         return array.transpose(0, 3, 1, 2) if self.is_last else array
 
 
+FULL_BATCH = 32  # tiles; a GPU gains little from more
+
 kept_network = {}  # in a worker: {NetworkSpec: Network}, at most one
 
 
@@ -362,10 +364,11 @@ class Network:
         return np.load(path, allow_pickle=False) if path else None
 
     def batch_for_memory(self, share):
-        """How many tiles, at most 32, fit at the same time in this process's part of the GPU's free
-        memory, which is shared by `share` processes that have all run one tile already."""
+        """How many tiles, at most a full batch, fit at the same time in this process's part of the
+        GPU's free memory, which is shared by `share` processes that have all run one tile
+        already."""
         tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
-        return min(32, max(1, int(0.7 * self.free_memory() / share) // tile))
+        return min(FULL_BATCH, max(1, int(0.7 * self.free_memory() / share) // tile))
 
     def free_memory(self):
         """The GPU's free memory, in bytes."""

@@ -15,11 +15,10 @@ import os
 import numpy as np
 
 from .canvas import Canvas, is_on
-from .cuda_graphs import Graphs
 from .description import ANOTHER_LAYER
 from .errors import RunFailed, Stopped, log, one_line, refusal, remedy_of
 from .machine import free_memory
-from .network import input_size_refusal, load_network
+from .network import FULL_BATCH, input_size_refusal, load_network
 from .processes import (
     CaffeProcesses,
     CaffeStopped,
@@ -186,8 +185,6 @@ def describe(spec, objective):
     objective does not fit the network."""
     network = load_network(spec)
     objective.check(network.shapes)
-    for _ in range(Graphs.TRIALS + 1 if spec.use_gpu else 0):
-        try_batch(spec, objective, 1, measure=False)
     try_batch(spec, objective, 1)
     return network.tile_size, network.shapes, network.notices
 
@@ -268,9 +265,6 @@ class Workers(Engine):
             try:
                 self._try_network()
                 break
-            except GraphFailed as error:
-                self._start_without_graphs()
-                self.notices.append(str(error))
             except GpuFailed as error:
                 self._fall_back(error)
         self._map_slots()
@@ -287,18 +281,14 @@ class Workers(Engine):
         self.processes.end()
         self._set_out(*less)
 
-    def _start_without_graphs(self):
-        """Starts the processes again, after a GraphFailed."""
-        self.spec = dataclasses.replace(self.spec, graphs=False)
-        self.processes.start()
-
     def restart(self):
         """Restarts the processes after one has died. Raises what that raises."""
         try:
             self.processes.restart()
         except GraphFailed as error:
             log.warning(f"note: {error}")
-            self._start_without_graphs()
+            self.spec = dataclasses.replace(self.spec, graphs=False)
+            self.processes.start()
 
     def begin_run(self):
         super().begin_run()
@@ -350,10 +340,11 @@ class Workers(Engine):
             return self._load_networks(self.processes.number)[0].result()
         facts = self.processes.on_each(describe, *work)[0]
         arguments = (self.spec, "batch_for_memory", self._each)
-        fitting = self.processes.on_each(with_network, *arguments)
-        self.batch_size = self._batch_size or min(fitting)
+        fitting = min(self.processes.on_each(with_network, *arguments))
+        self.batch_size = self._batch_size or fitting
         check_batch(self.batch_size, 1, facts[0])
-        self.processes.on_each(try_batch, *work, self.batch_size)
+        if self._batch_size or fitting < FULL_BATCH:  # memory may be short
+            self.processes.on_each(try_batch, *work, self.batch_size)
         return facts
 
     def _load_networks(self, number):

@@ -496,7 +496,7 @@ def test_without_a_driver_it_is_the_cpu(gpu, told, on_cpu, tmp_path):
 @emulated
 def test_a_gpu_that_takes_one_process_only_gets_one(on_cpu, tmp_path, logged):
     folder, environment = logged
-    environment |= {"CUDA_ON_CPU_EXCLUSIVE": str(tmp_path)}
+    environment |= IN_MEMORY | {"CUDA_ON_CPU_EXCLUSIVE": str(tmp_path)}
     assert ", GPU 1: " in dream("--gpu=1", cwd=tmp_path, **environment)
     assert_near(tmp_path / "out.png", on_cpu)
     assert sum(log["to_host"] > 6 for log in logs(folder)) == 1  # the other has only tried
