@@ -5,6 +5,7 @@ that both share. In between, this process has it as it was when it last came bac
 dies, that goes to another one, which takes the same steps again."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import mmap
@@ -55,6 +56,11 @@ def fetch_picture(spec, layout, memory):
     return load_network(spec).picture.fetch(map_arrays(layout.arrays(), *memory))
 
 
+def fetch_flags(spec):
+    """Task: GpuPicture.flags."""
+    return load_network(spec).picture.flags()
+
+
 def fetch_cuts(spec, numbers):
     """Task: GpuPicture.cuts."""
     return load_network(spec).picture.cuts(numbers)
@@ -100,6 +106,7 @@ class Canvas:
         sizes, strength = (tuple(dream.size), workers.tile_size), dream.settings.strength
         self._layout = Layout(*sizes, turns, has, strength, workers.batch_size)
         self._parts = self._layout.parts()
+        self._is_stopping = lambda: False
         self._since = []  # the arguments of advance_picture since the picture was here
         self._keep()
 
@@ -111,8 +118,12 @@ class Canvas:
             if size_of(kinds) > 0.9 * free_memory():
                 self._dream.canvas = None
                 return False
-            os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
-            self._shared = map_arrays(kinds, *self._memory)
+            try:
+                os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
+                self._shared = map_arrays(kinds, *self._memory)
+            except OSError:  # a limit
+                self._dream.canvas = None
+                return False
         self._keep()
         self._is_lost = True
         try:
@@ -131,10 +142,10 @@ class Canvas:
         """Does the Dream's steps on the GPU, after `load`, until one is to be measured, yielding a
         Progress after each; then the picture is here again. Ends when is_stopping() becomes true,
         even in the middle of a step. Raises RunFailed."""
-        dream = self._dream
+        dream, self._is_stopping = self._dream, is_stopping
         dream.gauge = None
         while dream.step < dream.settings.num_steps and not wants_stats(dream.step + 1):
-            told = self._step(is_stopping)
+            told = self._step()
             if told is None:
                 break
             dream.is_silent, dream.is_still = not told["has_gradient"], not told["has_step"]
@@ -144,28 +155,37 @@ class Canvas:
             progress = dream.end_step()
             if time.monotonic() - self._fetched > self.AT_RISK:
                 self.fetch()
-            yield progress
+            try:
+                yield progress
+            except GeneratorExit:  # its picture may still be asked for
+                with contextlib.suppress(RunFailed):
+                    self.fetch()
+                raise
         self.fetch()
 
-    def _step(self, is_stopping):
-        """Does a step; returns what GpuPicture.advance does, or None if is_stopping() became true
-        before its end: the Dream then is amid this step."""
+    def _step(self):
+        """Does a step; returns what GpuPicture.advance does, or None if the run is stopping before
+        its end: the Dream then is amid this step. Raises NotFinite if it overflows there."""
         dream, count = self._dream, len(self._parts)
         rates = (dream.settings.decay_rate, dream.learning_rate)
         words = b"".join(map(bytes, step_numbers(dream.regularizers(), *rates, dream.mean)))
         for first in range(0, count, self.PARTS_AT_ONCE):
-            if is_stopping():
+            if self._is_stopping():
                 if first:
                     self._stop_before(self._parts[first].first)
                 return None
             what = (first, min(first + self.PARTS_AT_ONCE, count), words)
-            told = self._ask(advance_picture, *what, is_stopping=is_stopping)
+            told = self._ask(advance_picture, *what)
             self._since.append(what)
         return told
 
     def _stop_before(self, tile):
         """Makes the Dream one that is amid a step, before the tile with this number."""
         dream, numbers = self._dream, {}
+        told = self._ask(fetch_flags)
+        if told["is_not_finite"]:
+            self.fetch()
+            raise dream.overflow(dream.image, not told["gradient_is_not_finite"])
         for turn, first in zip(self._layout.turns, (0, len(self._layout.turns[0]))):
             stepped = turn[: max(0, tile - first)]
             for number, region in enumerate(turn[len(stepped) :], len(stepped)):
@@ -192,7 +212,7 @@ class Canvas:
         names, self._fetched = ("step", "tile", "before", *self._dream.NUMBERS), time.monotonic()
         self._kept = {name: getattr(self._dream, name) for name in names}
 
-    def _ask(self, task, *arguments, is_stopping=lambda: False):
+    def _ask(self, task, *arguments):
         """Returns what a task of the worker returns, which has the picture, if need be again. If
         that fails, the Dream is what it was when the picture was last here, without a canvas."""
         try:
@@ -200,7 +220,7 @@ class Canvas:
                 try:
                     if self._is_lost:
                         self._restore()
-                    return self._run(task, *arguments, is_stopping=is_stopping)
+                    return self._run(task, *arguments)
                 except WorkerDied:
                     self._is_lost = True
                     self._workers.restart()
@@ -219,11 +239,12 @@ class Canvas:
             self._run(advance_picture, *what)
         self._is_lost = False
 
-    def _run(self, task, *arguments, is_stopping=lambda: False):
+    def _run(self, task, *arguments):
         future, stopped = self._workers.submit(task, *arguments), None
         while concurrent.futures.wait([future], timeout=1).not_done:
-            stopped = stopped or is_stopping() and time.monotonic()
+            stopped = stopped or self._is_stopping() and time.monotonic()
             if stopped and time.monotonic() - stopped > self.PATIENCE:
+                self._workers.processes.kill()  # nobody else would wait less
                 raise RunFailed("the GPU does not answer")
         return future.result()
 

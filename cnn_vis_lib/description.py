@@ -257,8 +257,13 @@ def cut(net, targets, blob_counts):
 
 # Layers of this program's build of Caffe that are faster on a GPU than Caffe's own and give the
 # same results except for rounding; and with less precise products.
-GPU_LAYERS = {"Convolution": "CudnnConvolution", "LRN": "CudaLRN"}
+GPU_LAYERS = {"Convolution": "CudnnConvolution", "LRN": "CudaLRN", "Concat": "CudaConcat"}
 TF32_LAYERS = GPU_LAYERS | {"Convolution": "CudnnTF32Convolution"}
+# Layers that do what one of these and a ReLU after it do.
+RELU_LAYERS = {
+    "CudnnConvolution": "CudnnConvolutionReLU",
+    "CudnnTF32Convolution": "CudnnTF32ConvolutionReLU",
+}
 
 
 def use_fast_layers(net, fast):
@@ -268,6 +273,23 @@ def use_fast_layers(net, fast):
     for layer in net.layer:
         if fast.get(layer.type) in known:
             layer.type = fast[layer.type]
+
+
+def join_relus(net, targets):
+    """Makes one layer, as in RELU_LAYERS, of each layer in the NetParameter `net` and the ReLU that
+    works in place on its output, unless that is one of the `targets`, blobs whose own gradient
+    enters between the two."""
+    known, first_users = set(import_caffe().layer_type_list()), {}
+    for layer in net.layer:
+        for blob in layer.bottom:
+            first_users.setdefault(blob, layer)
+    for layer in list(net.layer):
+        joined, user = RELU_LAYERS.get(layer.type), first_users.get(layer.top[0])
+        is_relu = user and user.type == "ReLU" and not user.relu_param.negative_slope
+        is_in_place = is_relu and list(user.bottom) == list(user.top) == list(layer.top)
+        if joined in known and is_in_place and layer.top[0] not in targets:
+            layer.type = joined
+            net.layer.remove(user)
 
 
 def end_in_objective(net, blob, kind, parameters):

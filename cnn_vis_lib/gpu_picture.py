@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from .ahead import overlap
+from .cuda_graphs import Graphs
 from .prototxt import caffe_library
 
 
@@ -226,7 +227,8 @@ class GpuPicture:
             if number == len(self.parts) - 1:
                 do.cnn_vis_end_step(fields, self._told)
 
-        self.network.pass_on_gpu((self._key, number), part.count, before, after)
+        key = (self._key, number) if len(self.parts) <= Graphs.MOST else None
+        self.network.pass_on_gpu(key, part.count, before, after)
 
     def fetch(self, arrays):
         """Copies the image and the caches to `arrays`, {name: array}. Returns the gradient_size and
@@ -238,6 +240,12 @@ class GpuPicture:
         if "sizes" in self._arrays:
             self._arrays["sizes"].read(sizes)
         return tuple(map(float, sizes))
+
+    def flags(self):
+        """{name in FLAGS: whether that has been met in the step under way}"""
+        flags = np.empty(len(self.FLAGS), np.int32)
+        self._arrays["flags"].read(flags)
+        return dict(zip(self.FLAGS, map(bool, flags)))
 
     def cuts(self, numbers):
         """The pixels of tiles, by their numbers in the turn, as they were before it, float32 (N, 3,

@@ -23,6 +23,7 @@ from .description import (
     end_in_objective,
     fit_classifier,
     followers,
+    join_relus,
     use_fast_layers,
 )
 from .errors import BadRequest, refusal, some
@@ -224,6 +225,7 @@ class Network:
         read = cut(net, blobs, {name: len(shapes) for name, shapes in weights.items()})
         if spec.use_gpu:
             use_fast_layers(net, TF32_LAYERS if spec.tf32 else GPU_LAYERS)
+            join_relus(net, blobs)
         last = set() if spec.use_gpu else use_channels_last(net, blobs)
         # Caffe's layer for a single channel assumes that channels come first.
         is_one = spec.objective and (blobs[0] not in last or spec.objective[0] != "AmplifyNeuron")
@@ -280,7 +282,7 @@ class Network:
         """Gives the GPU a pass of `count` tiles, without waiting: before(address of the tiles),
         which writes them there, then the pass, then after(address of their gradient). Both are for
         the net's own objective, with the input's scale. What is done with a key is always the
-        same."""
+        same; without one, it does not become a graph."""
         (start,) = {end.start for end in self._ends.values()}
         data = diff = None
         if not (self._graphs and self._graphs.has(key)):
@@ -293,7 +295,7 @@ class Network:
             self._backward(start, -1, [])
             after(diff)
 
-        if self._graphs:
+        if self._graphs and key is not None:
             self._graphs.do(key, work, trial=("pass_on_gpu", count))
         else:
             work()

@@ -75,6 +75,21 @@ PATCHES = {
             "  }\n",
         ),
     ),
+    # On a GPU: the kernels write every value, so none need be 0 before; one sum instead of three.
+    "src/caffe/layers/pooling_layer.cu": (
+        ("  caffe_gpu_set(count, Dtype(0.), bottom_diff);\n", ""),
+    ),
+    "src/caffe/layers/split_layer.cu": (
+        (
+            '#include "caffe/layers/split_layer.hpp"\n',
+            '#include "caffe/layers/split_layer.hpp"\n#include "cnn_vis_fused.hpp"\n',
+        ),
+        (
+            "  caffe_gpu_add(count_, top[0]->gpu_diff(), top[1]->gpu_diff(),\n",
+            "  if (SumDiffs(top, bottom[0])) return;\n"
+            "  caffe_gpu_add(count_, top[0]->gpu_diff(), top[1]->gpu_diff(),\n",
+        ),
+    ),
     # What is copied between the host and a GPU is what a blob holds, not what it has room for. (A
     # net that has once had 32 tiles would copy 19 MB each way for one.)
     "include/caffe/syncedmem.hpp": (

@@ -202,7 +202,7 @@ def test_ctrl_c_amid_a_step_loses_nothing(rule, gpu_environment, tmp_path):  # n
 @emulated
 def test_a_gpu_that_is_lost_loses_little(in_memory, tmp_path):
     """The run ends with the state as it was when it was last fetched."""
-    lost = {"CUDA_ON_CPU_FAIL": "700@6000"}
+    lost = {"CUDA_ON_CPU_FAIL": "700@3000"}
     done = run_cli(*PLAIN, "--quiet", cwd=tmp_path, **GPU | lost)
     assert_one_line(done, 1, "illegal memory access", f"--resume {CHECKPOINT}")
     assert run_cli("--resume", CHECKPOINT, cwd=tmp_path, **GPU).returncode == 0

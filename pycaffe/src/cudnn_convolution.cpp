@@ -3,6 +3,8 @@
 // touched before the first pass on a GPU, so that a build with it runs where there is none; Caffe's own cuDNN layers end the
 // process there as soon as a net is loaded, and ask for algorithms at every pass by functions that cuDNN 8 dropped.
 //
+// CudnnConvolutionReLU and CudnnTF32ConvolutionReLU do what one of these and a ReLU that works in place on its output do.
+//
 // Only algorithms that give the same sums every time are used; all layers share one workspace. Where cuDNN has none, the
 // gradients of weights, and convolutions in other than two dimensions are Caffe's own.
 
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "caffe/layers/conv_layer.hpp"
+#include "cnn_vis_fused.hpp"
 
 namespace caffe {
 
@@ -47,6 +50,15 @@ void* Workspace(size_t size) {
   return memory;
 }
 
+cudnnActivationDescriptor_t ReLU() {
+  static cudnnActivationDescriptor_t relu = NULL;
+  if (!relu) {
+    CUDNN_OK(cudnnCreateActivationDescriptor(&relu));
+    CUDNN_OK(cudnnSetActivationDescriptor(relu, CUDNN_ACTIVATION_RELU, CUDNN_PROPAGATE_NAN, 0));
+  }
+  return relu;
+}
+
 // A convolution of some shape in one direction: the algorithm, and a descriptor with the kind of products that it goes with.
 template <typename Perf>
 struct Way {
@@ -74,6 +86,7 @@ struct Plan {
   Way<cudnnConvolutionFwdAlgoPerf_t> forward;
   Way<cudnnConvolutionBwdDataAlgoPerf_t> backward;
   bool is_possible;
+  mutable bool is_fused = true;  // whether cuDNN adds bias and ReLU to it; found out by trying
 };
 
 }  // namespace
@@ -86,26 +99,57 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
 
  protected:
   virtual bool TF32() const { return false; }
+  virtual bool HasReLU() const { return false; }
+
+  virtual void Forward_cpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+    CHECK(!HasReLU()) << type() << " runs on a GPU only";
+    ConvolutionLayer<Dtype>::Forward_cpu(bottom, top);
+  }
 
   virtual void Forward_gpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-    const Dtype one = 1, zero = 0;
     for (size_t i = 0; i < bottom.size(); ++i) {
+      const vector<Blob<Dtype>*> from(1, bottom[i]), to(1, top[i]);
       const Plan* plan = this->num_spatial_axes_ == 2 ? PlanFor(*bottom[i], *top[i]) : NULL;
-      if (!plan) return ConvolutionLayer<Dtype>::Forward_gpu(bottom, top);
-      const auto& perf = plan->forward.perf;
-      CUDNN_OK(cudnnConvolutionForward(Handle(), &one, plan->in, bottom[i]->gpu_data(), plan->filter,
-                                       this->blobs_[0]->gpu_data(), plan->forward.convolution, perf.algo,
-                                       Workspace(perf.memory), perf.memory, &zero, plan->out, top[i]->mutable_gpu_data()));
-      if (this->bias_term_) {
-        CUDNN_OK(cudnnAddTensor(Handle(), &one, plan->bias, this->blobs_[1]->gpu_data(), &one, plan->out,
-                                top[i]->mutable_gpu_data()));
+      if (plan && HasReLU() && this->bias_term_ && Fused(*plan, *bottom[i], top[i])) continue;
+      if (plan) {
+        Forward(*plan, *bottom[i], top[i]);
+      } else {
+        ConvolutionLayer<Dtype>::Forward_gpu(from, to);
       }
+      if (HasReLU()) ReLUForward(top[i]);
     }
+  }
+
+  void Forward(const Plan& plan, const Blob<Dtype>& bottom, Blob<Dtype>* top) {
+    const Dtype one = 1, zero = 0;
+    const auto& perf = plan.forward.perf;
+    CUDNN_OK(cudnnConvolutionForward(Handle(), &one, plan.in, bottom.gpu_data(), plan.filter, this->blobs_[0]->gpu_data(),
+                                     plan.forward.convolution, perf.algo, Workspace(perf.memory), perf.memory, &zero,
+                                     plan.out, top->mutable_gpu_data()));
+    if (this->bias_term_) {
+      CUDNN_OK(cudnnAddTensor(Handle(), &one, plan.bias, this->blobs_[1]->gpu_data(), &one, plan.out, top->mutable_gpu_data()));
+    }
+  }
+
+  // All with bias and ReLU in one call; false if cuDNN cannot do that.
+  bool Fused(const Plan& plan, const Blob<Dtype>& bottom, Blob<Dtype>* top) {
+    const Dtype one = 1, zero = 0;
+    const auto& perf = plan.forward.perf;
+    plan.is_fused = plan.is_fused &&
+        cudnnConvolutionBiasActivationForward(Handle(), &one, plan.in, bottom.gpu_data(), plan.filter,
+                                              this->blobs_[0]->gpu_data(), plan.forward.convolution, perf.algo,
+                                              Workspace(perf.memory), perf.memory, &zero, plan.out, top->gpu_data(), plan.bias,
+                                              this->blobs_[1]->gpu_data(), ReLU(), plan.out,
+                                              top->mutable_gpu_data()) == CUDNN_STATUS_SUCCESS;
+    return plan.is_fused;
   }
 
   virtual void Backward_gpu(const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
                             const vector<Blob<Dtype>*>& bottom) {
     const Dtype one = 1, zero = 0;
+    for (Blob<Dtype>* blob : top) {
+      if (HasReLU()) ReLUBackward(blob);
+    }
     for (size_t i = 0; i < top.size(); ++i) {
       const bool is_own = this->num_spatial_axes_ == 2 && !this->param_propagate_down_[0];
       const Plan* plan = is_own ? PlanFor(*bottom[i], *top[i]) : NULL;
@@ -189,9 +233,29 @@ class CudnnTF32ConvolutionLayer : public CudnnConvolutionLayer<Dtype> {
   virtual bool TF32() const { return true; }
 };
 
+// A convolution with a ReLU.
+template <typename Dtype, template <typename> class Convolution>
+class WithReLU : public Convolution<Dtype> {
+ public:
+  explicit WithReLU(const LayerParameter& param) : Convolution<Dtype>(param), type_(param.type()) {}
+  virtual inline const char* type() const { return type_.c_str(); }
+
+ protected:
+  virtual bool HasReLU() const { return true; }
+
+ private:
+  const string type_;
+};
+template <typename Dtype>
+using CudnnConvolutionReLULayer = WithReLU<Dtype, CudnnConvolutionLayer>;
+template <typename Dtype>
+using CudnnTF32ConvolutionReLULayer = WithReLU<Dtype, CudnnTF32ConvolutionLayer>;
+
 INSTANTIATE_CLASS(CudnnConvolutionLayer);
 REGISTER_LAYER_CLASS(CudnnConvolution);
 INSTANTIATE_CLASS(CudnnTF32ConvolutionLayer);
 REGISTER_LAYER_CLASS(CudnnTF32Convolution);
+REGISTER_LAYER_CLASS(CudnnConvolutionReLU);
+REGISTER_LAYER_CLASS(CudnnTF32ConvolutionReLU);
 
 }  // namespace caffe

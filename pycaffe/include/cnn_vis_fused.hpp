@@ -1,0 +1,19 @@
+// Parts of passes on a GPU, in one kernel each (cuda_fused.cu).
+#pragma once
+#include <vector>
+
+#include "caffe/blob.hpp"
+
+namespace caffe {
+
+// The sum of several blobs' gradients, as that of another; false if there are too many.
+template <typename Dtype>
+bool SumDiffs(const std::vector<Blob<Dtype>*>& from, Blob<Dtype>* to);
+
+// What a ReLU that works in place on a blob does to it, and to its gradient.
+template <typename Dtype>
+void ReLUForward(Blob<Dtype>* blob);
+template <typename Dtype>
+void ReLUBackward(Blob<Dtype>* blob);
+
+}  // namespace caffe
