@@ -16,7 +16,7 @@ import numpy as np
 
 from .ahead import overlap
 from .compiled_step import step_numbers
-from .errors import RunFailed
+from .errors import RunFailed, one_line
 from .gpu_picture import GpuPicture, Layout, can_hold_pictures, size_of
 from .machine import free_memory
 from .network import load_network
@@ -41,29 +41,14 @@ def load_picture(spec, layout, memory, gradient_size):
     return True
 
 
-def is_there(spec):
-    """Task: whether a picture is on the GPU."""
-    return load_network(spec).picture is not None
-
-
-def advance_picture(spec, *arguments):
-    """Task: GpuPicture.advance."""
-    return load_network(spec).picture.advance(*arguments)
+def with_picture(spec, method, *arguments):
+    """Task: calls a method of the worker's GpuPicture."""
+    return getattr(load_network(spec).picture, method)(*arguments)
 
 
 def fetch_picture(spec, layout, memory):
     """Task: copies the picture to the shared memory; returns what GpuPicture.fetch does."""
     return load_network(spec).picture.fetch(map_arrays(layout.arrays(), *memory))
-
-
-def fetch_flags(spec):
-    """Task: GpuPicture.flags."""
-    return load_network(spec).picture.flags()
-
-
-def fetch_cuts(spec, numbers):
-    """Task: GpuPicture.cuts."""
-    return load_network(spec).picture.cuts(numbers)
 
 
 def map_arrays(kinds, descriptor, offset):
@@ -72,16 +57,17 @@ def map_arrays(kinds, descriptor, offset):
     arrays, at = {}, 0
     for name, (dtype, shape) in kinds.items():
         arrays[name] = np.frombuffer(memory, dtype, math.prod(shape), at).reshape(shape)
-        at += -(-arrays[name].nbytes // 8) * 8
+        at += size_of({name: (dtype, shape)})
     return arrays
 
 
 # ---- In the main process ------------------------------------------------------------------------
 
 
-def is_on():
-    """Whether pictures may be on a GPU: $CNN_VIS_CANVAS is not 0."""
-    return os.environ.get("CNN_VIS_CANVAS") != "0"
+def is_possible(spec, scratch):
+    """Whether a GPU may hold pictures whose largest arrays are in the folder `scratch`, or in
+    memory if None: the net computes the objective, and $CNN_VIS_CANVAS is not 0."""
+    return bool(spec.objective) and not scratch and os.environ.get("CNN_VIS_CANVAS") != "0"
 
 
 class DoesNotFit(RunFailed):
@@ -107,30 +93,34 @@ class Canvas:
         self._layout = Layout(*sizes, turns, has, strength, workers.batch_size)
         self._parts = self._layout.parts()
         self._is_stopping = lambda: False
-        self._since = []  # the arguments of advance_picture since the picture was here
+        self._since = []  # the arguments of GpuPicture.advance since the picture was here
         self._keep()
 
     def load(self):
         """Puts the picture, after a whole step, on the GPU. Returns whether it can be there; if
         not, the Dream has no canvas any more. Raises RunFailed."""
-        kinds = self._layout.arrays()
-        if self._shared is None:
-            if size_of(kinds) > 0.9 * free_memory():
-                self._dream.canvas = None
-                return False
-            try:
-                os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
-                self._shared = map_arrays(kinds, *self._memory)
-            except OSError:  # a limit
-                self._dream.canvas = None
-                return False
         self._keep()
         self._is_lost = True
         try:
-            self._ask(is_there)
+            self._share()
+            self._in_worker(lambda: None)
         except DoesNotFit:
+            self._dream.canvas = None
             return False
         return True
+
+    def _share(self):
+        """Makes room for the arrays in the shared memory, once. Raises DoesNotFit."""
+        kinds = self._layout.arrays()
+        if self._shared is not None:
+            return
+        if size_of(kinds) > 0.9 * free_memory():
+            raise DoesNotFit("there is not enough memory to share")
+        try:
+            os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
+            self._shared = map_arrays(kinds, *self._memory)
+        except OSError as error:  # a limit
+            raise DoesNotFit(one_line(error)) from None
 
     def not_for_it(self, numbers, wants_stats):
         """Those of the next steps, by their `numbers`, that the Dream has to take itself before the
@@ -175,14 +165,14 @@ class Canvas:
                     self._stop_before(self._parts[first].first)
                 return None
             what = (first, min(first + self.PARTS_AT_ONCE, count), words)
-            told = self._ask(advance_picture, *what)
+            told = self._ask(with_picture, "advance", *what)
             self._since.append(what)
         return told
 
     def _stop_before(self, tile):
         """Makes the Dream one that is amid a step, before the tile with this number."""
         dream, numbers = self._dream, {}
-        told = self._ask(fetch_flags)
+        told = self._ask(with_picture, "flags")
         if told["is_not_finite"]:
             self.fetch()
             raise dream.overflow(dream.image, not told["gradient_is_not_finite"])
@@ -191,7 +181,7 @@ class Canvas:
             for number, region in enumerate(turn[len(stepped) :], len(stepped)):
                 if any(overlap(region, other) for other in stepped):
                     numbers[region] = number
-        pixels = self._ask(fetch_cuts, list(numbers.values()))
+        pixels = self._ask(with_picture, "cuts", list(numbers.values()))
         dream.tile, dream.before = tile, dict(zip(numbers, pixels))
 
     def fetch(self):
@@ -213,14 +203,18 @@ class Canvas:
         self._kept = {name: getattr(self._dream, name) for name in names}
 
     def _ask(self, task, *arguments):
-        """Returns what a task of the worker returns, which has the picture, if need be again. If
-        that fails, the Dream is what it was when the picture was last here, without a canvas."""
+        """Returns what a task of the worker that has the picture returns."""
+        return self._in_worker(lambda: self._run(task, *arguments))
+
+    def _in_worker(self, do):
+        """Returns do(), called when the worker has the picture, and again if that dies. If this
+        fails, the Dream is what it was when the picture was last here, without a canvas."""
         try:
             while True:
                 try:
                     if self._is_lost:
                         self._restore()
-                    return self._run(task, *arguments)
+                    return do()
                 except WorkerDied:
                     self._is_lost = True
                     self._workers.restart()
@@ -236,7 +230,7 @@ class Canvas:
         if not self._run(load_picture, *state):
             raise DoesNotFit("the picture no longer fits in the GPU's memory")
         for what in self._since:
-            self._run(advance_picture, *what)
+            self._run(with_picture, "advance", *what)
         self._is_lost = False
 
     def _run(self, task, *arguments):

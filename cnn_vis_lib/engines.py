@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 
-from .canvas import is_on
+from .canvas import is_possible
 from .cluster import Cluster
 from .errors import Stopped, refusal
 from .machine import count_cores, count_gpus
@@ -70,8 +70,8 @@ def open_engine(options, spec, objective, is_shared=False):
     spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     number, batch_size = options.workers or count_cores(), options.batch_size
     is_optional = options.gpu is None
-    is_held = len(gpus) == 1 and spec.objective and not (options.scratch or is_shared) and is_on()
-    each = 1 if is_held else 2  # see Workers
+    holds_picture = len(gpus) == 1 and not is_shared and is_possible(spec, options.scratch)
+    each = 1 if holds_picture else Workers.EACH
     return Workers(spec, objective, number, gpus, batch_size, device, is_optional, each)
 
 

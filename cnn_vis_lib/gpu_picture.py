@@ -6,7 +6,6 @@ at most a batch; each is a CUDA graph where the Network makes graphs."""
 
 import ctypes
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -40,7 +39,7 @@ class Layout:
             "divisors": ("float64", self.size),
             "start": ("uint8", (3, *self.size)),
         }
-        return {name: kind for name, kind in every.items() if name == "image" or name in self.has}
+        return {name: kind for name, kind in every.items() if name in self.has}
 
     def parts(self):
         """The Parts of a step."""
@@ -116,14 +115,14 @@ class GpuArray:
     def __init__(self, dtype, shape):
         self.dtype, self.shape = np.dtype(dtype), shape
         self.nbytes = math.prod(shape) * self.dtype.itemsize
-        library().cnn_vis_allocate.restype = ctypes.c_void_p
-        self.address = library().cnn_vis_allocate(ctypes.c_size_t(max(1, self.nbytes)))
+        caffe_library().cnn_vis_allocate.restype = ctypes.c_void_p
+        self.address = caffe_library().cnn_vis_allocate(ctypes.c_size_t(max(1, self.nbytes)))
         if not self.address:
             raise MemoryError
 
     def __del__(self):
         if getattr(self, "address", None):
-            library().cnn_vis_free(ctypes.c_void_p(self.address))
+            caffe_library().cnn_vis_free(ctypes.c_void_p(self.address))
 
     def write(self, array):
         """Copies an array of its shape to it."""
@@ -135,18 +134,12 @@ class GpuArray:
         self._copy(out.ctypes.data, self.address + at, out.nbytes)
 
     def _copy(self, to, source, size):
-        library().cnn_vis_copy(*map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size))
-
-
-@functools.cache
-def library():
-    """Caffe's shared library."""
-    return caffe_library()
+        caffe_library().cnn_vis_copy(*map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size))
 
 
 def can_hold_pictures(network):
     """Whether this Caffe can do all of a step on the GPU with the Network."""
-    return network.has_objective and hasattr(library(), "cnn_vis_end_step")
+    return network.has_objective and hasattr(caffe_library(), "cnn_vis_end_step")
 
 
 class GpuPicture:
@@ -178,12 +171,12 @@ class GpuPicture:
         scales = (layout.strength, network.spec.files.scale)
         self._fields = Fields(*addresses, *layout.size, h, w, len(corners), *scales)
         self._numbers, self._key = None, next(self._serial)
-        library().cnn_vis_allocate_pinned.restype = ctypes.c_void_p
-        self._told = ctypes.c_void_p(library().cnn_vis_allocate_pinned(ctypes.c_size_t(64)))
+        caffe_library().cnn_vis_allocate_pinned.restype = ctypes.c_void_p
+        self._told = ctypes.c_void_p(caffe_library().cnn_vis_allocate_pinned(ctypes.c_size_t(64)))
 
     def __del__(self):
         if getattr(self, "_told", None):
-            library().cnn_vis_free_pinned(self._told)
+            caffe_library().cnn_vis_free_pinned(self._told)
 
     def load(self, arrays, gradient_size):
         """Takes the state of a Dream after a whole step: {name: array} as in Layout.arrays, and its
@@ -203,14 +196,17 @@ class GpuPicture:
             self._numbers = numbers
         for number in range(first, until):
             self._do_part(number)
-        library().cnn_vis_wait()
+        caffe_library().cnn_vis_wait()
         if until < len(self.parts):
             return None
         told = ctypes.cast(self._told, ctypes.POINTER(ctypes.c_int32))
-        return dict(zip(self.FLAGS, map(bool, told[: len(self.FLAGS)])))
+        return self._named(told[: len(self.FLAGS)])
+
+    def _named(self, flags):
+        return dict(zip(self.FLAGS, map(bool, flags)))
 
     def _do_part(self, number):
-        part, do, fields = self.parts[number], library(), ctypes.byref(self._fields)
+        part, do, fields = self.parts[number], caffe_library(), ctypes.byref(self._fields)
 
         def before(tiles):
             for at in range(0, part.whole, self.layout.batch_size):  # of the whole turn
@@ -245,7 +241,7 @@ class GpuPicture:
         """{name in FLAGS: whether that has been met in the step under way}"""
         flags = np.empty(len(self.FLAGS), np.int32)
         self._arrays["flags"].read(flags)
-        return dict(zip(self.FLAGS, map(bool, flags)))
+        return self._named(flags)
 
     def cuts(self, numbers):
         """The pixels of tiles, by their numbers in the turn, as they were before it, float32 (N, 3,

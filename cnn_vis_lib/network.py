@@ -268,14 +268,8 @@ class Network:
     def gradient(self, batch, reads):
         """The gradient of the net's own objective with respect to the tiles `batch`, both float32
         (N, 3, H, W), valid until the next call. With `reads`, the activations can be read."""
-        (start,) = {end.start for end in self._ends.values()}
         self._load(batch)
-
-        def work():
-            self._forward(reads)
-            self._backward(start, -1, [self._input])
-
-        self._do(("gradient", reads), work)
+        self._do(("gradient", reads), lambda: self._pass(reads, [self._input]))
         return self._input_gradient()
 
     def pass_on_gpu(self, key, count, before, after):
@@ -283,7 +277,6 @@ class Network:
         which writes them there, then the pass, then after(address of their gradient). Both are for
         the net's own objective, with the input's scale. What is done with a key is always the
         same; without one, it does not become a graph."""
-        (start,) = {end.start for end in self._ends.values()}
         data = diff = None
         if not (self._graphs and self._graphs.has(key)):
             self._reshape((count, 3, *self.tile_size))
@@ -291,8 +284,7 @@ class Network:
 
         def work():
             before(data)
-            self._forward(False)
-            self._backward(start, -1, [])
+            self._pass(False, [])
             after(diff)
 
         if self._graphs and key is not None:
@@ -317,6 +309,13 @@ class Network:
         else:
             self._graphs.do((tuple(self._input.shape), what), work)
             caffe_library().cnn_vis_wait()
+
+    def _pass(self, reads, diffs):
+        """Goes forward and back for the net's own objective, and brings the `diffs` of these blobs
+        here."""
+        (start,) = {end.start for end in self._ends.values()}
+        self._forward(reads)
+        self._backward(start, -1, diffs)
 
     def _forward(self, reads):
         self._net._forward(0, len(self._net.layers) - 1)

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from .canvas import Canvas, is_on
+from .canvas import Canvas, is_possible
 from .description import ANOTHER_LAYER
 from .errors import RunFailed, Stopped, log, one_line, refusal, remedy_of
 from .machine import free_memory
@@ -228,8 +228,18 @@ class Workers(Engine):
     in `describe`. There are `each` processes for a GPU: with two, one computes while the other
     transfers its tiles; with one, that can hold a picture."""
 
+    EACH = 2  # if none is to hold a picture
+
     def __init__(
-        self, spec, objective, cores=1, gpus=(), batch_size=None, device="CPU", or_cpu=False, each=2
+        self,
+        spec,
+        objective,
+        cores=1,
+        gpus=(),
+        batch_size=None,
+        device="CPU",
+        or_cpu=False,
+        each=EACH,
     ):
         self.spec, self.objective, self.notices = spec, objective, []
         self._batch_size, self._cores, self._or_cpu = batch_size, cores, or_cpu
@@ -378,8 +388,8 @@ class Workers(Engine):
         return self.processes.submit(task, self.spec, *arguments)
 
     def canvas(self, dream):
-        is_possible = self.gpus and self.processes.number == 1 and self.spec.objective
-        if not is_possible or dream.scratch or not is_on():
+        has_one = self.gpus and self.processes.number == 1
+        if not (has_one and is_possible(self.spec, dream.scratch)):
             return None
         return Canvas(self, dream, (self._memory_file.fileno(), self._beyond))
 

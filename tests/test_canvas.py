@@ -30,6 +30,7 @@ from test_gpu import (  # noqa: F401
     logged,
     logs,
     run_python,
+    take_counts,
 )
 
 import cnn_vis
@@ -138,9 +139,7 @@ def test_a_step_is_a_launch_for_each_part_and_one_wait(batch_size, parts, tmp_pa
     for steps in (4, 10):
         done = run_cli(*words, f"--num_steps={steps}", cwd=tmp_path, **environment)
         assert done.returncode == 0, done.stderr
-        counts.append([sum(log[name] for log in logs(folder)) for name in names])
-        for path in folder.iterdir():
-            path.unlink()
+        counts.append(take_counts(folder, *names))
     launches, waits, *others = np.subtract(*reversed(counts))
     assert (launches, waits) == (6 * parts, 6)
     assert others[:3] == [0, 0, 0]

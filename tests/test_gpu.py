@@ -108,6 +108,14 @@ def logs(folder):
     return found
 
 
+def take_counts(folder, *names):
+    """The counters with these names, summed over all processes, whose logs are then removed."""
+    found = logs(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    return [sum(log[name] for log in found) for name in names]
+
+
 def assert_near(path, other):
     assert np.abs(pixels(path).astype(int) - pixels(other)).max() <= LEVELS
     assert psnr(path, other) >= RATIO
@@ -574,12 +582,9 @@ def test_only_tiles_and_gradients_are_copied(objective, tmp_path, logged):
     for steps in (2, 5):
         words = [*objective, "--gpu=0", "--batch_size=1", f"--num_steps={steps}"]
         dream(*words, cwd=tmp_path, **environment)
-        found = [(log["to_device"], log["to_host"], log["on_device"]) for log in logs(folder)]
-        copies.append(np.sum(found, axis=0))
-        for path in folder.iterdir():
-            path.unlink()
+        copies.append(take_counts(folder, "to_device", "to_host", "on_device"))
     passes = 3 * len(cnn_vis.all_tiles((70, 100), (32, 32)))
-    assert tuple(copies[1] - copies[0]) == (passes, passes, 0)
+    assert tuple(np.subtract(*reversed(copies))) == (passes, passes, 0)
 
 
 @emulated
@@ -640,9 +645,7 @@ def test_a_pass_is_one_launch_and_one_wait(tmp_path, logged):
     for steps in (4, 10):
         dream("--gpu=0", "--batch_size=1", f"--num_steps={steps}", cwd=tmp_path, **environment)
         names = ("graph_launches", "waits", "to_device", "to_host", "allocations")
-        counts.append([sum(log[name] for log in logs(folder)) for name in names])
-        for path in folder.iterdir():
-            path.unlink()
+        counts.append(take_counts(folder, *names))
     passes = 6 * len(cnn_vis.all_tiles((70, 100), (32, 32)))
     launches, waits, *copies, allocations = np.subtract(*reversed(counts))
     assert launches == waits == passes

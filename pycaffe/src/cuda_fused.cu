@@ -73,7 +73,7 @@ class CudaConcatLayer : public ConcatLayer<Dtype> {
 
  protected:
   virtual void Forward_gpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-    if (bottom.size() == 1 || bottom.size() > kMostParts) return ConcatLayer<Dtype>::Forward_gpu(bottom, top);
+    if (IsCaffes(bottom)) return ConcatLayer<Dtype>::Forward_gpu(bottom, top);
     Parts<Dtype> parts;
     for (Blob<Dtype>* blob : bottom) {  // which the kernel only reads
       parts.Add(const_cast<Dtype*>(blob->gpu_data()), blob->shape(this->concat_axis_));
@@ -83,9 +83,7 @@ class CudaConcatLayer : public ConcatLayer<Dtype> {
 
   virtual void Backward_gpu(const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
                             const vector<Blob<Dtype>*>& bottom) {
-    if (bottom.size() == 1 || bottom.size() > kMostParts) {
-      return ConcatLayer<Dtype>::Backward_gpu(top, propagate_down, bottom);
-    }
+    if (IsCaffes(bottom)) return ConcatLayer<Dtype>::Backward_gpu(top, propagate_down, bottom);
     Parts<Dtype> parts;
     for (size_t i = 0; i < bottom.size(); ++i) {
       parts.Add(propagate_down[i] ? bottom[i]->mutable_gpu_diff() : NULL, bottom[i]->shape(this->concat_axis_));
@@ -94,6 +92,8 @@ class CudaConcatLayer : public ConcatLayer<Dtype> {
   }
 
  private:
+  static bool IsCaffes(const vector<Blob<Dtype>*>& bottom) { return bottom.size() == 1 || bottom.size() > kMostParts; }
+
   void Do(const Parts<Dtype>& parts, int n, Dtype* top, bool forward) {
     ConcatParts<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, parts, this->concat_input_size_, top, forward);
     CUDA_POST_KERNEL_CHECK;

@@ -108,13 +108,12 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
 
   virtual void Forward_gpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
     for (size_t i = 0; i < bottom.size(); ++i) {
-      const vector<Blob<Dtype>*> from(1, bottom[i]), to(1, top[i]);
       const Plan* plan = this->num_spatial_axes_ == 2 ? PlanFor(*bottom[i], *top[i]) : NULL;
       if (plan && HasReLU() && this->bias_term_ && Fused(*plan, *bottom[i], top[i])) continue;
       if (plan) {
         Forward(*plan, *bottom[i], top[i]);
       } else {
-        ConvolutionLayer<Dtype>::Forward_gpu(from, to);
+        ConvolutionLayer<Dtype>::Forward_gpu({bottom[i]}, {top[i]});
       }
       if (HasReLU()) ReLUForward(top[i]);
     }
