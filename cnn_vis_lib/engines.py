@@ -13,7 +13,7 @@ from .machine import count_cores, count_gpus
 from .options import PARSER
 from .processes import in_a_worker
 from .prototxt import caffe_library
-from .workers import Workers
+from .workers import EACH, Workers
 
 CUDA_SYMBOL = "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t"  # of a Caffe built with CUDA
 
@@ -71,7 +71,7 @@ def open_engine(options, spec, objective, is_shared=False):
     number, batch_size = options.workers or count_cores(), options.batch_size
     is_optional = options.gpu is None
     holds_picture = len(gpus) == 1 and not is_shared and is_possible(spec, options.scratch)
-    each = 1 if holds_picture else Workers.EACH
+    each = 1 if holds_picture else EACH
     return Workers(spec, objective, number, gpus, batch_size, device, is_optional, each)
 
 

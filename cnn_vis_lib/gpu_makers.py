@@ -29,7 +29,7 @@ from .network import FULL_BATCH
 from .processes import in_a_worker
 from .resume import under_way
 from .terms import strong
-from .workers import Engine, Workers
+from .workers import EACH, Engine
 
 
 @dataclasses.dataclass(eq=False)
@@ -299,7 +299,7 @@ def gpu_makers(jobs, sizes, batch, network, gpus):
     tiles = min(tiles_at_once(job, sizes) for job in jobs)
     full = 2 * (jobs[0].batch_size or FULL_BATCH) * gpus  # one batch is computed, one gathered
     number = number_of_makers(jobs, sizes, math.ceil(full / max(1, tiles)), each=0)
-    room = free_memory() - Workers.EACH * gpus * maker_size(network)
+    room = free_memory() - EACH * gpus * maker_size(network)
     if number < 2:
         return None
     crew = MakerThreads(jobs[0], Desk(batch).heed, network)

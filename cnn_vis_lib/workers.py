@@ -219,6 +219,9 @@ def compute_slot(spec, objective, memory, slot, count, measure):
     return losses
 
 
+EACH = 2  # processes for a GPU, unless it is to hold a picture
+
+
 class Workers(Engine):
     """The engine on this machine: processes on the GPUs in `gpus`, or on `cores` cores of the CPU.
     On the CPU, one process computes one tile; as many run as there are tiles to compute at once, at
@@ -227,8 +230,6 @@ class Workers(Engine):
     is replaced, and its tiles are computed again. With `or_cpu`, the CPU is used if the GPUs fail
     in `describe`. There are `each` processes for a GPU: with two, one computes while the other
     transfers its tiles; with one, that can hold a picture."""
-
-    EACH = 2  # if none is to hold a picture
 
     def __init__(
         self,
