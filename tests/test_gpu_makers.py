@@ -13,7 +13,6 @@ from conftest import (
     session,
     start,
     wait_for,
-    wait_for_line,
     workers,
 )
 from test_gpu import (  # noqa: F401
@@ -39,11 +38,16 @@ BATCH = [*EVERYWHERE, "--learning_rate=4", "--iter_behavior=none", "--gpu=0", "-
 DREAM = [*BATCH, "--layer=inception_a/output", "--image=in"]
 
 
-def under_way(*words, number=3, cwd):
-    """Starts a batch on the GPU, and waits until so many pictures have begun."""
-    running = start(*words, cwd=cwd)
-    wait_for_line(running, f"picture {number} of ")
+def under_way(*words, cwd):
+    """Starts a batch on the GPU; waits until three pictures have saved something."""
+    running = start(*words, "--checkpoint_iter=10", cwd=cwd)
+    wait_for(lambda: len(saved(cwd)) >= 3)
     return running
+
+
+def saved(folder):  # noqa: F811
+    """When each of the checkpoints in the folder was written."""
+    return [path.stat().st_mtime for path in (folder / "out").glob("*.checkpoint")]
 
 
 def test_pictures_made_together_are_those_made_alone(folder, logged):  # noqa: F811
@@ -66,33 +70,34 @@ def test_pictures_made_together_are_those_made_alone(folder, logged):  # noqa: F
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_all_that_are_under_way(signum, gpu_environment, folder):  # noqa: F811
     """The same command goes on with each."""
-    words = [*DREAM, "--num_steps=40", "--checkpoint_iter=10000"]
+    words = [*DREAM, "--num_steps=40"]
     assert run_cli(*words, "--output=whole/", cwd=folder, **GPU).returncode == 0
-    running = under_way(*words, cwd=folder)
+    running, before = under_way(*words, cwd=folder), time.time()
     os.killpg(running.pid, signum)
     said = running.communicate(timeout=60)[1].splitlines()
     assert running.returncode == 128 + signum, said
     assert "of 7 pictures are done; run the same command again" in said[-1]
     wait_for(lambda: not session(running.pid))
-    saved = [name for name in os.listdir(folder / "out") if name.endswith(".checkpoint")]
-    assert len(saved) >= 2
+    times = saved(folder)
+    assert len(times) >= 3
+    assert max(times) > before
     done = run_cli(*words, cwd=folder, **GPU)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("goes on after") == len(saved)
+    assert done.stderr.count("goes on after") == len(times)
     assert sorted(os.listdir(folder / "out")) == sorted(os.listdir(folder / "whole"))
     for name in os.listdir(folder / "whole"):
         assert_near(folder / "out" / name, folder / "whole" / name)
 
 
 def test_a_signal_does_not_wait_for_a_gpu_that_hangs(gpu_environment, folder):  # noqa: F811
-    running = under_way(*DREAM, "--num_steps=100000", number=7, cwd=folder)
+    running, before = under_way(*DREAM, "--num_steps=100000", cwd=folder), time.time()
     for pid in workers(running.pid):
         os.kill(pid, signal.SIGSTOP)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=20)[1]
     assert running.returncode == 130, said
     assert "of 7 pictures are done; run the same command again" in said
-    assert len([*(folder / "out").glob("*.checkpoint")]) >= 3
+    assert max(saved(folder)) > before
     wait_for(lambda: not session(running.pid))
 
 
@@ -108,7 +113,7 @@ def test_a_worker_that_is_killed_is_replaced(gpu_environment, folder):  # noqa: 
 
 
 def test_workers_that_are_always_killed_lose_no_work(gpu_environment, folder):  # noqa: F811
-    running = under_way(*DREAM, "--num_steps=100000", number=7, cwd=folder)
+    running, before = under_way(*DREAM, "--num_steps=100000", cwd=folder), time.time()
     while running.poll() is None:
         kill_workers(running.pid)
         time.sleep(0.2)
@@ -116,7 +121,7 @@ def test_workers_that_are_always_killed_lose_no_work(gpu_environment, folder):  
     assert running.returncode == 1
     assert "7 of 7 pictures could not be made" in said
     assert "Traceback" not in said
-    assert len([*(folder / "out").glob("*.checkpoint")]) >= 3
+    assert max(saved(folder)) > before
     wait_for(lambda: not session(running.pid))
 
 
