@@ -94,6 +94,7 @@ class Canvas:
         self._parts = self._layout.parts()
         self._is_stopping = lambda: False
         self._since = []  # the arguments of GpuPicture.advance since the picture was here
+        os.truncate(*self._memory)  # what a canvas of another size has used
         self._keep()
 
     def load(self):
@@ -105,16 +106,20 @@ class Canvas:
             self._share()
             self._in_worker(lambda: None)
         except DoesNotFit:
-            self._dream.canvas = None
+            self._give_up()
             return False
         return True
+
+    def _give_up(self):
+        self._dream.canvas = self._shared = None
+        os.truncate(*self._memory)
 
     def _share(self):
         """Makes room for the arrays in the shared memory, once. Raises DoesNotFit."""
         kinds = self._layout.arrays()
         if self._shared is not None:
             return
-        if size_of(kinds) > 0.9 * free_memory():
+        if size_of(kinds) > free_memory() / 2:  # saving and enlarging need some, too
             raise DoesNotFit("there is not enough memory to share")
         try:
             os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
@@ -131,8 +136,16 @@ class Canvas:
     def steps(self, wants_stats, is_stopping):
         """Does the Dream's steps on the GPU, after `load`, until one is to be measured, yielding a
         Progress after each; then the picture is here again. Ends when is_stopping() becomes true,
-        even in the middle of a step. Raises RunFailed."""
-        dream, self._is_stopping = self._dream, is_stopping
+        even in the middle of a step. If the GPU has lost the picture and has no room for it any
+        more, the Dream goes on without a canvas, from where it was here. Raises RunFailed."""
+        self._is_stopping = is_stopping
+        try:
+            yield from self._steps(wants_stats)
+        except DoesNotFit:
+            self._give_up()
+
+    def _steps(self, wants_stats):
+        dream = self._dream
         dream.gauge = None
         while dream.step < dream.settings.num_steps and not wants_stats(dream.step + 1):
             told = self._step()

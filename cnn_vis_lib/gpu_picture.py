@@ -181,6 +181,9 @@ class GpuPicture:
     def load(self, arrays, gradient_size):
         """Takes the state of a Dream after a whole step: {name: array} as in Layout.arrays, and its
         gradient_size."""
+        # CUDA loads a kernel when it is first used, which must not be while a graph is made; the
+        # others are used in every part.
+        caffe_library().cnn_vis_end_step(ctypes.byref(self._fields), self._told)
         for name, array in arrays.items():
             self._arrays[name].write(array)
         self._arrays["flags"].write([0] * len(self.FLAGS))

@@ -287,7 +287,8 @@ def conclude(run, end, error, signals):
     if end == "stopped":
         told = "stopped" if is_written else "stopped before the first step"
         raise Stopped(signals.signum, f"{told}{where}{hint}")
-    raise RunFailed(f"{error}{where}{hint}") from None
+    told = f"{error}{where}{hint}"
+    raise (Stopped(signals.signum, told) if signals.signum else RunFailed(told)) from None
 
 
 def finish(run):
