@@ -61,14 +61,16 @@ def words_of(arguments):
     return words
 
 
-def run_process(*arguments, cwd, timeout=110, **environment):
+def run_process(*arguments, cwd, timeout=110, limit=None, **environment):
     """Runs the script in a separate process, in this environment with changes (None removes a
-    variable); returns the finished process with its stdout and stderr as text."""
+    variable) and with a `limit`, as for ulimit; returns the finished process with its stdout and
+    stderr as text."""
     environment = {
         name: value for name, value in (os.environ | environment).items() if value is not None
     }
+    limited = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash"] if limit else []
     return subprocess.run(
-        [sys.executable, str(ROOT / "cnn_vis.py"), *words_of(arguments)],
+        [*limited, sys.executable, str(ROOT / "cnn_vis.py"), *words_of(arguments)],
         cwd=cwd,
         timeout=timeout,
         capture_output=True,

@@ -1,6 +1,7 @@
 """Pictures that stay on a GPU while their steps are taken: the same bits, and nothing is lost."""
 
 import itertools
+import os
 import signal
 import time
 
@@ -17,6 +18,7 @@ from conftest import (
     session,
     under_way,
     wait_for,
+    workers,
 )
 from PIL import Image
 from test_gpu import (  # noqa: F401
@@ -43,6 +45,8 @@ DREAM = [*EVERYWHERE, "--gpu=0", "--layer=inception_a/output", "--iter_behavior=
 # Nothing is measured.
 PLAIN = [*(w for w in RUN if not w.startswith(("--stats", "--iter", "--gpu"))), "--gpu=0"]
 PLAIN += ["--iter_behavior=none"]
+FILES = ("--deploy_txt=", "--caffe_model=", "--mean_image=")
+NETWORK = [word.partition("=")[2] for word in EVERYWHERE if word.startswith(FILES)]
 
 
 def assert_same(path, other):
@@ -114,15 +118,18 @@ for on in "01":
     words |= dict(layer="inception_a/output", initial_size="70x100")
     run = cnn_vis.dream(gpu=0, seed=1, num_steps=5, **words)
     found.append([progress.picture() for progress in run])
+    run = cnn_vis.dream(gpu=0, seed=1, num_steps=5, **words)
+    third = [next(run) for _ in range(3)][-1]
+    run.close()
+    assert abs(third.picture().astype(int) - found[-1][2]).max() <= (8 if IS_REAL else 0)
 assert len(found[0]) == 5
 assert all(abs(a.astype(int) - b).max() <= (8 if IS_REAL else 0) for a, b in zip(*found))
 """
 
 
 def test_the_library_gives_each_steps_picture(tmp_path):
-    names = ("--deploy_txt=", "--caffe_model=", "--mean_image=")
-    files = [word.partition("=")[2] for word in EVERYWHERE if word.startswith(names)]
-    run_python(f"IS_REAL = {IS_REAL}{EACH_STEP}", tmp_path, *files, **GPU)
+    """And that of a run that is left."""
+    run_python(f"IS_REAL = {IS_REAL}{EACH_STEP}", tmp_path, *NETWORK, **GPU)
 
 
 # ---- What a step asks of the GPU -----------------------------------------------------------------
@@ -160,11 +167,37 @@ def test_what_cannot_be_there_stays_in_memory(more, tmp_path, logged):  # noqa: 
 def test_a_picture_that_does_not_fit_stays_in_memory(tmp_path, logged):  # noqa: F811
     folder, environment = logged
     words = [*DREAM, "--initial_size=400x500", "--num_steps=2", "--seed=1", "--batch_size=1"]
-    for name, more in {"all": {}, "little": {"CUDA_ON_CPU_MEMORY": "9000000"}}.items():
+    little = {"GPU": {"CUDA_ON_CPU_MEMORY": "9000000"}, "memory": {"limit": "-f 8000"}}
+    for name, more in {"all": {}, **little}.items():
         done = run_cli(*words, f"--output={name}.png", cwd=tmp_path, **environment | more)
         assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "all.png", tmp_path / "little.png")
-    assert max(log["to_host"] for log in logs(folder)) > 2 * 13 * 16
+        assert (take_counts(folder, "to_host")[0] > 2 * 13 * 16) == (name != "all")
+        assert_same(tmp_path / "all.png", tmp_path / f"{name}.png")
+
+
+NO_ROOM = """
+import conftest, cnn_vis, os, sys
+pictures = []
+for on in "01":
+    os.environ["CNN_VIS_CANVAS"] = on
+    words = dict(zip(("deploy_txt", "caffe_model", "mean_image"), sys.argv[1:]))
+    words |= dict(layer="inception_a/output", initial_size="400x500", batch_size=1)
+    steps = []
+    for progress in cnn_vis.dream(gpu=0, seed=1, num_steps=3, **words):
+        steps.append(progress.step)
+        if len(steps) == 2 and on == "1":
+            os.environ["CUDA_ON_CPU_MEMORY"] = "9000000"
+            conftest.kill_workers(os.getpid())
+    pictures.append(progress.picture())
+    assert steps == ([1, 2, 3] if on == "0" else [1, 2, 1, 2, 3]), steps
+assert (pictures[0] == pictures[1]).all()
+"""
+
+
+@emulated
+def test_a_picture_that_no_longer_fits_goes_on_in_memory(tmp_path):
+    """If the worker is killed, and another program has taken the GPU's memory."""
+    run_python(NO_ROOM, tmp_path, *NETWORK, **GPU)
 
 
 # ---- Nothing is lost -----------------------------------------------------------------------------
@@ -196,6 +229,20 @@ def test_ctrl_c_amid_a_step_loses_nothing(rule, gpu_environment, tmp_path):  # n
         assert done.returncode == 0, done.stderr
         assert_same(tmp_path / "out.png", tmp_path / "whole.png")
     assert any(amid)
+
+
+def test_a_signal_does_not_wait_for_a_gpu_that_hangs(in_memory, gpu_environment, tmp_path):  # noqa: F811
+    """The run can be resumed from where the picture was last here."""
+    running = under_way(*PLAIN, "--checkpoint_iter=3", cwd=tmp_path)
+    for pid in workers(running.pid):
+        os.kill(pid, signal.SIGSTOP)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=40)
+    assert running.returncode == 128 + signal.SIGTERM, said
+    assert "the GPU does not answer" in said
+    wait_for(lambda: not session(running.pid))
+    assert run_cli("--resume", CHECKPOINT, cwd=tmp_path, **GPU).returncode == 0
+    assert_same(tmp_path / "out.png", in_memory)
 
 
 @emulated

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -268,22 +267,15 @@ def test_a_caffe_that_does_not_work_is_one_line(tmp_path):
     )
 
 
-def run_limited(limit, *arguments, cwd):
-    """Runs the script under a ulimit."""
-    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *arguments])
-    words = ["bash", "-c", f"ulimit {limit}; {command}"]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.parametrize("limit", ["-d 160000", "-v 450000"])
 def test_too_little_memory_to_start_in_is_one_line(limit, tmp_path):
-    assert_one_line(run_limited(limit, *ONE, cwd=tmp_path), 2, f"ulimit {limit}")
+    assert_one_line(run_cli(*ONE, cwd=tmp_path, limit=limit), 2, f"ulimit {limit}")
 
 
 @pytest.mark.parametrize("number", [14, 30])
 def test_too_few_descriptors_are_one_line(number, tmp_path):
     many = [*ONE, "--initial_size=800x800", "--workers=40"]  # more tiles at the same time
-    done = run_limited(f"-n {number}", *many, cwd=tmp_path)
+    done = run_cli(*many, cwd=tmp_path, limit=f"-n {number}")
     assert_one_line(done, 1, "Too many open files", "ulimit -n")
 
 

@@ -566,20 +566,16 @@ def test_a_scratch_folder_that_cannot_be_used_is_one_line(tmp_path):
 
 def test_a_scratch_folder_that_is_full_is_one_line(tmp_path):
     """Simulated by a limit on file sizes that the caches exceed."""
-    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
-    words = ["bash", "-c", f"ulimit -f 300; {command} --initial_size=300x300 --scratch ."]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    words = [*ONE, "--initial_size=300x300", "--scratch=."]
+    done = run_cli(*words, cwd=tmp_path, limit="-f 300")
     assert_one_line(done, 1, f"--scratch {tmp_path}", "File too large")
 
 
 def test_a_scratch_folder_that_fills_up_later_loses_nothing(tmp_path):
     """The picture of the size before is there."""
-    sizes = (
-        "--initial_size=40x40 --final_size=400x400 --num_sizes=2 --scratch . --checkpoint_iter 0"
-    )
-    command = shlex.join([sys.executable, str(ROOT / "cnn_vis.py"), *ONE])
-    words = ["bash", "-c", f"ulimit -f 600; {command} {sizes}"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    words = [*ONE, "--initial_size=40x40", "--final_size=400x400", "--num_sizes=2"]
+    words += ["--scratch=.", "--checkpoint_iter=0"]
+    done = run_cli(*words, cwd=tmp_path, limit="-f 600")
     assert_one_line(done, 1, f"--scratch {tmp_path}", "File too large", "out.png")
     assert Image.open(tmp_path / "out.png").size == (40, 40)
 
