@@ -124,6 +124,17 @@ PATCHES = {
             "  }\n",
         ),
     ),
+    # cuRAND is started when something asks for it: it takes time, and memory of the GPU.
+    "include/caffe/common.hpp": (
+        (
+            "    return Get().curand_generator_;\n",
+            "    return Get().StartCurand();\n",
+        ),
+        (
+            "  curandGenerator_t curand_generator_;\n",
+            "  curandGenerator_t curand_generator_;\n  curandGenerator_t StartCurand();\n",
+        ),
+    ),
     # A pass can become a CUDA graph, with its copies between the host and the GPU: then all work is
     # in one stream, the thread's default stream (see cuda.cmake), and does not wait for the host.
     "src/caffe/common.cpp": (
@@ -138,6 +149,34 @@ PATCHES = {
             "  CUBLAS_CHECK(cublasCreate(&Get().cublas_handle_));\n",
             "  CUBLAS_CHECK(cublasCreate(&Get().cublas_handle_));\n"
             "  CUBLAS_CHECK(cublasSetStream(Get().cublas_handle_, cudaStreamPerThread));\n",
+        ),
+        (
+            "  // Try to create a curand handler.\n  if (curandCreateGenerator(",
+            "}\n\ncurandGenerator_t Caffe::StartCurand() {\n"
+            "  if (curand_generator_) return curand_generator_;\n"
+            "  if (curandCreateGenerator(",
+        ),
+        (
+            'LOG(ERROR) << "Cannot create Curand generator. Curand won\'t be available.";\n  }\n',
+            'LOG(ERROR) << "Cannot create Curand generator. Curand won\'t be available.";\n  }\n'
+            "  return curand_generator_;\n",
+        ),
+        (
+            "  if (Get().curand_generator_) {\n"
+            "    CURAND_CHECK(curandSetPseudoRandomGeneratorSeed(",
+            "  if (curand_generator()) {\n    CURAND_CHECK(curandSetPseudoRandomGeneratorSeed(",
+        ),
+        (
+            "    CURAND_CHECK(curandDestroyGenerator(Get().curand_generator_));\n  }\n",
+            "    CURAND_CHECK(curandDestroyGenerator(Get().curand_generator_));\n"
+            "    Get().curand_generator_ = NULL;\n  }\n",
+        ),
+        (
+            "  CURAND_CHECK(curandCreateGenerator(&Get().curand_generator_,\n"
+            "      CURAND_RNG_PSEUDO_DEFAULT));\n"
+            "  CURAND_CHECK(curandSetPseudoRandomGeneratorSeed(Get().curand_generator_,\n"
+            "      cluster_seedgen()));\n",
+            "",
         ),
     ),
     "src/caffe/util/math_functions.cpp": (
@@ -251,7 +290,9 @@ PATCHES = {
 
 
 def main(source, output):
-    for name, changes in (CPU_ONLY | PATCHES).items():
+    files = [("cpu_only", *file) for file in CPU_ONLY.items()]
+    files += [("include", *file) for file in PATCHES.items()]
+    for headers, name, changes in files:
         text = (pathlib.Path(source) / name).read_text(encoding="utf-8")
         missing = [old.strip() for old, _ in changes if old not in text]
         if missing:
@@ -259,9 +300,9 @@ def main(source, output):
             changes = ()
         for old, new in changes:
             text = text.replace(old, new)
-        if name in CPU_ONLY:
-            name = name.replace("include/", "cpu_only/", 1)
-        elif not name.startswith("include/"):  # headers are included by path, sources are not
+        if name.startswith("include/"):  # headers are included by path, sources are not
+            name = name.replace("include", headers, 1)
+        else:
             name = pathlib.Path(name).name
         path = pathlib.Path(output) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,14 @@ a part fails, its table says so and the other parts still run; the exit code is 
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import benchmark
 import numpy as np
@@ -26,7 +28,7 @@ from PIL import Image
 
 import cnn_vis
 import cnn_vis_lib.network
-from cnn_vis_lib.description import GPU_LAYERS
+from cnn_vis_lib.description import GPU_LAYERS, RELU_LAYERS
 from cnn_vis_lib.engines import has_cuda
 from cnn_vis_lib.errors import one_line
 from cnn_vis_lib.find_network import find_network
@@ -60,10 +62,10 @@ class Work:
         self.spec = NetworkSpec(self.files, layers, use_gpu=True, objective=own)
 
 
-def on_gpu(task, *arguments):
-    """task(*arguments), done in a process that sees GPU 0."""
+def on_gpu(task, *arguments, **words):
+    """task(*arguments, **words), done in a process that sees GPU 0."""
     with CaffeProcesses(gpus=[0]) as processes:
-        return processes.call(task, *arguments)
+        return processes.call(functools.partial(task, **words), *arguments)
 
 
 def noise(count, tile_size):
@@ -133,19 +135,28 @@ def distances(spec, layers):
 
 
 def speed(work):
-    """One process: ms per tile, forward and backward, for each number of tiles in a batch; as a
-    CUDA graph, and without."""
-    ways = {"Caffe's own convolutions": ({}, False), "cuDNN": (GPU_LAYERS, False)}
-    ways["cuDNN, Caffe's own LRN"] = ({"Convolution": "CudnnConvolution"}, False)
-    ways["cuDNN, TF32"] = (GPU_LAYERS, True)
+    """One process: ms per tile, forward and backward, for each number of tiles in a batch, as a
+    CUDA graph; without one; and without each of the layers of ours that save calls."""
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
-    for name, (fast, tf32) in ways.items():
-        if fast and not has_cudnn:
+    for name, way in WAYS.items():
+        if way["fast"] and not has_cudnn:
             yield name, "Caffe was built without cuDNN"
-            continue
-        for graphs in (True, False):
-            times = on_gpu(batch_times, work, fast, tf32, graphs)
-            yield name + ("" if graphs else ", no graph"), by_batch(times)
+        else:
+            yield name, by_batch(on_gpu(batch_times, work, **way))
+
+
+def ways():
+    """{name: arguments of batch_times}"""
+    cudnn, own = {"fast": GPU_LAYERS}, {"fast": {}}
+    found = {"Caffe's own convolutions": own, "cuDNN": cudnn, "cuDNN, TF32": cudnn | {"tf32": True}}
+    found |= {f"{name}, no graph": way | {"graphs": False} for name, way in found.items()}
+    for kind in ("LRN", "Concat"):
+        fast = {name: ours for name, ours in GPU_LAYERS.items() if name != kind}
+        found[f"cuDNN, Caffe's own {kind}"] = {"fast": fast}
+    return found | {"cuDNN, ReLU in layers of its own": cudnn | {"joins": False}}
+
+
+WAYS = ways()
 
 
 def by_batch(times):
@@ -153,9 +164,12 @@ def by_batch(times):
     return ", ".join(f"{size}: {ms:.2f}" for size, ms in times.items())
 
 
-def batch_times(work, fast, tf32, graphs):
-    """Task: {tiles in a batch: ms for each tile}."""
+def batch_times(work, fast, tf32=False, graphs=True, joins=True):
+    """Task: {tiles in a batch: ms for each tile}. `fast` is as GPU_LAYERS; with `joins`, a
+    convolution does the ReLU after it."""
     cnn_vis_lib.network.GPU_LAYERS = fast
+    if not joins:
+        RELU_LAYERS.clear()
     loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32, graphs=graphs)
     found = {}
     for size in work.batches:
@@ -177,18 +191,19 @@ def processes(work):
 
 
 def commands(work):
-    """Whole commands on a photograph of that size, with CUDA graphs and without."""
-    for (size, steps), graphs in itertools.product(work.commands.items(), ("1", "0")):
-        os.environ["CNN_VIS_GRAPHS"] = graphs
-        with tempfile.TemporaryDirectory() as folder:
+    """Whole commands on a photograph of that size: with the picture on the GPU or in this machine's
+    memory, and with CUDA graphs or without."""
+    switches = itertools.product("10", repeat=2)
+    for (size, steps), (canvas, graphs) in itertools.product(work.commands.items(), switches):
+        environment = {"CNN_VIS_CANVAS": canvas, "CNN_VIS_GRAPHS": graphs}
+        with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory() as folder:
             photograph(folder, parse_size(size, None))
             few, _ = command(folder, work, 1)
             more, watched = command(folder, work, steps)
         shape = parse_size(size, None)
         count = len(cnn_vis.all_tiles(shape, on_gpu(tile_size, work.spec))) * (steps - 1)
         per_tile = 1000 * (more - few) / count
-        os.environ.pop("CNN_VIS_GRAPHS")
-        size += "" if graphs == "1" else ", no graphs"
+        size += ", in memory" * (canvas == "0") + ", no graphs" * (graphs == "0")
         yield (
             f"{size}, {steps} steps",
             f"{more:.1f} s; one step {few:.1f} s; {per_tile:.2f} ms a tile",

@@ -654,12 +654,13 @@ def test_a_pass_is_one_launch_and_one_wait(tmp_path, logged):
 
 
 @emulated
-def test_only_what_is_used_is_copied(tmp_path, logged):
-    """Though the GPU was tried with 32 tiles."""
+def test_only_what_is_used_is_copied_and_started(tmp_path, logged):
+    """Though the GPU was tried with 32 tiles; and cuRAND is not used."""
     folder, environment = logged
-    dream("--gpu=0", cwd=tmp_path, **environment)
+    dream("--gpu=0", "--batch_size=32", cwd=tmp_path, **environment)
     for log in logs(folder):
         assert log["to_device_bytes"] < 3 * 12288 * (log["to_device"] + 64)
+        assert log["generators"] == 0
 
 
 @emulated
