@@ -153,7 +153,9 @@ def ways():
     for kind in ("LRN", "Concat"):
         fast = {name: ours for name, ours in GPU_LAYERS.items() if name != kind}
         found[f"cuDNN, Caffe's own {kind}"] = {"fast": fast}
-    return found | {"cuDNN, ReLU in layers of its own": cudnn | {"joins": False}}
+    found["cuDNN, ReLU in layers of its own"] = cudnn | {"joins": False}
+    measured = {name: found[name] | {"measured": True} for name in ("cuDNN", "cuDNN, TF32")}
+    return found | {f"{name}, algorithms measured": way for name, way in measured.items()}
 
 
 WAYS = ways()
@@ -164,10 +166,12 @@ def by_batch(times):
     return ", ".join(f"{size}: {ms:.2f}" for size, ms in times.items())
 
 
-def batch_times(work, fast, tf32=False, graphs=True, joins=True):
+def batch_times(work, fast, tf32=False, graphs=True, joins=True, measured=False):
     """Task: {tiles in a batch: ms for each tile}. `fast` is as GPU_LAYERS; with `joins`, a
-    convolution does the ReLU after it."""
+    convolution does the ReLU after it; `measured` chooses cuDNN's algorithms."""
     cnn_vis_lib.network.GPU_LAYERS = fast
+    if measured:
+        os.environ["CNN_VIS_ALGORITHMS"] = os.devnull
     if not joins:
         RELU_LAYERS.clear()
     loaded = Ascent(work.files, *work.objective.targets, use_gpu=True, tf32=tf32, graphs=graphs)
@@ -211,6 +215,18 @@ def commands(work):
         if watched:
             busy, memory = zip(*watched)
             yield f"{size}, GPU", f"{np.mean(busy):.0f}% busy; {max(memory)} MiB"
+
+
+def starts(work):
+    """Runs of one step, one after the other; and with algorithms that the first one measures."""
+    size = next(iter(work.commands))
+    with tempfile.TemporaryDirectory() as folder:
+        photograph(folder, parse_size(size, None))
+        kept = {"CNN_VIS_ALGORITHMS": f"{folder}/algorithms.txt"}
+        for name, environment in {size: {}, f"{size}, algorithms kept": kept}.items():
+            with mock.patch.dict(os.environ, environment):
+                seconds = [command(folder, work, 1)[0] for _ in range(3)]
+            yield name, ", ".join(f"{number:.1f}" for number in seconds) + " s"
 
 
 def pictures(work):
@@ -316,7 +332,7 @@ def torch_times(work):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-PARTS = (machine, gradients, speed, processes, commands, pictures, torch, tests)
+PARTS = (machine, gradients, speed, processes, commands, starts, pictures, torch, tests)
 
 
 def main():

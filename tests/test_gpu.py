@@ -430,6 +430,32 @@ def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_pat
     assert np.linalg.norm(gpu - cpu) <= 5 * BOUND * np.linalg.norm(cpu)
 
 
+@emulated
+def test_measured_algorithms_are_kept(cudnn, on_cpu, tmp_path, logged):
+    """In a file, for this card and these versions; what is damaged in it is measured again."""
+    folder, environment = logged
+    kept = tmp_path / "algorithms.txt"
+    words = ["--gpu=0", "--batch_size=3"]
+
+    def measurements(**more):
+        dream(*words, cwd=tmp_path, **environment, CNN_VIS_ALGORITHMS=str(kept), **more)
+        assert_near(tmp_path / "out.png", on_cpu)
+        return take_counts(folder, "measurements")[0]
+
+    first = measurements()
+    lines = kept.read_text().splitlines()
+    assert first == len(lines) == len(set(lines)) >= 20
+    assert measurements() == 0
+    damaged = ["", lines[0], lines[1][:-1], lines[2].replace("\t", " "), "\0\t"]
+    kept.write_text("\n".join([*damaged, *lines[3:], ""]))
+    assert measurements() == 2
+    assert measurements(CUDA_ON_CPU_DRIVER="13020") == first
+    assert measurements() == 0
+    kept.unlink()
+    kept.mkdir()
+    assert measurements() == first
+
+
 def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
     """The picture records --tf32; on the CPU, products keep their full precision."""
     dream("--gpu=0", "--tf32", cwd=tmp_path)
@@ -686,7 +712,8 @@ def test_a_run_waits_wherever_it_has_to(on_cpu, tmp_path):
 @pytest.mark.skipif("IS_REAL", reason="takes its ten minutes there: make gpu-check")
 def test_the_kit_runs_through(tmp_path):
     """On emulated GPUs; a part that fails is told and does not end it."""
-    parts = ["machine", "gradients", "speed", "processes", "commands", "pictures", "torch"]
+    parts = ["machine", "gradients", "speed", "processes", "commands", "starts"]
+    parts += ["pictures", "torch"]
     kit = [sys.executable, ROOT / "tests" / "gpu_check.py", "--parts", *parts]
     done = subprocess.run(kit, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -11,22 +11,16 @@
 #include <cudnn.h>
 
 #include <map>
+#include <string>
 #include <vector>
 
 #include "caffe/layers/conv_layer.hpp"
 #include "cnn_vis_fused.hpp"
+#include "cnn_vis_ways.hpp"
 
 namespace caffe {
 
 namespace {
-
-const size_t kWorkspace = 256 << 20;  // the most bytes that an algorithm may take besides
-
-#define CUDNN_OK(call)                                                                   \
-  do {                                                                                   \
-    const cudnnStatus_t status = (call);                                                 \
-    CHECK_EQ(status, CUDNN_STATUS_SUCCESS) << " cuDNN " << ::cudnnGetErrorString(status); \
-  } while (0)
 
 cudnnHandle_t Handle() {
   static cudnnHandle_t handle = NULL;
@@ -58,26 +52,6 @@ cudnnActivationDescriptor_t ReLU() {
   }
   return relu;
 }
-
-// A convolution of some shape in one direction: the algorithm, and a descriptor with the kind of products that it goes with.
-template <typename Perf>
-struct Way {
-  cudnnConvolutionDescriptor_t convolution;
-  Perf perf;
-
-  // Takes the first of the ways that cuDNN found, best first, that will do; returns whether there is one.
-  bool Choose(const Perf* found, int count, bool tf32) {
-    for (int i = 0; i < count; ++i) {
-      const bool repeats = found[i].determinism == CUDNN_DETERMINISTIC;
-      const bool exact = found[i].mathType == CUDNN_FMA_MATH || found[i].mathType == CUDNN_DEFAULT_MATH;
-      if (found[i].status != CUDNN_STATUS_SUCCESS || !repeats || !(exact || tf32) || found[i].memory > kWorkspace) continue;
-      perf = found[i];
-      CUDNN_OK(cudnnSetConvolutionMathType(convolution, tf32 ? perf.mathType : CUDNN_FMA_MATH));
-      return true;
-    }
-    return false;
-  }
-};
 
 // All that cuDNN is told about a shape. (Never destroyed: the few of a net live as long as its process.)
 struct Plan {
@@ -194,6 +168,15 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
     return made;
   }
 
+  static string Words(const vector<int>& numbers) {
+    string words;
+    for (int number : numbers) words += std::to_string(number) + " ";
+    return words;
+  }
+  static string Words(const Blob<int>& numbers) {
+    return Words(vector<int>(numbers.cpu_data(), numbers.cpu_data() + numbers.count()));
+  }
+
   Plan MakePlan(const Blob<Dtype>& bottom, const Blob<Dtype>& top) const {
     const int outputs = this->num_output_, *kernel = this->kernel_shape_.cpu_data();
     Plan plan;
@@ -206,15 +189,18 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
     plan.forward.convolution = Convolution();
     plan.backward.convolution = Convolution();
 
-    int count = 0;
-    cudnnConvolutionFwdAlgoPerf_t forward[CUDNN_CONVOLUTION_FWD_ALGO_COUNT];
-    CUDNN_OK(cudnnGetConvolutionForwardAlgorithm_v7(Handle(), plan.in, plan.filter, plan.forward.convolution, plan.out,
-                                                    CUDNN_CONVOLUTION_FWD_ALGO_COUNT, &count, forward));
-    plan.is_possible = plan.forward.Choose(forward, count, TF32());
-    cudnnConvolutionBwdDataAlgoPerf_t backward[CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT];
-    CUDNN_OK(cudnnGetConvolutionBackwardDataAlgorithm_v7(Handle(), plan.filter, plan.out, plan.backward.convolution, plan.in,
-                                                         CUDNN_CONVOLUTION_BWD_DATA_ALGO_COUNT, &count, backward));
-    plan.is_possible = plan.backward.Choose(backward, count, TF32()) && plan.is_possible;
+    const string shape = Words(bottom.shape()) + "-> " + Words(top.shape()) + Words(this->blobs_[0]->shape()) + Words(this->pad_) +
+                         Words(this->stride_) + Words(this->dilation_) + (TF32() ? "TF32" : "FP32");
+    const auto ask_forward = [&](bool is_measured, int most, int* count, cudnnConvolutionFwdAlgoPerf_t* found) {
+      const auto ask = is_measured ? cudnnFindConvolutionForwardAlgorithm : cudnnGetConvolutionForwardAlgorithm_v7;
+      return ask(Handle(), plan.in, plan.filter, plan.forward.convolution, plan.out, most, count, found);
+    };
+    const auto ask_backward = [&](bool is_measured, int most, int* count, cudnnConvolutionBwdDataAlgoPerf_t* found) {
+      const auto ask = is_measured ? cudnnFindConvolutionBackwardDataAlgorithm : cudnnGetConvolutionBackwardDataAlgorithm_v7;
+      return ask(Handle(), plan.filter, plan.out, plan.backward.convolution, plan.in, most, count, found);
+    };
+    plan.is_possible = plan.forward.Choose("forward " + shape, TF32(), ask_forward) &&
+                       plan.backward.Choose("backward " + shape, TF32(), ask_backward);
     return plan;
   }
 

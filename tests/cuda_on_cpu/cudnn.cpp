@@ -1,6 +1,7 @@
 // cuDNN's convolutions in plain loops. They insist on shapes that fit, pointers to GPU memory, and the algorithm and workspace
-// that the heuristics gave. If TF32 is allowed, operands are rounded to its 10 bits.
+// that the heuristics, or measuring, gave. If TF32 is allowed, operands are rounded to its 10 bits.
 #include "cudnn.h"
+#include "cudnn_version.h"
 
 #include <cstdint>
 #include <vector>
@@ -135,6 +136,8 @@ const char* cudnnGetErrorString(cudnnStatus_t status) {
   }
 }
 
+size_t cudnnGetVersion() { return CUDNN_MAJOR * 10000; }
+
 cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
   int device;
   return cudaGetDevice(&device) == cudaSuccess ? create(handle) : CUDNN_STATUS_NOT_INITIALIZED;
@@ -188,6 +191,33 @@ cudnnStatus_t cudnnGetConvolutionBackwardDataAlgorithm_v7(cudnnHandle_t handle, 
   if (!handle || !fit(*dx, *w, *convolution, *dy)) return CUDNN_STATUS_BAD_PARAM;
   return tell(asked, returned, found, CUDNN_CONVOLUTION_BWD_DATA_ALGO_0, CUDNN_CONVOLUTION_BWD_DATA_ALGO_1, convolution->math,
               *w);
+}
+
+namespace {
+
+// What measuring answers; if nothing is being captured, as it allocates memory and waits.
+template <typename Guess>
+cudnnStatus_t measured(Guess guess) {
+  if (cuda_on_cpu::refused(cudaErrorStreamCaptureUnsupported)) return CUDNN_STATUS_EXECUTION_FAILED;
+  ++cuda_on_cpu::counter("measurements");
+  return guess();
+}
+
+}  // namespace
+
+cudnnStatus_t cudnnFindConvolutionForwardAlgorithm(cudnnHandle_t handle, cudnnTensorDescriptor_t x, cudnnFilterDescriptor_t w,
+                                                   cudnnConvolutionDescriptor_t convolution, cudnnTensorDescriptor_t y,
+                                                   int asked, int* returned, cudnnConvolutionFwdAlgoPerf_t* found) {
+  return measured([&] { return cudnnGetConvolutionForwardAlgorithm_v7(handle, x, w, convolution, y, asked, returned, found); });
+}
+
+cudnnStatus_t cudnnFindConvolutionBackwardDataAlgorithm(cudnnHandle_t handle, cudnnFilterDescriptor_t w,
+                                                        cudnnTensorDescriptor_t dy, cudnnConvolutionDescriptor_t convolution,
+                                                        cudnnTensorDescriptor_t dx, int asked, int* returned,
+                                                        cudnnConvolutionBwdDataAlgoPerf_t* found) {
+  return measured([&] {
+    return cudnnGetConvolutionBackwardDataAlgorithm_v7(handle, w, dy, convolution, dx, asked, returned, found);
+  });
 }
 
 namespace {

@@ -42,6 +42,7 @@ typedef struct cudnnActivationStruct* cudnnActivationDescriptor_t;
 
 extern "C" {
 const char* cudnnGetErrorString(cudnnStatus_t status);
+size_t cudnnGetVersion();
 cudnnStatus_t cudnnCreate(cudnnHandle_t* handle);
 cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream);
 cudnnStatus_t cudnnCreateTensorDescriptor(cudnnTensorDescriptor_t* tensor);
@@ -62,6 +63,13 @@ cudnnStatus_t cudnnGetConvolutionBackwardDataAlgorithm_v7(cudnnHandle_t handle, 
                                                           cudnnTensorDescriptor_t dy, cudnnConvolutionDescriptor_t convolution,
                                                           cudnnTensorDescriptor_t dx, int asked, int* returned,
                                                           cudnnConvolutionBwdDataAlgoPerf_t* found);
+cudnnStatus_t cudnnFindConvolutionForwardAlgorithm(cudnnHandle_t handle, cudnnTensorDescriptor_t x, cudnnFilterDescriptor_t w,
+                                                   cudnnConvolutionDescriptor_t convolution, cudnnTensorDescriptor_t y,
+                                                   int asked, int* returned, cudnnConvolutionFwdAlgoPerf_t* found);
+cudnnStatus_t cudnnFindConvolutionBackwardDataAlgorithm(cudnnHandle_t handle, cudnnFilterDescriptor_t w,
+                                                        cudnnTensorDescriptor_t dy, cudnnConvolutionDescriptor_t convolution,
+                                                        cudnnTensorDescriptor_t dx, int asked, int* returned,
+                                                        cudnnConvolutionBwdDataAlgoPerf_t* found);
 cudnnStatus_t cudnnConvolutionForward(cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t x_shape, const void* x,
                                       cudnnFilterDescriptor_t w_shape, const void* w, cudnnConvolutionDescriptor_t convolution,
                                       cudnnConvolutionFwdAlgo_t algorithm, void* workspace, size_t workspace_size,
