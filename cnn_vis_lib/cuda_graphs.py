@@ -28,21 +28,22 @@ class Graphs:
         """The Graphs of this process, or None if its Caffe has none, or $CNN_VIS_GRAPHS is 0."""
         library = caffe_library()
         is_on = os.environ.get("CNN_VIS_GRAPHS") != "0"
-        return cls(library) if is_on and hasattr(library, "cnn_vis_begin_graph") else None
+        return cls(library) if is_on and hasattr(library, "cnn_vis_wait") else None
 
     def has(self, key):
         """Whether the work with this key has become a graph."""
         return key in self._graphs
 
     def do(self, key, work, trial=None):
-        """Gives the GPU the work. Works with the same `trial` need the same memory, except for what
-        they have when this is called: once one has been tried, all others have been, too."""
+        """Gives the GPU the work; if the key is None, not as a graph. Works with the same `trial`
+        need the same memory, except for what they have when this is called: once one has been
+        tried, all others have been, too."""
         if key not in self._graphs:
             trial = key if trial is None else trial
             self._times[trial] += 1
             if self._times[trial] == 1:
                 self.forget()  # it may need more memory, which then moves
-            if self._times[trial] <= self.TRIALS:
+            if self._times[trial] <= self.TRIALS or key is None:
                 work()
                 return
             self._library.cnn_vis_begin_graph()

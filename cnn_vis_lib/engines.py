@@ -16,6 +16,7 @@ from .prototxt import caffe_library
 from .workers import EACH, Workers
 
 CUDA_SYMBOL = "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t"  # of a Caffe built with CUDA
+STEP_SYMBOL = "cnn_vis_end_step"  # of one that takes steps on a GPU
 
 
 def can_use_gpu():
@@ -25,15 +26,23 @@ def can_use_gpu():
 
 
 @functools.cache
-def has_cuda():
-    """Whether this Caffe was built with CUDA."""
+def has_symbol(name):
+    """Whether the library of this program's build of Caffe has a symbol, found without loading it,
+    which takes a second with CUDA's libraries; None if this is another Caffe."""
     spec = importlib.util.find_spec("caffe")
     for folder in spec and spec.submodule_search_locations or ():
         path = os.path.join(folder, "libcaffe.so")
-        if os.path.isfile(path):  # this program's build; it takes a second to load CUDA's libraries
+        if os.path.isfile(path):
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
-                return text.find(CUDA_SYMBOL.encode()) >= 0
-    return in_a_worker(can_use_gpu)
+                return text.find(name.encode()) >= 0
+    return None
+
+
+@functools.cache
+def has_cuda():
+    """Whether this Caffe was built with CUDA."""
+    found = has_symbol(CUDA_SYMBOL)
+    return in_a_worker(can_use_gpu) if found is None else found
 
 
 def choose_gpus(gpus):
@@ -70,8 +79,8 @@ def open_engine(options, spec, objective, is_shared=False):
     spec = dataclasses.replace(spec, use_gpu=bool(gpus))
     number, batch_size = options.workers or count_cores(), options.batch_size
     is_optional = options.gpu is None
-    holds_picture = len(gpus) == 1 and not is_shared and is_possible(spec, options.scratch)
-    each = 1 if holds_picture else EACH
+    has_one = len(gpus) == 1 and not is_shared and has_symbol(STEP_SYMBOL)
+    each = 1 if has_one and is_possible(spec, options.scratch) else EACH
     return Workers(spec, objective, number, gpus, batch_size, device, is_optional, each)
 
 

@@ -162,6 +162,8 @@ class GpuPicture:
         if "caches" not in layout.has:
             shapes |= {"sums": ("float64", (most, w)), "factors": ("float32", (most,))}
             shapes["sizes"] = ("float64", (3,))
+        for count in sorted({part.count for part in self.parts}, reverse=True):
+            network.pass_on_gpu(None, count, lambda _: None, lambda _: None)  # takes memory
         if size_of(shapes) > 0.9 * network.free_memory():  # libraries may want some, too
             raise MemoryError
         self._arrays = {name: GpuArray(*kind) for name, kind in shapes.items()}

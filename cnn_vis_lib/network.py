@@ -287,7 +287,7 @@ class Network:
             self._pass(False, [])
             after(diff)
 
-        if self._graphs and key is not None:
+        if self._graphs:
             self._graphs.do(key, work, trial=("pass_on_gpu", count))
         else:
             work()

@@ -170,7 +170,10 @@ class Worker:
         if self._owner != os.getpid():
             return 0
         self._process.kill()
-        return self._process.wait()
+        try:
+            return self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for a broken GPU in the driver
+            return -signal.SIGKILL
 
 
 class CaffeStopped(RunFailed):

@@ -101,9 +101,10 @@ def tests(_):
     """The tests of the GPU path."""
     environment = {k: v for k, v in os.environ.items() if not IS_EMULATED or k not in EMULATION}
     words = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4"]
-    words += [str(ROOT / "tests" / "test_gpu.py"), "-k", "not kit"]
+    names = ("test_gpu.py", "test_canvas.py", "test_gpu_makers.py")
+    words += [*(str(ROOT / "tests" / name) for name in names), "-k", "not kit"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    yield "test_gpu.py", done.stdout.strip().splitlines()[-1]
+    yield ", ".join(names), done.stdout.strip().splitlines()[-1]
     if done.returncode:
         raise RuntimeError(done.stdout)
 

@@ -132,6 +132,12 @@ def test_the_library_gives_each_steps_picture(tmp_path):
     run_python(f"IS_REAL = {IS_REAL}{EACH_STEP}", tmp_path, *NETWORK, **GPU)
 
 
+def test_this_build_can_hold_pictures(tmp_path):
+    """Compilers differ in which functions they hide."""
+    script = "from cnn_vis_lib.prototxt import caffe_library as c; c().cnn_vis_end_step"
+    run_python(script, tmp_path, **GPU)
+
+
 # ---- What a step asks of the GPU -----------------------------------------------------------------
 
 
@@ -173,6 +179,15 @@ def test_a_picture_that_does_not_fit_stays_in_memory(tmp_path, logged):  # noqa:
         assert done.returncode == 0, done.stderr
         assert (take_counts(folder, "to_host")[0] > 2 * 13 * 16) == (name != "all")
         assert_same(tmp_path / "all.png", tmp_path / f"{name}.png")
+
+
+@emulated
+@pytest.mark.parametrize("memory", ["34000000", "36000000"])
+def test_a_picture_leaves_the_network_what_it_needs(memory, tmp_path):
+    """For the largest batch, of which the network has not seen any when the picture comes."""
+    words = [*DREAM, "--initial_size=600x700", "--num_steps=2", "--seed=1"]
+    done = run_cli(*words, cwd=tmp_path, **GPU, CUDA_ON_CPU_MEMORY=memory)
+    assert done.returncode == 0, done.stderr
 
 
 NO_ROOM = """

@@ -6,7 +6,7 @@
 
 #include "caffe/common.hpp"
 
-namespace {
+namespace cnn_vis {  // nvcc would hide functions that take what is in a namespace without a name
 
 struct Numbers {  // `numbers` and `places` of cnn_vis_step_tile_4; they may change from step to step
   double p_weight, p, p_scale, aux_weight, aux, aux_scale, tv_weight, beta, tv_scale, decay, rate, mean;
@@ -34,6 +34,12 @@ struct Canvas {  // as in cnn_vis_lib/gpu_picture.py
   double strength;
   float scale;  // of pixels in the network's input, and of gradients
 };
+
+}  // namespace cnn_vis
+
+namespace {
+
+using namespace cnn_vis;
 
 enum { kNotFinite, kGradientNotFinite, kGradient, kStep, kFlags };
 

@@ -26,16 +26,22 @@ struct Parts {
   }
 };
 
-// top and parts are (number, places, size); the places of a part are its share of the top's.
+// top and parts are (number, places, size); the places of a part are its share of the top's. Loops are unrolled, here and in
+// SumParts, as a parameter with an index that is not constant would be copied to memory of each thread first.
 template <typename Dtype>
-__global__ void ConcatParts(const int n, Parts<Dtype> parts, const int size, Dtype* top, const bool forward) {
+__global__ void ConcatParts(const int n, Parts<Dtype> parts, const int places, const int size, Dtype* top, const bool forward) {
   CUDA_KERNEL_LOOP(i, n) {
-    const int places = parts.ends[parts.count - 1], place = i / size % places, number = i / size / places;
-    int part = 0;
-    while (place >= parts.ends[part]) ++part;
-    if (!parts.arrays[part]) continue;
-    const int begin = part ? parts.ends[part - 1] : 0;
-    Dtype& value = parts.arrays[part][(number * (parts.ends[part] - begin) + place - begin) * size + i % size];
+    const int place = i / size % places, number = i / size / places;
+    Dtype* array = parts.arrays[0];
+    int begin = 0, end = parts.ends[0];
+#pragma unroll
+    for (int part = 1; part < kMostParts; ++part) {
+      if (part < parts.count && place >= parts.ends[part - 1]) {
+        array = parts.arrays[part], begin = parts.ends[part - 1], end = parts.ends[part];
+      }
+    }
+    if (!array) continue;
+    Dtype& value = array[(number * (end - begin) + place - begin) * size + i % size];
     if (forward) {
       top[i] = value;
     } else {
@@ -48,7 +54,10 @@ template <typename Dtype>
 __global__ void SumParts(const int n, Parts<const Dtype> parts, Dtype* sum) {
   CUDA_KERNEL_LOOP(i, n) {
     Dtype value = parts.arrays[0][i];
-    for (int part = 1; part < parts.count; ++part) value += parts.arrays[part][i];
+#pragma unroll
+    for (int part = 1; part < kMostParts; ++part) {
+      if (part < parts.count) value += parts.arrays[part][i];
+    }
     sum[i] = value;
   }
 }
@@ -95,7 +104,8 @@ class CudaConcatLayer : public ConcatLayer<Dtype> {
   static bool IsCaffes(const vector<Blob<Dtype>*>& bottom) { return bottom.size() == 1 || bottom.size() > kMostParts; }
 
   void Do(const Parts<Dtype>& parts, int n, Dtype* top, bool forward) {
-    ConcatParts<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, parts, this->concat_input_size_, top, forward);
+    const int places = parts.ends[parts.count - 1], size = this->concat_input_size_;
+    ConcatParts<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, parts, places, size, top, forward);
     CUDA_POST_KERNEL_CHECK;
   }
 };
