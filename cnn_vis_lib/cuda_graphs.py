@@ -16,7 +16,7 @@ class Graphs:
     memory that Caffe has pinned."""
 
     TRIALS = 2  # the first times: memory is allocated, and kernels are loaded
-    MOST = 128  # graphs are kept; those that have not been used for longest go first
+    MOST = 32  # graphs are kept, as they take memory; those not used for longest go first
 
     def __init__(self, library):
         self._library, self._times = library, collections.Counter()
@@ -41,8 +41,9 @@ class Graphs:
         if key not in self._graphs:
             trial = key if trial is None else trial
             self._times[trial] += 1
-            if self._times[trial] == 1:
-                self.forget()  # it may need more memory, which then moves
+            if self._times[trial] == 1:  # it may need more memory, which then moves
+                self.forget()
+                self._times = collections.Counter(dict.fromkeys(self._times, 1))
             if self._times[trial] <= self.TRIALS or key is None:
                 work()
                 return

@@ -275,8 +275,8 @@ class Network:
     def pass_on_gpu(self, key, count, before, after):
         """Gives the GPU a pass of `count` tiles, without waiting: before(address of the tiles),
         which writes them there, then the pass, then after(address of their gradient). Both are for
-        the net's own objective, with the input's scale. What is done with a key is always the
-        same; without one, it does not become a graph."""
+        the net's own objective, with the input's scale. What is done with a key, (who does it, a
+        number), is always the same; without one, it does not become a graph."""
         data = diff = None
         if not (self._graphs and self._graphs.has(key)):
             self._reshape((count, 3, *self.tile_size))
@@ -288,7 +288,7 @@ class Network:
             after(diff)
 
         if self._graphs:
-            self._graphs.do(key, work, trial=("pass_on_gpu", count))
+            self._graphs.do(key, work, trial=("pass_on_gpu", key and key[0], count))
         else:
             work()
 

@@ -10,9 +10,10 @@ namespace caffe {
 template <typename Dtype>
 bool SumDiffs(const std::vector<Blob<Dtype>*>& from, Blob<Dtype>* to);
 
-// What a ReLU that works in place on a blob does to it, and to its gradient.
+// What a ReLU that works in place on a blob does to it, after a bias has been added to its channels, or none if that is null;
+// and to its gradient.
 template <typename Dtype>
-void ReLUForward(Blob<Dtype>* blob);
+void ReLUForward(const Blob<Dtype>* bias, Blob<Dtype>* blob);
 template <typename Dtype>
 void ReLUBackward(Blob<Dtype>* blob);
 

@@ -35,10 +35,10 @@ class KeptAlgorithms {
   template <typename Perf>
   bool Read(const std::string& shape, Perf* perf) const {
     const auto known = lines_.find(machine_ + shape);
-    int algorithm, products, end = 0;
+    int algorithm, products;
     size_t bytes;
     if (known == lines_.end()) return false;
-    if (sscanf(known->second.c_str(), "%d %d %zu.%n", &algorithm, &products, &bytes, &end) != 3 || !end) return false;
+    if (sscanf(known->second.c_str(), "%d %d %zu.", &algorithm, &products, &bytes) != 3) return false;
     *perf = Perf();
     perf->algo = static_cast<decltype(perf->algo)>(algorithm);
     perf->mathType = static_cast<cudnnMathType_t>(products);
@@ -67,7 +67,8 @@ class KeptAlgorithms {
     std::ifstream file(path_);
     for (std::string line; std::getline(file, line);) {
       const size_t tab = line.find('\t');
-      if (tab != std::string::npos) lines_[line.substr(0, tab)] = line.substr(tab + 1);
+      // The first whole line counts, if several processes have measured at the same time.
+      if (tab != std::string::npos && line.back() == '.') lines_.emplace(line.substr(0, tab), line.substr(tab + 1));
     }
   }
 

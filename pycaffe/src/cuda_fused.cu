@@ -62,9 +62,13 @@ __global__ void SumParts(const int n, Parts<const Dtype> parts, Dtype* sum) {
   }
 }
 
+// y is (number, channels, size).
 template <typename Dtype>
-__global__ void ReLUInPlace(const int n, Dtype* y) {
-  CUDA_KERNEL_LOOP(i, n) y[i] = y[i] > 0 ? y[i] : y[i] * 0;
+__global__ void ReLUInPlace(const int n, const Dtype* bias, const int channels, const int size, Dtype* y) {
+  CUDA_KERNEL_LOOP(i, n) {
+    const Dtype value = bias ? y[i] + bias[i / size % channels] : y[i];
+    y[i] = value > 0 ? value : value * 0;
+  }
 }
 
 template <typename Dtype>
@@ -125,9 +129,10 @@ bool SumDiffs(const vector<Blob<Dtype>*>& from, Blob<Dtype>* to) {
 }
 
 template <typename Dtype>
-void ReLUForward(Blob<Dtype>* blob) {
-  const int n = blob->count();
-  ReLUInPlace<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, blob->mutable_gpu_data());
+void ReLUForward(const Blob<Dtype>* bias, Blob<Dtype>* blob) {
+  const int n = blob->count(), channels = blob->shape(1), size = blob->count(2);
+  const Dtype* added = bias ? bias->gpu_data() : NULL;
+  ReLUInPlace<Dtype><<<CAFFE_GET_BLOCKS(n), CAFFE_CUDA_NUM_THREADS>>>(n, added, channels, size, blob->mutable_gpu_data());
   CUDA_POST_KERNEL_CHECK;
 }
 
@@ -140,8 +145,8 @@ void ReLUBackward(Blob<Dtype>* blob) {
 
 template bool SumDiffs(const vector<Blob<float>*>& from, Blob<float>* to);
 template bool SumDiffs(const vector<Blob<double>*>& from, Blob<double>* to);
-template void ReLUForward(Blob<float>* blob);
-template void ReLUForward(Blob<double>* blob);
+template void ReLUForward(const Blob<float>* bias, Blob<float>* blob);
+template void ReLUForward(const Blob<double>* bias, Blob<double>* blob);
 template void ReLUBackward(Blob<float>* blob);
 template void ReLUBackward(Blob<double>* blob);
 

@@ -3,7 +3,9 @@
 // touched before the first pass on a GPU, so that a build with it runs where there is none; Caffe's own cuDNN layers end the
 // process there as soon as a net is loaded, and ask for algorithms at every pass by functions that cuDNN 8 dropped.
 //
-// CudnnConvolutionReLU and CudnnTF32ConvolutionReLU do what one of these and a ReLU that works in place on its output do.
+// CudnnConvolutionReLU and CudnnTF32ConvolutionReLU do what one of these and a ReLU that works in place on its output do. One
+// kernel of ours adds the bias and does the ReLU. (cuDNN could do both in the same call, but not by all of its algorithms, and
+// some would make 0 of what is not a number.)
 //
 // Only algorithms that give the same sums every time are used; all layers share one workspace. Where cuDNN has none, the
 // gradients of weights, and convolutions in other than two dimensions are Caffe's own.
@@ -44,15 +46,6 @@ void* Workspace(size_t size) {
   return memory;
 }
 
-cudnnActivationDescriptor_t ReLU() {
-  static cudnnActivationDescriptor_t relu = NULL;
-  if (!relu) {
-    CUDNN_OK(cudnnCreateActivationDescriptor(&relu));
-    CUDNN_OK(cudnnSetActivationDescriptor(relu, CUDNN_ACTIVATION_RELU, CUDNN_PROPAGATE_NAN, 0));
-  }
-  return relu;
-}
-
 // All that cuDNN is told about a shape. (Never destroyed: the few of a net live as long as its process.)
 struct Plan {
   cudnnTensorDescriptor_t in, out, bias;
@@ -60,7 +53,6 @@ struct Plan {
   Way<cudnnConvolutionFwdAlgoPerf_t> forward;
   Way<cudnnConvolutionBwdDataAlgoPerf_t> backward;
   bool is_possible;
-  mutable bool is_fused = true;  // whether cuDNN adds bias and ReLU to it; found out by trying
 };
 
 }  // namespace
@@ -83,13 +75,12 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
   virtual void Forward_gpu(const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
     for (size_t i = 0; i < bottom.size(); ++i) {
       const Plan* plan = this->num_spatial_axes_ == 2 ? PlanFor(*bottom[i], *top[i]) : NULL;
-      if (plan && HasReLU() && this->bias_term_ && Fused(*plan, *bottom[i], top[i])) continue;
       if (plan) {
         Forward(*plan, *bottom[i], top[i]);
       } else {
         ConvolutionLayer<Dtype>::Forward_gpu({bottom[i]}, {top[i]});
+        if (HasReLU()) ReLUForward<Dtype>(NULL, top[i]);
       }
-      if (HasReLU()) ReLUForward(top[i]);
     }
   }
 
@@ -99,22 +90,11 @@ class CudnnConvolutionLayer : public ConvolutionLayer<Dtype> {
     CUDNN_OK(cudnnConvolutionForward(Handle(), &one, plan.in, bottom.gpu_data(), plan.filter, this->blobs_[0]->gpu_data(),
                                      plan.forward.convolution, perf.algo, Workspace(perf.memory), perf.memory, &zero,
                                      plan.out, top->mutable_gpu_data()));
-    if (this->bias_term_) {
+    if (HasReLU()) {
+      ReLUForward(this->bias_term_ ? this->blobs_[1].get() : NULL, top);
+    } else if (this->bias_term_) {
       CUDNN_OK(cudnnAddTensor(Handle(), &one, plan.bias, this->blobs_[1]->gpu_data(), &one, plan.out, top->mutable_gpu_data()));
     }
-  }
-
-  // All with bias and ReLU in one call; false if cuDNN cannot do that.
-  bool Fused(const Plan& plan, const Blob<Dtype>& bottom, Blob<Dtype>* top) {
-    const Dtype one = 1, zero = 0;
-    const auto& perf = plan.forward.perf;
-    plan.is_fused = plan.is_fused &&
-        cudnnConvolutionBiasActivationForward(Handle(), &one, plan.in, bottom.gpu_data(), plan.filter,
-                                              this->blobs_[0]->gpu_data(), plan.forward.convolution, perf.algo,
-                                              Workspace(perf.memory), perf.memory, &zero, plan.out, top->gpu_data(), plan.bias,
-                                              this->blobs_[1]->gpu_data(), ReLU(), plan.out,
-                                              top->mutable_gpu_data()) == CUDNN_STATUS_SUCCESS;
-    return plan.is_fused;
   }
 
   virtual void Backward_gpu(const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,

@@ -21,10 +21,6 @@ struct cudnnConvolutionStruct {
   int pad_h, pad_w, stride_h, stride_w, dilation_h, dilation_w, groups = 1;
   cudnnMathType_t math = CUDNN_DEFAULT_MATH;
 };
-struct cudnnActivationStruct {
-  cudnnActivationMode_t mode;
-  cudnnNanPropagation_t nan;
-};
 
 namespace {
 
@@ -234,80 +230,25 @@ void accumulate(const Factors& factors, size_t count, void* to, Products product
 
 }  // namespace
 
-namespace {
-
-// y = finish(what alpha * (the convolution of x) + beta * y gives, as an array of T).
-template <typename Finish, typename... Pointers>
-cudnnStatus_t convolve(cudnnHandle_t handle, const Factors& factors, const cudnnTensorStruct& x_shape, const void* x,
-                       const cudnnTensorStruct& w_shape, const void* w, const cudnnConvolutionStruct& convolution,
-                       cudnnConvolutionFwdAlgo_t algorithm, void* workspace, size_t workspace_size,
-                       const cudnnTensorStruct& y_shape, void* y, Finish finish, Pointers... pointers) {
-  if (!fit(x_shape, w_shape, convolution, y_shape)) return CUDNN_STATUS_BAD_PARAM;
-  if (algorithm != CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
-  if (convolution.math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
-  const auto call = [=](auto type) {
-    using T = decltype(type);
-    const T *from = static_cast<const T*>(x), *weights = static_cast<const T*>(w);
-    const bool tf32 = convolution.math != CUDNN_FMA_MATH;
-    accumulate<T>(factors, y_shape.count(), y, [&](auto add) {
-      products(x_shape, w_shape, convolution, y_shape, [&](size_t in, size_t weight, size_t out) {
-        add(out, double(rounded(from[in], tf32)) * rounded(weights[weight], tf32));
-      });
-    });
-    finish(static_cast<T*>(y));
-  };
-  return compute(handle, x_shape.type, call, x, w, workspace, y, pointers...);
-}
-
-// Calls visit(i, channel) for each element of a tensor.
-template <typename Visit>
-void elements(const cudnnTensorStruct& shape, Visit visit) {
-  const int size = shape.h * shape.w;
-  for (size_t i = 0; i < shape.count(); ++i) visit(i, i / size % shape.c);
-}
-
-bool is_of_channels(const cudnnTensorStruct& bias, const cudnnTensorStruct& whole) {
-  return bias.type == whole.type && bias.n == 1 && bias.h == 1 && bias.w == 1 && bias.c == whole.c;
-}
-
-}  // namespace
-
 cudnnStatus_t cudnnConvolutionForward(cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t x_shape, const void* x,
                                       cudnnFilterDescriptor_t w_shape, const void* w, cudnnConvolutionDescriptor_t convolution,
                                       cudnnConvolutionFwdAlgo_t algorithm, void* workspace, size_t workspace_size,
                                       const void* beta, cudnnTensorDescriptor_t y_shape, void* y) {
+  if (!fit(*x_shape, *w_shape, *convolution, *y_shape)) return CUDNN_STATUS_BAD_PARAM;
+  if (algorithm != CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM || workspace_size < kWorkspace) return CUDNN_STATUS_NOT_SUPPORTED;
+  if (convolution->math == CUDNN_DEFAULT_MATH) return CUDNN_STATUS_NOT_SUPPORTED;  // not the kind that was told
   const Factors factors(x_shape->type, alpha, beta);
-  return convolve(handle, factors, *x_shape, x, *w_shape, w, *convolution, algorithm, workspace, workspace_size, *y_shape, y,
-                  [](auto*) {});
-}
-
-cudnnStatus_t cudnnCreateActivationDescriptor(cudnnActivationDescriptor_t* activation) { return create(activation); }
-
-cudnnStatus_t cudnnSetActivationDescriptor(cudnnActivationDescriptor_t activation, cudnnActivationMode_t mode,
-                                           cudnnNanPropagation_t nan, double) {
-  return *activation = {mode, nan}, CUDNN_STATUS_SUCCESS;
-}
-
-// Refuses what has groups.
-cudnnStatus_t cudnnConvolutionBiasActivationForward(
-    cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t x_shape, const void* x, cudnnFilterDescriptor_t w_shape,
-    const void* w, cudnnConvolutionDescriptor_t convolution, cudnnConvolutionFwdAlgo_t algorithm, void* workspace,
-    size_t workspace_size, const void* alpha2, cudnnTensorDescriptor_t z_shape, const void* z,
-    cudnnTensorDescriptor_t bias_shape, const void* bias, cudnnActivationDescriptor_t activation,
-    cudnnTensorDescriptor_t y_shape, void* y) {
-  const Factors factors(x_shape->type, alpha, alpha2);
-  const bool is_known = activation->mode == CUDNN_ACTIVATION_RELU && activation->nan == CUDNN_PROPAGATE_NAN;
-  if (!is_of_channels(*bias_shape, *y_shape) || factors.beta || z_shape->count() != y_shape->count()) return CUDNN_STATUS_BAD_PARAM;
-  if (convolution->groups > 1 || !is_known) return CUDNN_STATUS_NOT_SUPPORTED;
-  const auto finish = [=, shape = *y_shape](auto* out) {
-    const auto* added = static_cast<decltype(out)>(const_cast<void*>(bias));
-    elements(shape, [&](size_t i, int channel) {
-      out[i] += added[channel];
-      if (out[i] < 0) out[i] = 0;
+  const auto call = [=, in_shape = *x_shape, filter = *w_shape, how = *convolution, out_shape = *y_shape](auto type) {
+    using T = decltype(type);
+    const T *from = static_cast<const T*>(x), *weights = static_cast<const T*>(w);
+    const bool tf32 = how.math != CUDNN_FMA_MATH;
+    accumulate<T>(factors, out_shape.count(), y, [&](auto add) {
+      products(in_shape, filter, how, out_shape, [&](size_t in, size_t weight, size_t out) {
+        add(out, double(rounded(from[in], tf32)) * rounded(weights[weight], tf32));
+      });
     });
   };
-  return convolve(handle, factors, *x_shape, x, *w_shape, w, *convolution, algorithm, workspace, workspace_size, *y_shape, y,
-                  finish, z, bias);
+  return compute(handle, x_shape->type, call, x, w, workspace, y);
 }
 
 cudnnStatus_t cudnnConvolutionBackwardData(cudnnHandle_t handle, const void* alpha, cudnnFilterDescriptor_t w_shape,
@@ -331,6 +272,21 @@ cudnnStatus_t cudnnConvolutionBackwardData(cudnnHandle_t handle, const void* alp
   };
   return compute(handle, dx_shape->type, call, dy, w, workspace, dx);
 }
+
+namespace {
+
+// Calls visit(i, channel) for each element of a tensor.
+template <typename Visit>
+void elements(const cudnnTensorStruct& shape, Visit visit) {
+  const int size = shape.h * shape.w;
+  for (size_t i = 0; i < shape.count(); ++i) visit(i, i / size % shape.c);
+}
+
+bool is_of_channels(const cudnnTensorStruct& bias, const cudnnTensorStruct& whole) {
+  return bias.type == whole.type && bias.n == 1 && bias.h == 1 && bias.w == 1 && bias.c == whole.c;
+}
+
+}  // namespace
 
 cudnnStatus_t cudnnConvolutionBackwardBias(cudnnHandle_t handle, const void* alpha, cudnnTensorDescriptor_t dy_shape,
                                            const void* dy, const void* beta, cudnnTensorDescriptor_t db_shape, void* db) {
