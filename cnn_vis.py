@@ -776,10 +776,10 @@ class Dream:
         return self.sizes[self.size_number - 1]
 
     def run(self, wants_stats=lambda step: False, is_stopping=lambda: False):
-        """Does the run, or the rest of it, yielding a Progress after every step. wants_stats(step)
-        says whether to measure a step. Ends when is_stopping() becomes true, even in the middle of
-        a step. Raises NotFinite if a step overflows; the image then keeps its last finite values.
-        Raises RunFailed if no step can change the picture."""
+        """Does the run, or the rest of it, yielding a Progress after every step; steps that are
+        lost with a GPU are yielded again. wants_stats(step) says whether to measure a step. Ends
+        when is_stopping() becomes true, even amid a step. Raises NotFinite if a step overflows (the
+        image keeps its last finite values), and RunFailed if no step can change the picture."""
         keep_freed_memory()
         is_begun = self.image is not None
         with concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, count_cores())) as pool:
@@ -856,13 +856,13 @@ class Dream:
         """Does the remaining steps at this size, yielding a Progress after each: those that are not
         measured on the canvas, if the engine has one."""
         self.engine.expect(max(map(len, self.tiles(self.size))))
-        self.canvas = self.engine.canvas(self)
+        self.canvas = self.engine.canvas(self, is_stopping)
         while self.step < self.settings.num_steps and not is_stopping():
             left = range(self.step + 1, self.settings.num_steps + 1)
             if here := left if self.canvas is None else self.canvas.not_for_it(left, wants_stats):
                 yield from self._steps_here(here, steps, wants_stats, is_stopping)
             elif self.canvas.load():
-                yield from self.canvas.steps(wants_stats, is_stopping)
+                yield from self.canvas.steps(wants_stats)
         self.canvas = None  # it refers to arrays of this size
 
     def _steps_here(self, numbers, steps, wants_stats, is_stopping):

@@ -64,7 +64,7 @@ def map_arrays(kinds, descriptor, offset):
 # ---- In the main process ------------------------------------------------------------------------
 
 
-def is_possible(spec, scratch):
+def may_stay_on_gpu(spec, scratch):
     """Whether a GPU may hold pictures whose largest arrays are in the folder `scratch`, or in
     memory if None: the net computes the objective, and $CNN_VIS_CANVAS is not 0."""
     return bool(spec.objective) and not scratch and os.environ.get("CNN_VIS_CANVAS") != "0"
@@ -76,7 +76,8 @@ class DoesNotFit(RunFailed):
 
 class Canvas:
     """The picture of `dream`, a Dream, on the GPU of the only process of `workers`, a Workers.
-    `memory` is the (descriptor, offset) of the memory that it may use, from there on.
+    `memory` is the (descriptor, offset) of the memory that it may use, from there on. When
+    is_stopping() has become true, it no longer waits for a GPU that hangs.
 
     While the picture is there, `image` and `caches` of the Dream are those of some step before;
     what was true then is kept, and is true again if the GPU fails."""
@@ -85,17 +86,16 @@ class Canvas:
     AT_RISK = 5  # seconds after which the picture is fetched, so that they need not be done again
     PATIENCE = 10  # seconds that a stopped run waits for the GPU
 
-    def __init__(self, workers, dream, memory):
+    def __init__(self, workers, dream, memory, is_stopping):
         self._workers, self._dream, self._memory = workers, dream, memory
+        self._is_stopping = is_stopping
         self._arrays, self._shared, self._is_lost = arrays_of(dream), None, True
         turns, has = tuple(map(tuple, dream.tiles(dream.size))), frozenset(self._arrays)
         sizes, strength = (tuple(dream.size), workers.tile_size), dream.settings.strength
         self._layout = Layout(*sizes, turns, has, strength, workers.batch_size)
         self._parts = self._layout.parts()
-        self._is_stopping = lambda: False
         self._since = []  # the arguments of GpuPicture.advance since the picture was here
         os.truncate(*self._memory)  # what a canvas of another size has used
-        self._keep()
 
     def load(self):
         """Puts the picture, after a whole step, on the GPU. Returns whether it can be there; if
@@ -133,12 +133,11 @@ class Canvas:
         begun = self._dream.step + 1 if self._dream.tile else 0
         return [*itertools.takewhile(lambda step: step == begun or wants_stats(step), numbers)]
 
-    def steps(self, wants_stats, is_stopping):
+    def steps(self, wants_stats):
         """Does the Dream's steps on the GPU, after `load`, until one is to be measured, yielding a
         Progress after each; then the picture is here again. Ends when is_stopping() becomes true,
         even in the middle of a step. If the GPU has lost the picture and has no room for it any
         more, the Dream goes on without a canvas, from where it was here. Raises RunFailed."""
-        self._is_stopping = is_stopping
         try:
             yield from self._steps(wants_stats)
         except DoesNotFit:
@@ -147,7 +146,9 @@ class Canvas:
     def _steps(self, wants_stats):
         dream = self._dream
         dream.gauge = None
-        while dream.step < dream.settings.num_steps and not wants_stats(dream.step + 1):
+        # (After an error that somebody has caught, there is no canvas any more.)
+        last = dream.settings.num_steps
+        while dream.canvas is self and dream.step < last and not wants_stats(dream.step + 1):
             told = self._step()
             if told is None:
                 break
@@ -233,6 +234,7 @@ class Canvas:
                     self._workers.restart()
         except BaseException:
             vars(self._dream).update(self._kept, canvas=None)
+            self._since.clear()
             raise
 
     def _restore(self):
@@ -251,7 +253,7 @@ class Canvas:
         while concurrent.futures.wait([future], timeout=1).not_done:
             stopped = stopped or self._is_stopping() and time.monotonic()
             if stopped and time.monotonic() - stopped > self.PATIENCE:
-                self._workers.processes.kill()  # nobody else would wait less
+                self._workers.kill()  # or the end of the engine would wait for it
                 raise RunFailed("the GPU does not answer")
         return future.result()
 

@@ -36,8 +36,7 @@ class Graphs:
 
     def do(self, key, work, trial=None):
         """Gives the GPU the work; if the key is None, not as a graph. Works with the same `trial`
-        need the same memory, except for what they have when this is called: once one has been
-        tried, all others have been, too."""
+        allocate the same memory while they run, so one that has been tried stands for all."""
         if key not in self._graphs:
             trial = key if trial is None else trial
             self._times[trial] += 1

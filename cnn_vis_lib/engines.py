@@ -6,7 +6,7 @@ import importlib.util
 import mmap
 import os
 
-from .canvas import is_possible
+from .canvas import may_stay_on_gpu
 from .cluster import Cluster
 from .errors import Stopped, refusal
 from .machine import count_cores, count_gpus
@@ -80,7 +80,7 @@ def open_engine(options, spec, objective, is_shared=False):
     number, batch_size = options.workers or count_cores(), options.batch_size
     is_optional = options.gpu is None
     has_one = len(gpus) == 1 and not is_shared and has_symbol(STEP_SYMBOL)
-    each = 1 if has_one and is_possible(spec, options.scratch) else EACH
+    each = 1 if has_one and may_stay_on_gpu(spec, options.scratch) else EACH
     return Workers(spec, objective, number, gpus, batch_size, device, is_optional, each)
 
 

@@ -164,7 +164,7 @@ class GpuPicture:
             shapes["sizes"] = ("float64", (3,))
         for count in sorted({part.count for part in self.parts}, reverse=True):
             network.pass_on_gpu(None, count, lambda _: None, lambda _: None)  # takes memory
-        if size_of(shapes) > 0.9 * network.free_memory():  # libraries may want some, too
+        if size_of(shapes) > 0.9 * network.free_gpu_memory():  # libraries may want some, too
             raise MemoryError
         self._arrays = {name: GpuArray(*kind) for name, kind in shapes.items()}
         corners = [(y, x) for y, _, x, _ in itertools.chain(*layout.turns)]
@@ -183,8 +183,8 @@ class GpuPicture:
     def load(self, arrays, gradient_size):
         """Takes the state of a Dream after a whole step: {name: array} as in Layout.arrays, and its
         gradient_size."""
-        # CUDA loads a kernel when it is first used, which must not be while a graph is made; the
-        # others are used in every part.
+        # CUDA loads a kernel when it is first used, which must not be while a graph is made. All
+        # others are used in a step's first part, which is tried first.
         caffe_library().cnn_vis_end_step(ctypes.byref(self._fields), self._told)
         for name, array in arrays.items():
             self._arrays[name].write(array)

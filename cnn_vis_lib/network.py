@@ -369,9 +369,9 @@ class Network:
         GPU's free memory, which is shared by `share` processes that have all run one tile
         already."""
         tile = sum(2 * 4 * math.prod(blob.shape) for blob in self._net.blobs.values())
-        return min(FULL_BATCH, max(1, int(0.7 * self.free_memory() / share) // tile))
+        return min(FULL_BATCH, max(1, int(0.7 * self.free_gpu_memory() / share) // tile))
 
-    def free_memory(self):
+    def free_gpu_memory(self):
         """The GPU's free memory, in bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         driver = ctypes.CDLL("libcuda.so.1")

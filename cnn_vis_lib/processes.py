@@ -114,8 +114,11 @@ class Worker:
     output goes to the file `log`, it inherits the `shared` files, `memory` is as for `serve`, and
     `heed` is called with what it reports. Raises OSError."""
 
+    PATIENCE = 10  # seconds that a killed process has to end
+
     def __init__(self, log, gpu, memory, shared=(), heed=None):
         self._owner, self.has_answered, self._heed = os.getpid(), False, heed
+        self._is_lost = False  # it has been killed, but the system cannot end it
         self._connection, other_end = multiprocessing.Pipe()
         # Even on the CPU, a Caffe built with CUDA takes a few hundred MB of the first GPU it sees.
         visible = {"CUDA_VISIBLE_DEVICES": "" if gpu is None else visible_gpu(gpu)}
@@ -151,7 +154,7 @@ class Worker:
 
     def _receive(self):
         while not self._connection.poll(1):
-            if self._process.poll() is not None:  # with another process holding its end
+            if self._is_lost or self._process.poll() is not None:  # another process holds its end
                 raise EOFError
         return self._connection.recv()
 
@@ -162,7 +165,8 @@ class Worker:
         with contextlib.suppress(OSError):  # it may have died
             self._connection.send(None)
         self._connection.close()
-        self._process.wait()
+        if not self._is_lost:
+            self._process.wait()
 
     def kill(self):
         """Kills the process; returns the exit status that it has, negative for a signal's. Does
@@ -171,8 +175,9 @@ class Worker:
             return 0
         self._process.kill()
         try:
-            return self._process.wait(10)
+            return self._process.wait(0 if self._is_lost else self.PATIENCE)
         except subprocess.TimeoutExpired:  # it waits for a broken GPU in the driver
+            self._is_lost = True
             return -signal.SIGKILL
 
 
@@ -370,13 +375,14 @@ class CaffeProcesses:
         `restart` raise."""
         return self.restarting(lambda: self.submit(task, *arguments).result())
 
-    def restarting(self, function):
-        """Returns function(), which is called again after a `restart` if it raises WorkerDied."""
+    def restarting(self, function, restart=None):
+        """Returns function(), which is called again after a `restart`, or the function given
+        instead, if it raises WorkerDied."""
         while True:
             try:
                 return function()
             except WorkerDied:
-                self.restart()
+                (restart or self.restart)()
 
 
 def in_a_worker(task, *arguments):

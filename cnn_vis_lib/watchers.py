@@ -323,17 +323,16 @@ class Pace:
     """How far a run has got, in tiles, and how fast it is."""
 
     def __init__(self, dream):
-        steps, at_size = dream.settings.num_steps, dream.size_number - 1
+        self._steps = dream.settings.num_steps
         self.counts = [sum(map(len, dream.tiles(size))) for size in dream.sizes]
-        self.total = steps * sum(self.counts)
-        self.done = steps * sum(self.counts[:at_size]) + dream.step * self.counts[at_size]
+        self.total = self._steps * sum(self.counts)
+        self.advance(dream)
         self._done_before, self._begun = self.done, time.monotonic()
 
-    def advance(self, progress):
-        """Counts the tiles of a step; returns their number."""
-        count = self.counts[progress.size_number - 1]
-        self.done += count
-        return count
+    def advance(self, run):
+        """Takes in how far a Dream, or its Progress, is."""
+        *before, count = self.counts[: run.size_number]
+        self.done = self._steps * sum(before) + run.step * count
 
     def rate(self):
         """Tiles per second, on average."""

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from .canvas import Canvas, is_possible
+from .canvas import Canvas, may_stay_on_gpu
 from .description import ANOTHER_LAYER
 from .errors import RunFailed, Stopped, log, one_line, refusal, remedy_of
 from .machine import free_memory
@@ -75,9 +75,9 @@ class Engine:
         (3, H, W); the loss, None unless measured), ...]."""
         raise NotImplementedError
 
-    def canvas(self, dream):
-        """A Canvas for the picture of a Dream at its size; None if the steps are to be taken by the
-        Dream itself."""
+    def canvas(self, dream, is_stopping):
+        """A Canvas for the picture of a Dream at its size, which can be stopped; None if the steps
+        are to be taken by the Dream itself."""
         return
 
     def begin_run(self):
@@ -301,6 +301,10 @@ class Workers(Engine):
             self.spec = dataclasses.replace(self.spec, graphs=False)
             self.processes.start()
 
+    def kill(self):
+        """Kills the processes; their tasks raise WorkerDied."""
+        self.processes.kill()
+
     def begin_run(self):
         super().begin_run()
         self.processes.restarts = 0
@@ -314,7 +318,7 @@ class Workers(Engine):
 
     def _try_network(self):
         try:
-            facts = self.processes.restarting(self._described)
+            facts = self.processes.restarting(self._described, self.restart)
         except LayerFailed:
             raise self._bad_layer() from None
         except CaffeStopped as error:
@@ -388,11 +392,11 @@ class Workers(Engine):
         """Submits task(spec, *arguments), as CaffeProcesses.submit does."""
         return self.processes.submit(task, self.spec, *arguments)
 
-    def canvas(self, dream):
+    def canvas(self, dream, is_stopping):
         has_one = self.gpus and self.processes.number == 1
-        if not (has_one and is_possible(self.spec, dream.scratch)):
+        if not (has_one and may_stay_on_gpu(self.spec, dream.scratch)):
             return None
-        return Canvas(self, dream, (self._memory_file.fileno(), self._beyond))
+        return Canvas(self, dream, (self._memory_file.fileno(), self._beyond), is_stopping)
 
     def has_room(self):
         return bool(self._free)

@@ -206,6 +206,14 @@ for on in "01":
         if len(steps) == 2 and on == "1":
             os.environ["CUDA_ON_CPU_MEMORY"] = "9000000"
             conftest.kill_workers(os.getpid())
+            if sys.argv[4] == "asked":
+                try:
+                    progress.picture()
+                    raise AssertionError
+                except cnn_vis.RunFailed:
+                    pass
+                del os.environ["CUDA_ON_CPU_MEMORY"]
+                conftest.kill_workers(os.getpid())
     pictures.append(progress.picture())
     assert steps == ([1, 2, 3] if on == "0" else [1, 2, 1, 2, 3]), steps
 assert (pictures[0] == pictures[1]).all()
@@ -213,9 +221,11 @@ assert (pictures[0] == pictures[1]).all()
 
 
 @emulated
-def test_a_picture_that_no_longer_fits_goes_on_in_memory(tmp_path):
-    """If the worker is killed, and another program has taken the GPU's memory."""
-    run_python(NO_ROOM, tmp_path, *NETWORK, **GPU)
+@pytest.mark.parametrize("picture", ["asked", "not asked"])
+def test_a_picture_that_no_longer_fits_goes_on_in_memory(picture, tmp_path):
+    """If the worker is killed, and another program has taken the GPU's memory; also if somebody
+    then asks for the picture, is told, and goes on."""
+    run_python(NO_ROOM, tmp_path, *NETWORK, picture, **GPU)
 
 
 # ---- Nothing is lost -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from cnn_vis_lib.gpu_makers import Share, SharedEngines
 from cnn_vis_lib.machine import visible_gpu
 from cnn_vis_lib.models import NetworkFiles
 from cnn_vis_lib.network import NetworkSpec
-from cnn_vis_lib.processes import GpuFailed, check_log
+from cnn_vis_lib.processes import CaffeProcesses, GpuFailed, Worker, WorkerDied, check_log
 from cnn_vis_lib.workers import Workers
 
 FILES = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
@@ -326,3 +326,17 @@ with Workers(*test_engines.WORK, 2) as engine:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_a_process_that_cannot_be_ended_is_given_up(monkeypatch):
+    """As one that waits in the driver of a broken GPU."""
+    monkeypatch.setattr(Worker, "PATIENCE", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: None)
+    with CaffeProcesses() as processes:
+        pid, future = processes.call(os.getpid), processes.submit(time.sleep, 600)
+        begun = time.monotonic()
+        assert processes.kill() == [-signal.SIGKILL]
+        with pytest.raises(WorkerDied):
+            future.result()
+    assert time.monotonic() - begun < 10
+    os.kill(pid, signal.SIGKILL)

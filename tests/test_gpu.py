@@ -430,6 +430,29 @@ def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_pat
     assert np.linalg.norm(gpu - cpu) <= 5 * BOUND * np.linalg.norm(cpu)
 
 
+TWICE = """
+import sys, caffe, numpy
+caffe.set_mode_gpu()
+layer = '''layer { name: "%s" type: "CudnnConvolution" bottom: "%s" top: "%s"
+  convolution_param { num_output: 3 kernel_size: 3 pad: 1 weight_filler { type: "xavier" } } }'''
+with open("net.prototxt", "w") as file:
+    file.write('input: "data" input_shape { dim: [2, 3, 8, 8] } force_backward: true ')
+    file.writelines(layer % names for names in [("a", "data", "a"), ("b", "a", "b")])
+net = caffe.Net("net.prototxt", caffe.TEST)
+net.forward()
+net.backward()
+"""
+
+
+@emulated
+def test_layers_of_one_shape_are_measured_once(cudnn, tmp_path, logged):
+    """And have the same algorithm."""
+    folder, environment = logged
+    run_python(TWICE, tmp_path, **environment, CNN_VIS_ALGORITHMS="algorithms.txt")
+    assert take_counts(folder, "measurements") == [2]
+    assert len((tmp_path / "algorithms.txt").read_text().splitlines()) == 2
+
+
 @emulated
 def test_measured_algorithms_are_kept(cudnn, on_cpu, tmp_path, logged):
     """In a file, for this card and these versions; what is damaged in it is measured again."""

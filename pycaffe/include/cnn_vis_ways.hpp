@@ -50,9 +50,10 @@ class KeptAlgorithms {
 
   // If the file cannot be written, it is measured again in the next run.
   template <typename Perf>
-  void Write(const std::string& shape, const Perf& perf) const {
-    const std::string line = machine_ + shape + "\t" + std::to_string(perf.algo) + " " + std::to_string(perf.mathType) + " " +
-                             std::to_string(perf.memory) + ".\n";
+  void Write(const std::string& shape, const Perf& perf) {
+    const std::string found = std::to_string(perf.algo) + " " + std::to_string(perf.mathType) + " " + std::to_string(perf.memory) + ".";
+    lines_.emplace(machine_ + shape, found);
+    const std::string line = machine_ + shape + "\t" + found + "\n";
     std::ofstream(path_, std::ios::app) << line;  // at once: others may be writing
   }
 
@@ -89,7 +90,7 @@ struct Way {
   bool Choose(const std::string& shape, bool tf32, Ask ask) {
     Perf found[kMost];
     int count = 0;
-    if (const KeptAlgorithms* kept = KeptAlgorithms::Get()) {
+    if (KeptAlgorithms* kept = KeptAlgorithms::Get()) {
       if (kept->Read(shape, found) && Take(found, 1, tf32)) return true;
       const bool is_measured = ask(true, kMost, &count, found) == CUDNN_STATUS_SUCCESS;  // or memory is short
       cudaGetLastError();  // forgets it
