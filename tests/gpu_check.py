@@ -10,6 +10,7 @@ a part fails, its table says so and the other parts still run; the exit code is 
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import itertools
@@ -28,6 +29,7 @@ from PIL import Image
 
 import cnn_vis
 import cnn_vis_lib.network
+from cnn_vis_lib.cuda_graphs import Graphs
 from cnn_vis_lib.description import GPU_LAYERS, RELU_LAYERS
 from cnn_vis_lib.engines import has_cuda
 from cnn_vis_lib.errors import one_line
@@ -37,7 +39,7 @@ from cnn_vis_lib.network import NetworkSpec, layer_shapes, load_network
 from cnn_vis_lib.options import parse_size
 from cnn_vis_lib.pixels import resize
 from cnn_vis_lib.processes import CaffeProcesses, in_a_worker
-from cnn_vis_lib.prototxt import import_caffe
+from cnn_vis_lib.prototxt import caffe_library, import_caffe
 from cnn_vis_lib.workers import Workers
 
 IS_EMULATED = os.environ.get("LD_LIBRARY_PATH") == EMULATION["LD_LIBRARY_PATH"]
@@ -50,11 +52,12 @@ class Work:
         self.words = [f"--model={model}"] if model else []
         self.batches, self.tiles, self.repeat = (1, 2, 4, 8, 16, 32), 320, 20
         self.commands = {"427x640": 200, "1080x1920": 100, "4096x4096": 10}
+        self.counts = (3, 24)
         if quick:
             self.words = [*TINY]
             layer = "inception_a/output"
             self.batches, self.tiles, self.repeat = (1, 4), 8, 1
-            self.commands = {"64x96": 4}
+            self.commands, self.counts = {"64x96": 4}, (2,)
         self.words.append(f"--layer={layer}")
         self.files = find_network(cnn_vis.PARSER.parse_args(self.words))
         self.objective = cnn_vis.layer_terms(layer)
@@ -182,6 +185,35 @@ def batch_times(work, fast, tf32=False, graphs=True, joins=True, measured=False)
         ms = benchmark.milliseconds(lambda b=batch: loaded.gradients(b, False), work.repeat)
         found[size] = ms / size
     return found
+
+
+def layers(work):
+    """The time of each kind of layer, in ms of a pass, forward and backward; in graphs, so that the
+    CPU's calls do not count."""
+    for count in work.counts:
+        found = on_gpu(layer_times, work, count)
+        words = (f"{kind}: {ms:.2f}" for kind, ms in sorted(found.items(), key=lambda f: -f[1]))
+        yield f"{count} tiles", ", ".join(words)
+
+
+def layer_times(work, count):
+    """Task: {type of layer: ms} for passes of `count` tiles."""
+    loaded = Ascent(work.files, *work.objective.targets, use_gpu=True)
+    loaded.gradients(noise(count, loaded.tile_size), False)
+    net, graphs, found = loaded.network._net, Graphs.available(), collections.Counter()
+    passes = (net._forward, net._backward)
+    for (number, layer), go in itertools.product(enumerate(net.layers), passes):
+
+        def several_times(go=go, number=number):
+            for _ in range(10):
+                go(number, number)
+
+        def do(key=(number, go), work=several_times):
+            graphs.do(key, work)
+            caffe_library().cnn_vis_wait()
+
+        found[layer.type] += benchmark.milliseconds(do, work.repeat) / 10
+    return dict(found)
 
 
 def processes(work):
@@ -333,7 +365,7 @@ def torch_times(work):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-PARTS = (machine, gradients, speed, processes, commands, starts, pictures, torch, tests)
+PARTS = (machine, gradients, speed, layers, processes, commands, starts, pictures, torch, tests)
 
 
 def main():

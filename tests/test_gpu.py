@@ -735,7 +735,7 @@ def test_a_run_waits_wherever_it_has_to(on_cpu, tmp_path):
 @pytest.mark.skipif("IS_REAL", reason="takes its ten minutes there: make gpu-check")
 def test_the_kit_runs_through(tmp_path):
     """On emulated GPUs; a part that fails is told and does not end it."""
-    parts = ["machine", "gradients", "speed", "processes", "commands", "starts"]
+    parts = ["machine", "gradients", "speed", "layers", "processes", "commands", "starts"]
     parts += ["pictures", "torch"]
     kit = [sys.executable, ROOT / "tests" / "gpu_check.py", "--parts", *parts]
     done = subprocess.run(kit, cwd=tmp_path, capture_output=True, text=True, check=False)
