@@ -201,15 +201,15 @@ def layer_times(work, count):
     loaded = Ascent(work.files, *work.objective.targets, use_gpu=True)
     loaded.gradients(noise(count, loaded.tile_size), False)
     net, graphs, found = loaded.network._net, Graphs.available(), collections.Counter()
-    passes = (net._forward, net._backward)
-    for (number, layer), go in itertools.product(enumerate(net.layers), passes):
+    ways = (net._forward, net._backward)
+    for (number, layer), go in itertools.product(enumerate(net.layers), ways):
 
         def several_times(go=go, number=number):
             for _ in range(10):
                 go(number, number)
 
-        def do(key=(number, go), work=several_times):
-            graphs.do(key, work)
+        def do(key=(number, go), passes=several_times):
+            graphs.do(key, passes)
             caffe_library().cnn_vis_wait()
 
         found[layer.type] += benchmark.milliseconds(do, work.repeat) / 10
