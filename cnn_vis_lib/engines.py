@@ -9,6 +9,7 @@ import os
 from .canvas import may_stay_on_gpu
 from .cluster import Cluster
 from .errors import Stopped, refusal
+from .gpu_picture import STEP_SYMBOL
 from .machine import count_cores, count_gpus
 from .options import PARSER
 from .processes import in_a_worker
@@ -16,7 +17,6 @@ from .prototxt import caffe_library
 from .workers import EACH, Workers
 
 CUDA_SYMBOL = "_ZN5caffe20cublasGetErrorStringE14cublasStatus_t"  # of a Caffe built with CUDA
-STEP_SYMBOL = "cnn_vis_end_step"  # of one that takes steps on a GPU
 
 
 def can_use_gpu():

@@ -137,9 +137,12 @@ class GpuArray:
         caffe_library().cnn_vis_copy(*map(ctypes.c_void_p, (to, source)), ctypes.c_size_t(size))
 
 
+STEP_SYMBOL = "cnn_vis_end_step"  # of a Caffe that takes steps on a GPU
+
+
 def can_hold_pictures(network):
     """Whether this Caffe can do all of a step on the GPU with the Network."""
-    return network.has_objective and hasattr(caffe_library(), "cnn_vis_end_step")
+    return network.has_objective and hasattr(caffe_library(), STEP_SYMBOL)
 
 
 class GpuPicture:

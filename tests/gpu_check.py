@@ -142,7 +142,7 @@ def speed(work):
     """One process: ms per tile, forward and backward, for each number of tiles in a batch, as a
     CUDA graph; without one; and without each of the layers of ours that save calls."""
     has_cudnn = "CudnnConvolution" in on_gpu(layer_types)
-    for name, way in WAYS.items():
+    for name, way in ways().items():
         if way["fast"] and not has_cudnn:
             yield name, "Caffe was built without cuDNN"
         else:
@@ -160,9 +160,6 @@ def ways():
     found["cuDNN, ReLU in layers of its own"] = cudnn | {"joins": False}
     measured = {name: found[name] | {"measured": True} for name in ("cuDNN", "cuDNN, TF32")}
     return found | {f"{name}, algorithms measured": way for name, way in measured.items()}
-
-
-WAYS = ways()
 
 
 def by_batch(times):
@@ -201,15 +198,15 @@ def layer_times(work, count):
     loaded = Ascent(work.files, *work.objective.targets, use_gpu=True)
     loaded.gradients(noise(count, loaded.tile_size), False)
     net, graphs, found = loaded.network._net, Graphs.available(), collections.Counter()
-    ways = (net._forward, net._backward)
-    for (number, layer), go in itertools.product(enumerate(net.layers), ways):
+    directions = (net._forward, net._backward)
+    for (number, layer), go in itertools.product(enumerate(net.layers), directions):
 
         def several_times(go=go, number=number):
             for _ in range(10):
                 go(number, number)
 
-        def do(key=(number, go), passes=several_times):
-            graphs.do(key, passes)
+        def do(key=(number, go), several_times=several_times):
+            graphs.do(key, several_times)
             caffe_library().cnn_vis_wait()
 
         found[layer.type] += benchmark.milliseconds(do, work.repeat) / 10

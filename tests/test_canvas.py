@@ -112,16 +112,19 @@ def test_without_graphs_it_is_the_same_picture(in_memory, tmp_path):
     assert_same(tmp_path / "out.png", in_memory)
 
 
+LIBRARY = f"""
+import conftest, cnn_vis, os, sys
+IS_REAL = {IS_REAL}
+words = dict(zip(("deploy_txt", "caffe_model", "mean_image"), sys.argv[1:]))
+words |= dict(layer="inception_a/output", gpu=0, seed=1)
+"""
 EACH_STEP = """
-import conftest, cnn_vis, os, numpy, sys
 found = []
 for on in "01":
     os.environ["CNN_VIS_CANVAS"] = on
-    words = dict(zip(("deploy_txt", "caffe_model", "mean_image"), sys.argv[1:]))
-    words |= dict(layer="inception_a/output", initial_size="70x100")
-    run = cnn_vis.dream(gpu=0, seed=1, num_steps=5, **words)
+    run = cnn_vis.dream(initial_size="70x100", num_steps=5, **words)
     found.append([progress.picture() for progress in run])
-    run = cnn_vis.dream(gpu=0, seed=1, num_steps=5, **words)
+    run = cnn_vis.dream(initial_size="70x100", num_steps=5, **words)
     third = [next(run) for _ in range(3)][-1]
     run.close()
     assert abs(third.picture().astype(int) - found[-1][2]).max() <= (8 if IS_REAL else 0)
@@ -132,7 +135,7 @@ assert all(abs(a.astype(int) - b).max() <= (8 if IS_REAL else 0) for a, b in zip
 
 def test_the_library_gives_each_steps_picture(tmp_path):
     """And that of a run that is left."""
-    run_python(f"IS_REAL = {IS_REAL}{EACH_STEP}", tmp_path, *NETWORK, **GPU)
+    run_python(LIBRARY + EACH_STEP, tmp_path, *NETWORK, **GPU)
 
 
 def test_this_build_can_hold_pictures(tmp_path):
@@ -194,14 +197,11 @@ def test_a_picture_leaves_the_network_what_it_needs(memory, tmp_path):
 
 
 NO_ROOM = """
-import conftest, cnn_vis, os, sys
 pictures = []
 for on in "01":
     os.environ["CNN_VIS_CANVAS"] = on
-    words = dict(zip(("deploy_txt", "caffe_model", "mean_image"), sys.argv[1:]))
-    words |= dict(layer="inception_a/output", initial_size="400x500", batch_size=1)
     steps = []
-    for progress in cnn_vis.dream(gpu=0, seed=1, num_steps=3, **words):
+    for progress in cnn_vis.dream(initial_size="400x500", batch_size=1, num_steps=3, **words):
         steps.append(progress.step)
         if len(steps) == 2 and on == "1":
             os.environ["CUDA_ON_CPU_MEMORY"] = "9000000"
@@ -225,7 +225,7 @@ assert (pictures[0] == pictures[1]).all()
 def test_a_picture_that_no_longer_fits_goes_on_in_memory(picture, tmp_path):
     """If the worker is killed, and another program has taken the GPU's memory; also if somebody
     then asks for the picture, is told, and goes on."""
-    run_python(NO_ROOM, tmp_path, *NETWORK, picture, **GPU)
+    run_python(LIBRARY + NO_ROOM, tmp_path, *NETWORK, picture, **GPU)
 
 
 # ---- Nothing is lost -----------------------------------------------------------------------------

@@ -431,7 +431,7 @@ def test_gradients_are_alike_with_cudnn_and_without(cudnn, change, kind, tmp_pat
 
 
 TWICE = """
-import sys, caffe, numpy
+import caffe
 caffe.set_mode_gpu()
 layer = '''layer { name: "%s" type: "CudnnConvolution" bottom: "%s" top: "%s"
   convolution_param { num_output: 3 kernel_size: 3 pad: 1 weight_filler { type: "xavier" } } }'''
