@@ -927,12 +927,12 @@ class Dream:
         with np.errstate(all="ignore"):  # step_tile returns None on overflow
             step_size = self.step_tile(*arrays, terms, *rates)
         if step_size is None:
-            raise self.overflow(x, np.isfinite(descent).all())
+            raise self._overflow(x, np.isfinite(descent).all())
         if step_size:
             self.is_still = False
         return step_size
 
-    def overflow(self, x, is_finite):
+    def _overflow(self, x, is_finite):
         """The NotFinite for a step after x; `is_finite` is whether the network's gradient was."""
         is_first = (self.size_number, self.step) == (1, 0) and np.abs(x).max() < 1e6
         if is_first and not is_finite:  # no step has caused this

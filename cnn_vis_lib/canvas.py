@@ -16,7 +16,7 @@ import numpy as np
 
 from .ahead import overlap
 from .compiled_step import step_numbers
-from .errors import RunFailed, one_line
+from .errors import RunFailed, Stopped, one_line
 from .gpu_picture import GpuPicture, Layout, can_hold_pictures, size_of
 from .machine import free_memory
 from .network import load_network
@@ -70,8 +70,8 @@ def may_stay_on_gpu(spec, scratch):
     return bool(spec.objective) and not scratch and os.environ.get("CNN_VIS_CANVAS") != "0"
 
 
-class DoesNotFit(RunFailed):
-    """The GPU cannot hold the picture."""
+class CannotStay(RunFailed):
+    """The GPU cannot hold the picture, or its next step is for the Dream itself."""
 
 
 class Canvas:
@@ -105,7 +105,7 @@ class Canvas:
         try:
             self._share()
             self._in_worker(lambda: None)
-        except DoesNotFit:
+        except CannotStay:
             self._give_up()
             return False
         return True
@@ -115,17 +115,17 @@ class Canvas:
         os.truncate(*self._memory)
 
     def _share(self):
-        """Makes room for the arrays in the shared memory, once. Raises DoesNotFit."""
+        """Makes room for the arrays in the shared memory, once. Raises CannotStay."""
         kinds = self._layout.arrays()
         if self._shared is not None:
             return
         if size_of(kinds) > free_memory() / 2:  # saving and enlarging need some, too
-            raise DoesNotFit("there is not enough memory to share")
+            raise CannotStay("there is not enough memory to share")
         try:
             os.truncate(self._memory[0], self._memory[1] + size_of(kinds))
             self._shared = map_arrays(kinds, *self._memory)
         except OSError as error:  # a limit
-            raise DoesNotFit(one_line(error)) from None
+            raise CannotStay(one_line(error)) from None
 
     def not_for_it(self, numbers, wants_stats):
         """Those of the next steps, by their `numbers`, that the Dream has to take itself before the
@@ -136,12 +136,19 @@ class Canvas:
     def steps(self, wants_stats):
         """Does the Dream's steps on the GPU, after `load`, until one is to be measured, yielding a
         Progress after each; then the picture is here again. Ends when is_stopping() becomes true,
-        even in the middle of a step. If the GPU has lost the picture and has no room for it any
-        more, the Dream goes on without a canvas, from where it was here. Raises RunFailed."""
+        even in the middle of a step. If one overflows, or the GPU has lost the picture and has no
+        room for it any more, the Dream goes on without a canvas, from where it was here. Raises
+        RunFailed."""
         try:
             yield from self._steps(wants_stats)
-        except DoesNotFit:
+        except CannotStay:
             self._give_up()
+        except (RunFailed, Stopped):
+            raise
+        except BaseException:  # the end for whoever takes the steps, but not for their picture
+            with contextlib.suppress(RunFailed):
+                self.fetch()
+            raise
 
     def _steps(self, wants_stats):
         dream = self._dream
@@ -153,23 +160,15 @@ class Canvas:
             if told is None:
                 break
             dream.is_silent, dream.is_still = not told["has_gradient"], not told["has_step"]
-            if told["is_not_finite"]:
-                self.fetch()
-                raise dream.overflow(dream.image, not told["gradient_is_not_finite"])
             progress = dream.end_step()
             if time.monotonic() - self._fetched > self.AT_RISK:
                 self.fetch()
-            try:
-                yield progress
-            except GeneratorExit:  # its picture may still be asked for
-                with contextlib.suppress(RunFailed):
-                    self.fetch()
-                raise
+            yield progress
         self.fetch()
 
     def _step(self):
         """Does a step; returns what GpuPicture.advance does, or None if the run is stopping before
-        its end: the Dream then is amid this step. Raises NotFinite if it overflows there."""
+        its end: the Dream then is amid this step. Raises CannotStay if it overflows, RunFailed."""
         dream, count = self._dream, len(self._parts)
         rates = (dream.settings.decay_rate, dream.learning_rate)
         words = b"".join(map(bytes, step_numbers(dream.regularizers(), *rates, dream.mean)))
@@ -181,15 +180,20 @@ class Canvas:
             what = (first, min(first + self.PARTS_AT_ONCE, count), words)
             told = self._ask(with_picture, "advance", *what)
             self._since.append(what)
+        self._check(told)
         return told
+
+    def _check(self, told):
+        """Raises CannotStay if a step has met what is not finite: the Dream, which takes it again,
+        will say so."""
+        if told["is_not_finite"]:
+            self._go_back()
+            raise CannotStay("a step overflows")
 
     def _stop_before(self, tile):
         """Makes the Dream one that is amid a step, before the tile with this number."""
         dream, numbers = self._dream, {}
-        told = self._ask(with_picture, "flags")
-        if told["is_not_finite"]:
-            self.fetch()
-            raise dream.overflow(dream.image, not told["gradient_is_not_finite"])
+        self._check(self._ask(with_picture, "flags"))
         for turn, first in zip(self._layout.turns, (0, len(self._layout.turns[0]))):
             stepped = turn[: max(0, tile - first)]
             for number, region in enumerate(turn[len(stepped) :], len(stepped)):
@@ -199,8 +203,8 @@ class Canvas:
         dream.tile, dream.before = tile, dict(zip(numbers, pixels))
 
     def fetch(self):
-        """Brings the picture to the Dream, if the GPU has done something since it was there. Raises
-        RunFailed."""
+        """Brings the picture to the Dream, if the GPU has done something since it was there; can be
+        interrupted, and called again. Raises RunFailed."""
         if not self._since:
             return
         sizes = self._ask(fetch_picture, self._layout, self._memory)
@@ -208,13 +212,18 @@ class Canvas:
             if name in self._arrays:
                 self._arrays[name][...] = self._shared[name]
         self._dream.gradient_size, self._dream.gradient_sum = sizes
-        self._since.clear()
         self._keep()
 
     def _keep(self):
         """Remembers what is true while the picture is here."""
         names, self._fetched = ("step", "tile", "before", *self._dream.NUMBERS), time.monotonic()
-        self._kept = {name: getattr(self._dream, name) for name in names}
+        kept = {name: getattr(self._dream, name) for name in names}
+        self._kept, self._since = kept, []
+
+    def _go_back(self):
+        """Makes the Dream what it was when the picture was last here, without a canvas."""
+        vars(self._dream).update(self._kept, canvas=None)
+        self._since = []
 
     def _ask(self, task, *arguments):
         """Returns what a task of the worker that has the picture returns."""
@@ -232,9 +241,8 @@ class Canvas:
                 except WorkerDied:
                     self._is_lost = True
                     self._workers.restart()
-        except BaseException:
-            vars(self._dream).update(self._kept, canvas=None)
-            self._since.clear()
+        except RunFailed:
+            self._go_back()
             raise
 
     def _restore(self):
@@ -243,7 +251,7 @@ class Canvas:
             self._shared[name][...] = array
         state = (self._layout, self._memory, self._kept["gradient_size"])
         if not self._run(load_picture, *state):
-            raise DoesNotFit("the picture no longer fits in the GPU's memory")
+            raise CannotStay("the picture no longer fits in the GPU's memory")
         for what in self._since:
             self._run(with_picture, "advance", *what)
         self._is_lost = False

@@ -149,7 +149,7 @@ class GpuPicture:
     """A picture on this process's GPU, with the Layout, for the Network. Raises MemoryError."""
 
     _serial = itertools.count()
-    FLAGS = ("is_not_finite", "gradient_is_not_finite", "has_gradient", "has_step")
+    FLAGS = ("is_not_finite", "has_gradient", "has_step")
 
     def __init__(self, network, layout):
         self.network, self.layout, self.parts = network, layout, layout.parts()

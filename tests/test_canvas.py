@@ -138,6 +138,61 @@ def test_the_library_gives_each_steps_picture(tmp_path):
     run_python(LIBRARY + EACH_STEP, tmp_path, *NETWORK, **GPU)
 
 
+INTERRUPTED = """
+import itertools, signal
+how, words["initial_size"] = sys.argv[4], "83x77"
+pictures = [progress.picture() for progress in cnn_vis.dream(num_steps=14, **words)]
+
+class Alarm(BaseException):
+    pass
+
+def ring(*_):
+    raise Alarm
+
+def call(function, *arguments):
+    try:
+        return function(*arguments)
+    except Alarm:
+        return None
+
+def number(picture):  # of the step whose picture is most like it: it may be amid one
+    return 1 + min(range(14), key=lambda i: abs(picture.astype(int) - pictures[i]).sum())
+
+signal.signal(signal.SIGALRM, ring)
+for delay in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
+    run, steps = cnn_vis.dream(num_steps=14, **words), []
+    for progress in run:
+        steps.append(progress.step)
+        if progress.step != 8:
+            continue
+        if how == "thrown":
+            call(run.throw, Alarm)
+            assert number(progress.picture()) == 8
+            break
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        if how == "asking":
+            call(progress.picture)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert number(progress.picture()) == 8
+        else:
+            for _ in itertools.count():
+                if call(next, run) is None:
+                    break
+            assert number(progress.picture()) >= 8
+            break
+    if how == "asking":
+        assert steps == [*range(1, 15)], steps
+        assert number(progress.picture()) == 14
+"""
+
+
+@pytest.mark.parametrize("how", ["asking", "thrown", "a step"])
+def test_an_interrupted_library_run_still_has_its_picture(how, tmp_path):
+    """An exception of a signal's handler while a picture is asked for, or while a step is done; or
+    one that is thrown into the run."""
+    run_python(LIBRARY + INTERRUPTED, tmp_path, *NETWORK, how, **GPU)
+
+
 def test_this_build_can_hold_pictures(tmp_path):
     """Compilers differ in which functions they hide."""
     script = "from cnn_vis_lib.prototxt import caffe_library as c; c().cnn_vis_end_step"
@@ -286,22 +341,25 @@ def test_a_gpu_that_is_lost_loses_little(in_memory, tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--learning_rate=1e300", "--p_reg=1e9"], "the picture overflowed at step 1 of size 1"),
+        ("--learning_rate=1e300 --p_reg=1e9", "the picture overflowed at step 1 of size 1"),
+        ("--layer=classifier --l2_weight=1e38", "the start picture is not a number"),
         (
-            ["--layer=classifier", "--l2_weight=1e38"],
-            "the start picture is not a number",
+            "--learning_rate_decay_fraction=1e9 --learning_rate_decay_iter=1 --batch_size=1",
+            "the picture overflowed at step 5 of size 1",
         ),
     ],
 )
 def test_a_picture_that_overflows_is_told_in_the_same_way(words, told, tmp_path):
-    words = [*DREAM, "--initial_size=70x100", "--num_steps=3", "--seed=1", "--quiet", *words]
+    words = [*words.split(), "--initial_size=70x100", "--num_steps=9", "--seed=1", "--quiet"]
     said = []
     for name, environment in {"canvas": {}, "memory": IN_MEMORY}.items():
         (tmp_path / name).mkdir()
-        said.append(run_cli(*words, cwd=tmp_path / name, **GPU | environment))
-    assert told in said[0].stderr
+        said.append(run_cli(*DREAM, *words, cwd=tmp_path / name, **GPU | environment))
+        assert said[-1].returncode == 1
+        assert told in said[-1].stderr
     assert said[0].stderr == said[1].stderr
-    assert said[0].returncode == said[1].returncode == 1
+    names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("canvas", "memory")]
+    assert names[0] == names[1]
 
 
 # ---- Parts ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ struct Canvas {  // as in cnn_vis_lib/gpu_picture.py
   double* sums;            // (tiles of a part, w), or null with RMSProp, as the next two
   double* sizes;           // the mean size of the gradient in the step before, its sum in this one, and of how many tiles
   float* factors;          // (tiles of a part,), of gradients
-  int32_t* flags;          // whether the step has met what is not finite; such a gradient; a gradient; a step that is not 0
+  int32_t* flags;          // whether the step has met what is not finite; a gradient; a step that is not 0
   int64_t height, width, h, w, tiles;
   double strength;
   float scale;  // of pixels in the network's input, and of gradients
@@ -41,7 +41,7 @@ namespace {
 
 using namespace cnn_vis;
 
-enum { kNotFinite, kGradientNotFinite, kGradient, kStep, kFlags };
+enum { kNotFinite, kGradient, kStep, kFlags };
 
 // The value i of tiles (N, 3, h, w): its tile, and its place in the tile and in the picture.
 struct Value {
@@ -161,7 +161,6 @@ __global__ void step(int n, Canvas c, int first, const float* descent, const flo
     const double pixel = c.image[value.in_picture];
     float from_network = gradient(c, descent, i);
     if (from_network != 0) c.flags[kGradient] = 1;
-    if (!(fabs(from_network) < INFINITY)) c.flags[kGradientNotFinite] = 1;
     if (factors) from_network *= factors[value.tile];
     double g = from_network;
     if (numbers.p_weight) {
