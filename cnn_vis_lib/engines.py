@@ -8,7 +8,7 @@ import os
 
 from .canvas import may_stay_on_gpu
 from .cluster import Cluster
-from .errors import Stopped, refusal
+from .errors import BadRequest, Stopped, one_line, refusal
 from .gpu_picture import STEP_SYMBOL
 from .machine import count_cores, count_gpus
 from .options import PARSER
@@ -53,6 +53,8 @@ def choose_gpus(gpus):
         return [], "CPU"
     present = count_gpus()
     cuda = (present or gpus) and has_cuda()
+    if cuda:
+        check_kept_algorithms(os.environ.get("CNN_VIS_ALGORITHMS"))
     if gpus is None:
         if cuda:
             return [0], "GPU 0"
@@ -68,6 +70,30 @@ def choose_gpus(gpus):
         remedy = "use another number, or -1 for the CPU"
         raise refusal("gpu", asked, f"no such GPU ({told})", remedy)
     return gpus, f"GPU{'s' * (len(gpus) > 1)} {asked}"
+
+
+def check_kept_algorithms(path):
+    """Raises BadRequest if Caffe cannot keep algorithms (pycaffe/include/cnn_vis_ways.hpp) in the
+    file that CNN_VIS_ALGORITHMS names, None if it is not set: others could make it wait forever, or
+    would be added to."""
+    if not path or path == os.devnull:  # that keeps nothing
+        return
+    problem = None
+    if not os.path.lexists(path) and not os.path.isdir(os.path.dirname(path) or "."):
+        problem = "there is no such folder"
+    elif os.path.lexists(path) and not os.path.isfile(path):
+        problem = "this is not a file"
+    elif os.path.exists(path):
+        try:
+            with open(path, "rb") as file:
+                start = file.read(1 << 16)
+            if start and b"cuDNN" not in start:
+                problem = "this file holds something else"
+        except OSError as error:
+            problem = one_line(error.strerror)
+    if problem:
+        told = f"the environment's CNN_VIS_ALGORITHMS={path}: {problem}"
+        raise BadRequest(told, "name a new file, which will keep what cuDNN measures")
 
 
 def open_engine(options, spec, objective, is_shared=False):

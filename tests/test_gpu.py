@@ -474,9 +474,29 @@ def test_measured_algorithms_are_kept(cudnn, on_cpu, tmp_path, logged):
     assert measurements() == 2
     assert measurements(CUDA_ON_CPU_DRIVER="13020") == first
     assert measurements() == 0
-    kept.unlink()
-    kept.mkdir()
+    kept.write_text("")
     assert measurements() == first
+
+
+@pytest.mark.parametrize(
+    "path, told",
+    [
+        ("nowhere/a.txt", "there is no such folder"),
+        (".", "this is not a file"),
+        ("fifo", "this is not a file"),
+        ("/dev/full", "this is not a file"),
+        ("link", "this is not a file"),
+        ("notes.txt", "this file holds something else"),
+    ],
+)
+def test_a_bad_file_for_algorithms_is_refused(path, told, tmp_path):
+    """Before it is read or added to."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "notes.txt").write_text("mine\n")
+    done = run_cli(*EVERYWHERE, "--gpu=0", cwd=tmp_path, **GPU | {"CNN_VIS_ALGORITHMS": path})
+    assert_one_line(done, 2, f"CNN_VIS_ALGORITHMS={path}: {told}", "name a new file")
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
 def test_tf32_is_another_picture_and_told(cudnn, on_cpu, tmp_path):
