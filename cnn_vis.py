@@ -853,17 +853,17 @@ class Dream:
         return self.settings.step_rule == "rmsprop"
 
     def _steps(self, steps, wants_stats, is_stopping):
-        """Does the remaining steps at this size, yielding a Progress after each: those that are not
-        measured on the canvas, if the engine has one."""
+        """Does the remaining steps at this size, yielding a Progress after each."""
         self.engine.expect(max(map(len, self.tiles(self.size))))
         self.canvas = self.engine.canvas(self, is_stopping)
         while self.step < self.settings.num_steps and not is_stopping():
             left = range(self.step + 1, self.settings.num_steps + 1)
-            if here := left if self.canvas is None else self.canvas.not_for_it(left, wants_stats):
+            if here := self.canvas.not_there(left, wants_stats) if self.canvas else left:
                 yield from self._steps_here(here, steps, wants_stats, is_stopping)
             elif self.canvas.load():
                 yield from self.canvas.steps(wants_stats)
-        self.canvas = None  # it refers to arrays of this size
+        if self.canvas is not None:  # it is for this size
+            self.canvas.close()
 
     def _steps_here(self, numbers, steps, wants_stats, is_stopping):
         """Does steps, by their numbers, with the image in memory."""

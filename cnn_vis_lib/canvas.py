@@ -71,48 +71,55 @@ def may_stay_on_gpu(spec, scratch):
 
 
 class CannotStay(RunFailed):
-    """The GPU cannot hold the picture, or its next step is for the Dream itself."""
+    """The picture must leave the GPU: it does not fit there, or a step overflows, which the Dream
+    takes again in memory, and tells."""
 
 
 class Canvas:
     """The picture of `dream`, a Dream, on the GPU of the only process of `workers`, a Workers.
-    `memory` is the (descriptor, offset) of the memory that it may use, from there on. When
+    `memory` is the (file, offset) of the memory that it may share, from there on. When
     is_stopping() has become true, it no longer waits for a GPU that hangs.
 
     While the picture is there, `image` and `caches` of the Dream are those of some step before;
-    what was true then is kept, and is true again if the GPU fails."""
+    what was true then is kept, and is true again if the GPU fails. Nothing is lost if an exception,
+    such as a signal's, interrupts a method."""
 
-    PARTS_AT_ONCE = 8  # between these, a run can be stopped
-    AT_RISK = 5  # seconds after which the picture is fetched, so that they need not be done again
+    PARTS_AT_ONCE = 8  # at most, in about SECONDS_AT_ONCE; after these, a run can be stopped
+    SECONDS_AT_ONCE = 1
+    AT_RISK = 5  # seconds of work, in whole steps, that may be lost; then the picture is fetched
     PATIENCE = 10  # seconds that a stopped run waits for the GPU
+    PATIENCE_LOADING = 60  # the network, and the picture
 
     def __init__(self, workers, dream, memory, is_stopping):
-        self._workers, self._dream, self._memory = workers, dream, memory
-        self._is_stopping = is_stopping
+        self._workers, self._dream, self._is_stopping = workers, dream, is_stopping
+        self._file, self._memory = memory[0], (memory[0].fileno(), memory[1])
         self._arrays, self._shared, self._is_lost = arrays_of(dream), None, True
         turns, has = tuple(map(tuple, dream.tiles(dream.size))), frozenset(self._arrays)
         sizes, strength = (tuple(dream.size), workers.tile_size), dream.settings.strength
         self._layout = Layout(*sizes, turns, has, strength, workers.batch_size)
         self._parts = self._layout.parts()
+        self._number = 1  # of the next parts to do at once
         self._since = []  # the arguments of GpuPicture.advance since the picture was here
-        os.truncate(*self._memory)  # what a canvas of another size has used
+        self._arrived = None  # what will be `_kept`, and how many of `_since` that includes
 
     def load(self):
         """Puts the picture, after a whole step, on the GPU. Returns whether it can be there; if
         not, the Dream has no canvas any more. Raises RunFailed."""
-        self._keep()
-        self._is_lost = True
+        self._kept, self._since, self._is_lost = self._state(), [], True
+        self._fetched = time.monotonic()
         try:
             self._share()
             self._in_worker(lambda: None)
         except CannotStay:
-            self._give_up()
+            self.close()
             return False
         return True
 
-    def _give_up(self):
+    def close(self):
+        """Leaves the Dream, which has the picture, without a canvas, and frees shared memory."""
         self._dream.canvas = self._shared = None
-        os.truncate(*self._memory)
+        if not self._file.closed:
+            os.truncate(*self._memory)
 
     def _share(self):
         """Makes room for the arrays in the shared memory, once. Raises CannotStay."""
@@ -127,9 +134,9 @@ class Canvas:
         except OSError as error:  # a limit
             raise CannotStay(one_line(error)) from None
 
-    def not_for_it(self, numbers, wants_stats):
-        """Those of the next steps, by their `numbers`, that the Dream has to take itself before the
-        GPU can go on: one that is under way, and those that are measured."""
+    def not_there(self, numbers, wants_stats):
+        """Those of the next steps, by their `numbers`, that the Dream has to take in memory before
+        the GPU can go on: one that is under way, and those that are measured."""
         begun = self._dream.step + 1 if self._dream.tile else 0
         return [*itertools.takewhile(lambda step: step == begun or wants_stats(step), numbers)]
 
@@ -141,19 +148,20 @@ class Canvas:
         RunFailed."""
         try:
             yield from self._steps(wants_stats)
-        except CannotStay:
-            self._give_up()
-        except (RunFailed, Stopped):
+        except CannotStay:  # but the Dream can go on
+            pass
+        except Stopped:
             raise
-        except BaseException:  # the end for whoever takes the steps, but not for their picture
+        except BaseException:  # this run ends here, but its last picture may still be asked for
             with contextlib.suppress(RunFailed):
                 self.fetch()
+                self.close()
             raise
 
     def _steps(self, wants_stats):
         dream = self._dream
         dream.gauge = None
-        # (After an error that somebody has caught, there is no canvas any more.)
+        # (If picture() has failed since the last step, the Dream has no canvas any more.)
         last = dream.settings.num_steps
         while dream.canvas is self and dream.step < last and not wants_stats(dream.step + 1):
             told = self._step()
@@ -172,14 +180,19 @@ class Canvas:
         dream, count = self._dream, len(self._parts)
         rates = (dream.settings.decay_rate, dream.learning_rate)
         words = b"".join(map(bytes, step_numbers(dream.regularizers(), *rates, dream.mean)))
-        for first in range(0, count, self.PARTS_AT_ONCE):
+        done = 0
+        while done < count:
             if self._is_stopping():
-                if first:
-                    self._stop_before(self._parts[first].first)
+                if done:
+                    self._stop_before(self._parts[done].first)
                 return None
-            what = (first, min(first + self.PARTS_AT_ONCE, count), words)
+            what, begun = (done, min(done + self._number, count), words), time.monotonic()
             told = self._ask(with_picture, "advance", *what)
             self._since.append(what)
+            number, done = what[1] - done, what[1]
+            pace = number / (time.monotonic() - begun)
+            fitting = int(pace * self.SECONDS_AT_ONCE)
+            self._number = max(1, min(2 * self._number, fitting, self.PARTS_AT_ONCE))
         self._check(told)
         return told
 
@@ -203,27 +216,40 @@ class Canvas:
         dream.tile, dream.before = tile, dict(zip(numbers, pixels))
 
     def fetch(self):
-        """Brings the picture to the Dream, if the GPU has done something since it was there; can be
-        interrupted, and called again. Raises RunFailed."""
+        """Brings the picture to the Dream, if the GPU has done something since it was there. Raises
+        RunFailed."""
+        self._take()
         if not self._since:
             return
         sizes = self._ask(fetch_picture, self._layout, self._memory)
-        for name in ("image", "caches"):
-            if name in self._arrays:
-                self._arrays[name][...] = self._shared[name]
-        self._dream.gradient_size, self._dream.gradient_sum = sizes
-        self._keep()
+        kept = self._state() | dict(zip(("gradient_size", "gradient_sum"), sizes))
+        self._arrived = kept, len(self._since)
+        self._take()
 
-    def _keep(self):
-        """Remembers what is true while the picture is here."""
-        names, self._fetched = ("step", "tile", "before", *self._dream.NUMBERS), time.monotonic()
-        kept = {name: getattr(self._dream, name) for name in names}
-        self._kept, self._since = kept, []
+    def _take(self):
+        """Copies what has arrived in the shared memory to the Dream. If that is interrupted, it is
+        done again before the shared memory is used for anything else."""
+        if self._arrived is None:
+            return
+        kept, count = self._arrived
+        for name in {"image", "caches"} & set(self._arrays):
+            self._arrays[name][...] = self._shared[name]
+        if count == len(self._since):  # no step has followed
+            vars(self._dream).update(kept)
+        self._fetched = time.monotonic()
+        self._kept, self._since, self._arrived = kept, self._since[count:], None
+
+    def _state(self):
+        """What is true of the Dream now besides its arrays, {name: value}."""
+        names = ("step", "tile", "before", *self._dream.NUMBERS)
+        return {name: getattr(self._dream, name) for name in names}
 
     def _go_back(self):
         """Makes the Dream what it was when the picture was last here, without a canvas."""
-        vars(self._dream).update(self._kept, canvas=None)
+        self._take()
+        vars(self._dream).update(self._kept)
         self._since = []
+        self.close()
 
     def _ask(self, task, *arguments):
         """Returns what a task of the worker that has the picture returns."""
@@ -247,6 +273,7 @@ class Canvas:
 
     def _restore(self):
         """Puts the picture on the GPU and takes the steps that were taken since it was here."""
+        self._take()
         for name, array in self._arrays.items():
             self._shared[name][...] = array
         state = (self._layout, self._memory, self._kept["gradient_size"])
@@ -257,10 +284,11 @@ class Canvas:
         self._is_lost = False
 
     def _run(self, task, *arguments):
+        patience = self.PATIENCE_LOADING if task is load_picture else self.PATIENCE
         future, stopped = self._workers.submit(task, *arguments), None
         while concurrent.futures.wait([future], timeout=1).not_done:
             stopped = stopped or self._is_stopping() and time.monotonic()
-            if stopped and time.monotonic() - stopped > self.PATIENCE:
+            if stopped and time.monotonic() - stopped > patience:
                 self._workers.kill()  # or the end of the engine would wait for it
                 raise RunFailed("the GPU does not answer")
         return future.result()

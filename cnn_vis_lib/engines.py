@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import mmap
 import os
+import re
 
 from .canvas import may_stay_on_gpu
 from .cluster import Cluster
@@ -74,20 +75,23 @@ def choose_gpus(gpus):
 
 def check_kept_algorithms(path):
     """Raises BadRequest if Caffe cannot keep algorithms (pycaffe/include/cnn_vis_ways.hpp) in the
-    file that CNN_VIS_ALGORITHMS names, None if it is not set: others could make it wait forever, or
-    would be added to."""
+    file that CNN_VIS_ALGORITHMS names, None if it is not set. Reading a pipe could take forever,
+    and a file that holds something else would be added to."""
     if not path or path == os.devnull:  # that keeps nothing
         return
     problem = None
-    if not os.path.lexists(path) and not os.path.isdir(os.path.dirname(path) or "."):
+    folder = os.path.dirname(path) or "."
+    if not os.path.lexists(path) and not os.path.isdir(folder):
         problem = "there is no such folder"
+    elif not os.path.lexists(path) and not os.access(folder, os.W_OK):
+        problem = "its folder cannot be written to"
     elif os.path.lexists(path) and not os.path.isfile(path):
         problem = "this is not a file"
     elif os.path.exists(path):
         try:
             with open(path, "rb") as file:
                 start = file.read(1 << 16)
-            if start and b"cuDNN" not in start:
+            if start and not re.search(rb"^.+, CUDA \d+, cuDNN \d+: .*\t", start, re.MULTILINE):
                 problem = "this file holds something else"
         except OSError as error:
             problem = one_line(error.strerror)

@@ -165,7 +165,8 @@ class GpuPicture:
         if "caches" not in layout.has:
             shapes |= {"sums": ("float64", (most, w)), "factors": ("float32", (most,))}
             shapes["sizes"] = ("float64", (3,))
-        for count in sorted({part.count for part in self.parts}, reverse=True):
+        whole = min(layout.batch_size, max(map(len, layout.turns)))  # in memory: measured steps
+        for count in sorted({whole, *(part.count for part in self.parts)}, reverse=True):
             network.pass_on_gpu(None, count, lambda _: None, lambda _: None)  # takes memory
         if size_of(shapes) > 0.9 * network.free_gpu_memory():  # libraries may want some, too
             raise MemoryError

@@ -262,6 +262,7 @@ class CaffeProcesses:
         with system_limits():
             reading, writing = os.pipe()
         self._log, self._log_end = os.fdopen(reading, "rb", 0), os.fdopen(writing, "wb", 0)
+        self._text = b""  # the end of what the processes have printed
         for end in (self._log, self._log_end):
             os.set_blocking(end.fileno(), False)  # a full log must not hold a worker up
         # A thread for each process waits for it: that is all it takes to see it die.
@@ -323,7 +324,10 @@ class CaffeProcesses:
 
     def submit(self, task, *arguments):
         """Submits a task; returns its future. That raises WorkerDied if the process that has the
-        task dies; then call `restart`, and submit it again."""
+        task dies; then call `restart`, and submit it again. Raises RunFailed."""
+        if self._log.closed:
+            raise RunFailed("the run has ended")
+        self._read_log()  # a full pipe would take no more
         with system_limits(), signals_held_back():
             return self._threads.submit(self._run, task, *arguments)
 
@@ -346,7 +350,7 @@ class CaffeProcesses:
     def restart(self):
         """Restarts the processes after one has died. Raises what check_log raises if Caffe ended
         it, RunFailed if it could not even start, and RunFailed after too many deaths."""
-        statuses, text = self.kill(), self._read_log()
+        statuses, text = self.kill(), self._take_log()
         check_log(text)
         if max(statuses) >= 0 and not any(worker.has_answered for worker in self._workers):
             last = (text.strip() or f"it ended with status {max(statuses)}").splitlines()[-1]
@@ -362,12 +366,17 @@ class CaffeProcesses:
             )
         self.start()
 
+    LOG_SIZE = 1 << 16  # bytes
+
     def _read_log(self):
-        """What the processes have printed since the last call."""
-        text = b""
         with contextlib.suppress(BlockingIOError):
-            while block := os.read(self._log.fileno(), 1 << 16):
-                text += block
+            while block := os.read(self._log.fileno(), self.LOG_SIZE):
+                self._text = (self._text + block)[-self.LOG_SIZE :]
+
+    def _take_log(self):
+        """The end of what the processes have printed since the last call."""
+        self._read_log()
+        text, self._text = self._text, b""
         return text.decode(errors="replace")
 
     def call(self, task, *arguments):

@@ -396,7 +396,7 @@ class Workers(Engine):
         has_one = self.gpus and self.processes.number == 1
         if not (has_one and may_stay_on_gpu(self.spec, dream.scratch)):
             return None
-        return Canvas(self, dream, (self._memory_file.fileno(), self._beyond), is_stopping)
+        return Canvas(self, dream, (self._memory_file, self._beyond), is_stopping)
 
     def has_room(self):
         return bool(self._free)

@@ -21,6 +21,7 @@ from conftest import (
     workers,
 )
 from PIL import Image
+from test_dream import SILENT
 from test_gpu import (  # noqa: F401
     EVERYWHERE,
     GPU,
@@ -155,6 +156,8 @@ def call(function, *arguments):
     except Alarm:
         return None
 
+"""
+ASKED_OR_NOT = """
 def number(picture):  # of the step whose picture is most like it: it may be amid one
     return 1 + min(range(14), key=lambda i: abs(picture.astype(int) - pictures[i]).sum())
 
@@ -190,7 +193,56 @@ for delay in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
 def test_an_interrupted_library_run_still_has_its_picture(how, tmp_path):
     """An exception of a signal's handler while a picture is asked for, or while a step is done; or
     one that is thrown into the run."""
-    run_python(LIBRARY + INTERRUPTED, tmp_path, *NETWORK, how, **GPU)
+    run_python(LIBRARY + INTERRUPTED + ASKED_OR_NOT, tmp_path, *NETWORK, how, **GPU)
+
+
+HALF_FETCHED = """
+class Half:  # an array; Alarm comes when the picture has been copied to it, but nothing else
+    def __init__(self, canvas):
+        self.arrays, self.array = canvas._arrays, canvas._arrays["image"]
+
+    def __setitem__(self, *arguments):
+        self.array.__setitem__(*arguments)
+        self.arrays["image"] = self.array
+        raise Alarm
+
+steps = []
+for progress in cnn_vis.dream(num_steps=14, **words):
+    steps.append(progress.step)
+    if progress.step == 8:
+        canvas = progress.get_image.__self__.canvas
+        canvas._arrays["image"] = Half(canvas)
+        assert call(progress.picture) is None
+    if progress.step == 10:
+        conftest.kill_workers(os.getpid())
+assert steps == [*range(1, 15)]
+assert abs(progress.picture().astype(int) - pictures[-1]).max() <= (8 if IS_REAL else 0)
+"""
+
+
+def test_a_picture_that_was_half_fetched_is_not_mixed_with_another(tmp_path):
+    """If the worker then dies, and steps are taken again from there."""
+    run_python(LIBRARY + INTERRUPTED + HALF_FETCHED, tmp_path, *NETWORK, "", **GPU)
+
+
+STILL = """
+words |= dict(zip(("deploy_txt", "caffe_model"), sys.argv[4:]), layer="after")
+words |= dict(initial_size="40x40", final_size="60x60", num_sizes=2, num_steps=3)
+words |= dict(p_reg=0, p_reg_aux=0, tv_reg=0)
+try:
+    for progress in cnn_vis.dream(**words):
+        assert progress.get_image.__self__.canvas
+except cnn_vis.RunFailed as error:
+    assert "no step changes the picture" in str(error)
+assert progress.picture().shape == (60, 60, 3)
+"""
+
+
+def test_a_run_that_changes_nothing_still_has_its_picture(tmp_path):
+    (tmp_path / "net.prototxt").write_text(SILENT.format(shift=-1000))
+    (tmp_path / "no.caffemodel").write_bytes(b"")
+    words = (*NETWORK, "net.prototxt", "no.caffemodel")
+    run_python(LIBRARY + STILL, tmp_path, *words, **GPU)
 
 
 def test_this_build_can_hold_pictures(tmp_path):

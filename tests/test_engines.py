@@ -38,7 +38,14 @@ from cnn_vis_lib.gpu_makers import Share, SharedEngines
 from cnn_vis_lib.machine import visible_gpu
 from cnn_vis_lib.models import NetworkFiles
 from cnn_vis_lib.network import NetworkSpec
-from cnn_vis_lib.processes import CaffeProcesses, GpuFailed, Worker, WorkerDied, check_log
+from cnn_vis_lib.processes import (
+    CaffeProcesses,
+    CaffeStopped,
+    GpuFailed,
+    Worker,
+    WorkerDied,
+    check_log,
+)
 from cnn_vis_lib.workers import Workers
 
 FILES = NetworkFiles(f"{GOLDEN}/deploy.prototxt", f"{GOLDEN}/tiny_inception.caffemodel")
@@ -326,6 +333,15 @@ with Workers(*test_engines.WORK, 2) as engine:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_the_reason_is_found_after_much_output():
+    fatal = b"F1125 12:00:00.000000 1 net.cpp:71] Check failed: the reason\n"
+    with CaffeProcesses() as processes:
+        for text in (*[b"x\n" * 20000] * 5, fatal):
+            assert processes.call(os.write, 2, text) == len(text)
+        with pytest.raises(CaffeStopped, match="the reason"):
+            processes.call(os._exit, 1)
 
 
 def test_a_process_that_cannot_be_ended_is_given_up(monkeypatch):

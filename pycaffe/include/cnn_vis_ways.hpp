@@ -35,10 +35,11 @@ class KeptAlgorithms {
   template <typename Perf>
   bool Read(const std::string& shape, Perf* perf) const {
     const auto known = lines_.find(machine_ + shape);
-    int algorithm, products;
+    int algorithm, products, end = 0;
     size_t bytes;
     if (known == lines_.end()) return false;
-    if (sscanf(known->second.c_str(), "%d %d %zu.", &algorithm, &products, &bytes) != 3) return false;
+    const char* const found = known->second.c_str();
+    if (sscanf(found, "%d %d %zu.%n", &algorithm, &products, &bytes, &end) != 3 || !end || found[end]) return false;
     *perf = Perf();
     perf->algo = static_cast<decltype(perf->algo)>(algorithm);
     perf->mathType = static_cast<cudnnMathType_t>(products);
@@ -52,7 +53,7 @@ class KeptAlgorithms {
   template <typename Perf>
   void Write(const std::string& shape, const Perf& perf) {
     const std::string found = std::to_string(perf.algo) + " " + std::to_string(perf.mathType) + " " + std::to_string(perf.memory) + ".";
-    lines_.emplace(machine_ + shape, found);
+    lines_[machine_ + shape] = found;
     const std::string line = machine_ + shape + "\t" + found + "\n";
     std::ofstream(path_, std::ios::app) << line;  // at once: others may be writing
   }
@@ -68,8 +69,8 @@ class KeptAlgorithms {
     std::ifstream file(path_);
     for (std::string line; std::getline(file, line);) {
       const size_t tab = line.find('\t');
-      // The first whole line counts, if several processes have measured at the same time.
-      if (tab != std::string::npos && line.back() == '.') lines_.emplace(line.substr(0, tab), line.substr(tab + 1));
+      // The last whole line counts, if several processes have measured at the same time or one was damaged.
+      if (tab != std::string::npos && line.back() == '.') lines_[line.substr(0, tab)] = line.substr(tab + 1);
     }
   }
 

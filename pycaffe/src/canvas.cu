@@ -1,6 +1,6 @@
 // A picture on a GPU, for cnn_vis.py: its tiles are cut into the network's input, and their steps are taken, where it is. The
 // numbers are those of step_tile.cpp to the last bit, but for powers other than quarters; so this, too, is compiled without
-// fused operations. Everything is given to the thread's default stream, and nothing here waits.
+// fused operations. Everything is given to the thread's own stream (--default-stream in cuda.cmake), and nothing here waits.
 #include <cmath>
 #include <cstdint>
 
@@ -41,7 +41,7 @@ namespace {
 
 using namespace cnn_vis;
 
-enum { kNotFinite, kGradient, kStep, kFlags };
+enum { kNotFinite, kGradient, kStep, kFlags };  // all threads that set one write the same 1
 
 // The value i of tiles (N, 3, h, w): its tile, and its place in the tile and in the picture.
 struct Value {
