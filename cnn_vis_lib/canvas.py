@@ -186,13 +186,12 @@ class Canvas:
                 if done:
                     self._stop_before(self._parts[done].first)
                 return None
-            what, begun = (done, min(done + self._number, count), words), time.monotonic()
-            told = self._ask(with_picture, "advance", *what)
-            self._since.append(what)
-            number, done = what[1] - done, what[1]
-            pace = number / (time.monotonic() - begun)
-            fitting = int(pace * self.SECONDS_AT_ONCE)
+            until, begun = min(done + self._number, count), time.monotonic()
+            told = self._ask(with_picture, "advance", done, until, words)
+            self._since.append((done, until, words))
+            fitting = int(self.SECONDS_AT_ONCE * (until - done) / (time.monotonic() - begun))
             self._number = max(1, min(2 * self._number, fitting, self.PARTS_AT_ONCE))
+            done = until
         self._check(told)
         return told
 

@@ -79,15 +79,8 @@ def check_kept_algorithms(path):
     and a file that holds something else would be added to."""
     if not path or path == os.devnull:  # that keeps nothing
         return
-    problem = None
-    folder = os.path.dirname(path) or "."
-    if not os.path.lexists(path) and not os.path.isdir(folder):
-        problem = "there is no such folder"
-    elif not os.path.lexists(path) and not os.access(folder, os.W_OK):
-        problem = "its folder cannot be written to"
-    elif os.path.lexists(path) and not os.path.isfile(path):
-        problem = "this is not a file"
-    elif os.path.exists(path):
+    problem, folder = None, os.path.dirname(path) or "."
+    if os.path.isfile(path):
         try:
             with open(path, "rb") as file:
                 start = file.read(1 << 16)
@@ -95,6 +88,12 @@ def check_kept_algorithms(path):
                 problem = "this file holds something else"
         except OSError as error:
             problem = one_line(error.strerror)
+    elif os.path.lexists(path):
+        problem = "this is not a file"
+    elif not os.path.isdir(folder):
+        problem = "there is no such folder"
+    elif not os.access(folder, os.W_OK):
+        problem = "its folder cannot be written to"
     if problem:
         told = f"the environment's CNN_VIS_ALGORITHMS={path}: {problem}"
         raise BadRequest(told, "name a new file, which will keep what cuDNN measures")

@@ -253,6 +253,7 @@ class CaffeProcesses:
     whenever all start, and `heed` with what a task reports, in some thread."""
 
     MAX_RESTARTS = 3
+    LOG_SIZE = 1 << 16  # bytes, of which the end is kept
 
     def __init__(self, number=1, gpus=(), shared=(), most=0, prepare=lambda: None, heed=None):
         self.number, self.gpus, self.shared, self.restarts = len(gpus) or number, gpus, shared, 0
@@ -365,8 +366,6 @@ class CaffeProcesses:
                 f"workers were killed {self.restarts} times, possibly out of memory; {remedy}"
             )
         self.start()
-
-    LOG_SIZE = 1 << 16  # bytes
 
     def _read_log(self):
         with contextlib.suppress(BlockingIOError):
